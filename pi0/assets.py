@@ -1,0 +1,78 @@
+"""What a checkpoint carries besides its weights: model config, norm stats, tokenizer reference, robot, version.
+
+`config.json` lies beside the weights (in `assets/` inside a JAX checkpoint), norm stats in
+`assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from pi0 import __version__
+from pi0.config import ModelConfig
+from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
+
+FORMAT = "pi0"
+
+
+class AssetsError(ValueError):
+    """A checkpoint's `config.json` cannot be used; the message names the file and the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """A model's config, and what turns a robot's data into its inputs.
+
+    `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
+    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step.
+    """
+
+    model: ModelConfig
+    norm_stats: dict[str, NormStats] | None = None
+    asset_id: str | None = None
+    normalization: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    robot: str | None = None
+    step: int | None = None
+    version: str = __version__
+
+    def save(self, folder: Path, config_folder: Path | None = None) -> None:
+        """Write norm stats below `folder`/assets, and `config.json` into `config_folder` (default: `folder`)."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["norm_stats"]
+        values = {"format": FORMAT, **fields, "model": self.model.to_dict()}
+        if self.norm_stats is not None:
+            if self.asset_id is None:
+                raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/")
+            path = folder / "assets" / self.asset_id / "norm_stats.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_norm_stats(path, self.norm_stats)
+        config_folder = config_folder or folder
+        config_folder.mkdir(parents=True, exist_ok=True)
+        (config_folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Assets | None:
+        """The assets in a checkpoint's folder, None where it has no config of ours. Raises AssetsError for a bad one."""
+        for path in (folder / "config.json", folder / "assets" / "config.json"):
+            if path.exists():
+                break
+        else:
+            return None
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise AssetsError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            return None
+        unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
+        if unknown or "model" not in values:
+            problem = f"unknown fields {unknown}" if unknown else "no field 'model'"
+            raise AssetsError(f"{path} has {problem}; it was written by version {values.get('version')}")
+        values["model"] = ModelConfig.from_dict(values["model"])
+        if values.get("asset_id") is not None:
+            values["norm_stats"] = load_norm_stats(folder / "assets" / values["asset_id"] / "norm_stats.json")
+        return cls(**values)

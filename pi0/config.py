@@ -1,0 +1,226 @@
+"""Model configs: frozen dataclasses, the named variants, JSON in and out.
+
+A config is everything that fixes a model's parameters and its inputs. `ModelConfig.variant("pi0")` gives a released
+model; any other sizes are allowed and checked when the config is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+KINDS = ("pi0", "pi05")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full")
+
+
+class ConfigError(ValueError):
+    """A config that no model can be built from; the message names the field and what would do."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(config: Any, name: str) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int":
+            _require(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"{name}.{field.name} is {value!r}; it must be a positive whole number",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP vision tower: `width` W, `depth` L, `mlp_dim` M, `num_heads` N, `patch_size` P pixels."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int = 14
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vision")
+        _require(
+            self.width % self.num_heads == 0,
+            f"vision.width {self.width} does not divide into vision.num_heads {self.num_heads} heads",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma expert: `width` W, `depth` L, `mlp_dim` M, `num_heads` N, `num_kv_heads` K, `head_dim` H."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "gemma")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and inputs of one π model.
+
+    `kind` is "pi0" or "pi05". `image_resolution` is (height, width) in pixels; `action_dim` A and
+    `action_horizon` T are the padded action chunk's; `max_token_len` the prompt's length in tokens;
+    `num_steps` the Euler steps of sampling; `dtype` the compute dtype; `remat` what the backward pass recomputes:
+    "none", or "full" (all of a layer, the least memory). Raises ConfigError for impossible sizes.
+    """
+
+    kind: str
+    vision: VisionConfig
+    paligemma: GemmaConfig
+    action_expert: GemmaConfig
+    vocab_size: int = 257_152
+    image_resolution: tuple[int, int] = (224, 224)
+    image_keys: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    action_dim: int = 32
+    action_horizon: int = 50
+    max_token_len: int = 48
+    num_steps: int = 10
+    dtype: str = "bfloat16"
+    remat: str = "full"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "model")
+        _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
+        _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        _require(self.remat in REMATS, f"remat is {self.remat!r}; it must be one of {', '.join(REMATS)}")
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            ours, theirs = getattr(self.paligemma, name), getattr(self.action_expert, name)
+            _require(
+                ours == theirs,
+                f"paligemma.{name} is {ours} and action_expert.{name} is {theirs}; the two experts share one "
+                f"attention in every layer, so these must be equal",
+            )
+        _require(
+            self.action_expert.width % 2 == 0,
+            f"action_expert.width {self.action_expert.width} is odd; the time embedding is half sine, half cosine",
+        )
+        patch = self.vision.patch_size
+        _require(
+            len(self.image_resolution) == 2 and all(r > 0 and r % patch == 0 for r in self.image_resolution),
+            f"image_resolution {self.image_resolution} must be (height, width), multiples of the patch size {patch}",
+        )
+        _require(
+            len(self.image_keys) > 0 and len(set(self.image_keys)) == len(self.image_keys),
+            f"image_keys {self.image_keys} must be one or more different camera names",
+        )
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image."""
+        height, width = self.image_resolution
+        return (height // self.vision.patch_size) * (width // self.vision.patch_size)
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens of all cameras and the prompt."""
+        return len(self.image_keys) * self.image_tokens + self.max_token_len
+
+    @classmethod
+    def variant(cls, name: str, **changes: Any) -> ModelConfig:
+        """The named variant, with fields replaced. Raises ConfigError for an unknown name."""
+        _require(name in VARIANTS, f"unknown model variant {name!r}; known variants are {', '.join(VARIANTS)}")
+        return dataclasses.replace(VARIANTS[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` reads them back to an equal config."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The config of `to_dict`'s values. Raises ConfigError for missing or unknown fields."""
+        values = dict(_checked(cls, values, "model"))
+        for name, part in (("vision", VisionConfig), ("paligemma", GemmaConfig), ("action_expert", GemmaConfig)):
+            values[name] = part(**_checked(part, values[name], name))
+        for name in ("image_resolution", "image_keys"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def _checked(cls: type, values: Any, name: str) -> dict[str, Any]:
+    _require(isinstance(values, dict), f"{name} is {values!r}; it must be a table of fields")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    needed = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    unknown, missing = sorted(values.keys() - fields.keys()), sorted(needed - values.keys())
+    _require(not unknown, f"{name} has unknown fields {unknown}; known fields are {sorted(fields)}")
+    _require(not missing, f"{name} lacks the fields {missing}")
+    return values
+
+
+SO400M = VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14)
+GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = dataclasses.replace(GEMMA_2B, width=1024, mlp_dim=4096)
+
+PI0 = ModelConfig(kind="pi0", vision=SO400M, paligemma=GEMMA_2B, action_expert=GEMMA_300M)
+PI05 = dataclasses.replace(PI0, kind="pi05", max_token_len=200)
+PI0_SMALL = dataclasses.replace(
+    PI0,
+    action_expert=dataclasses.replace(GEMMA_2B, width=512, mlp_dim=2048),
+    action_horizon=25,
+    max_token_len=32,
+    num_steps=5,
+)
+
+# For tests: every axis has another size where the architecture allows it, so that a swapped axis cannot pass.
+TINY = ModelConfig(
+    kind="pi0",
+    vision=VisionConfig(width=24, depth=2, mlp_dim=40, num_heads=3),
+    paligemma=GemmaConfig(width=32, depth=3, mlp_dim=56, num_heads=4, num_kv_heads=2, head_dim=16),
+    action_expert=GemmaConfig(width=20, depth=3, mlp_dim=36, num_heads=4, num_kv_heads=2, head_dim=16),
+    vocab_size=512,
+    image_resolution=(28, 42),
+    image_keys=("base_0_rgb", "left_wrist_0_rgb"),
+    action_dim=7,
+    action_horizon=5,
+    max_token_len=8,
+    num_steps=3,
+    dtype="float32",
+)
+
+# For the demo: learns the bundled recordings on two CPU cores in minutes.
+DEMO = ModelConfig(
+    kind="pi0",
+    vision=VisionConfig(width=128, depth=3, mlp_dim=384, num_heads=4),
+    paligemma=GemmaConfig(width=192, depth=4, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32),
+    action_expert=GemmaConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32),
+    vocab_size=512,
+    image_resolution=(84, 84),
+    image_keys=("base_0_rgb", "left_wrist_0_rgb"),
+    action_dim=8,
+    action_horizon=10,
+    max_token_len=24,
+    dtype="float32",
+    remat="none",
+)
+
+VARIANTS = {
+    "pi0": PI0,
+    "pi05": PI05,
+    "pi0_small": PI0_SMALL,
+    "tiny": TINY,
+    "tiny_pi05": dataclasses.replace(TINY, kind="pi05", max_token_len=20),
+    "demo": DEMO,
+    "demo_pi05": dataclasses.replace(DEMO, kind="pi05", max_token_len=64),
+}
