@@ -1,0 +1,1 @@
+"""Layouts, conversion and parity of π checkpoints. Importing this package needs neither jax nor torch."""

@@ -1,0 +1,328 @@
+"""Reading and writing checkpoints tensor by tensor: Orbax through tensorstore, and safetensors. Needs no jax.
+
+Nothing is read before it is asked for, and nothing is written before the whole checkpoint has been found to fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
+from convert.layouts.layout import infer_sizes
+from pi0.assets import Assets
+from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
+from pi0.fetch import fetch
+
+
+class CheckpointError(ValueError):
+    """A file or folder that is no checkpoint, or a damaged one; the message names it."""
+
+
+# ---- Orbax ----------------------------------------------------------------------------------------------------------
+
+
+def read_orbax(folder: Path) -> dict[str, Tensor]:
+    """The arrays of an Orbax PyTree checkpoint, by their key paths joined with slashes.
+
+    A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names.
+    Raises CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
+    """
+    metadata_file = folder / "_METADATA"
+    if not metadata_file.exists():
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
+    try:
+        metadata = json.loads(metadata_file.read_text())
+        paths = [tuple(k["key"] for k in e["key_metadata"]) for e in metadata["tree_metadata"].values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    stored = {name: _open_array(folder, driver, ".".join(path)) for name, path in _strip(paths).items()}
+    return {name: _array_tensor(future, folder, name) for name, future in stored.items()}
+
+
+def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    names = {path: path for path in paths}
+    if paths and all(path[0] == "params" for path in paths):
+        names = {path: name[1:] for path, name in names.items()}
+    if paths and all(path[-1] == "value" for path in paths):
+        names = {path: name[:-1] for path, name in names.items()}
+    return {"/".join(name): path for path, name in names.items()}
+
+
+def _kvstore(folder: Path, key: str) -> dict:
+    if (folder / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"}
+    return {"driver": "file", "path": f"{(folder / key).resolve()}/"}
+
+
+def _open_array(folder: Path, driver: str, key: str) -> ts.Future:
+    return ts.open({"driver": driver, "kvstore": _kvstore(folder, key)}, read=True, open=True)
+
+
+def _array_tensor(future: ts.Future, folder: Path, name: str) -> Tensor:
+    try:
+        array = future.result()
+    except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
+        raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
+
+    def read(index: tuple[int | slice, ...]) -> np.ndarray:
+        try:
+            return np.asarray(array[index].read().result())
+        except Exception as error:
+            raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
+
+    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, read)
+
+
+def write_orbax(folder: Path, tensors: Mapping[str, Tensor], root: tuple[str, ...] = ()) -> None:
+    """Write an Orbax PyTree checkpoint that Orbax and `read_orbax` restore; names are key paths with slashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context, tree = ts.Context(), {}
+    for name, tensor in tensors.items():
+        path = (*root, *name.split("/"))
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{'.'.join(path)}/"},
+            "metadata": {"compressor": {"id": "zstd", "level": 1}, "chunks": [max(n, 1) for n in tensor.shape]},
+        }
+        array = ts.open(
+            spec, dtype=ts.dtype(tensor.dtype.name), shape=tensor.shape, create=True, context=context
+        ).result()
+        array.write(np.ascontiguousarray(tensor.read(()))).result()
+        tree[str(path)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in path],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (folder / "_METADATA").write_text(json.dumps(metadata))
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handler, "metrics": {}}))
+
+
+# ---- safetensors: read and written here, since its NumPy library neither streams nor knows bfloat16 everywhere -------
+
+_CODES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file, or is damaged: {error}") from error
+    if size != end:
+        raise CheckpointError(f"{file} has {size} bytes, its header says {end}; is the file truncated?")
+    return {name: _mapped(file, name, entry, 8 + length) for name, entry in header.items()}
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"duplicate entries {sorted({n for n in names if names.count(n) > 1})}")
+    return dict(pairs)
+
+
+def _mapped(file: Path, name: str, entry: dict, start: int) -> Tensor:
+    if entry["dtype"] not in _CODES:
+        raise CheckpointError(f"{file}: {name} has dtype {entry['dtype']}; known are {', '.join(_CODES)}")
+    dtype, shape, (begin, end) = _CODES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{file}: {name} takes {end - begin} bytes, but {list(shape)} {dtype} needs others")
+
+    def read(index: tuple[int | slice, ...]) -> np.ndarray:
+        if not math.prod(shape):
+            return np.empty(shape, dtype)[index]
+        return np.memmap(file, dtype, "r", start + begin, shape)[index]
+
+    return Tensor(shape, dtype, read)
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, one tensor at a time, in the order given; the same input gives the same bytes."""
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        entry = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name], offset = entry, offset + size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            stream.write(np.ascontiguousarray(tensor.read(())).tobytes())
+
+
+# ---- whole checkpoints ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint that has been found to fit its layout: our parameters, lazily, and what lies beside them."""
+
+    folder: Path
+    layout: Layout
+    assets: Assets
+    ours: dict[str, Tensor]
+
+    def in_layout(self, layout: str) -> dict[str, Tensor]:
+        """The tensors of another layout, read lazily."""
+        return LAYOUTS[layout].from_ours(self.assets.model, self.ours)
+
+
+def open_checkpoint(source: str | Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Open a checkpoint of any layout, checked against its table; weights are not read yet.
+
+    `source`: a folder, `gs://` or `hf://`; a folder that holds an Orbax `params` folder, that folder itself, or one
+    with `model.safetensors`. The layout follows from the names of the tensors, the model config from `config.json`;
+    without one, sizes follow from the shapes, and what shapes do not say (horizon, text length, cameras) is that of
+    the released models. `config` overrides both. Raises CheckpointError and LayoutError that name what is wrong.
+    """
+    folder = fetch(source)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
+    if (folder / "model.safetensors").exists():
+        tensors, beside = read_safetensors(folder / "model.safetensors"), folder
+    elif (folder / "params" / "_METADATA").exists():
+        tensors, beside = read_orbax(folder / "params"), folder
+    elif (folder / "_METADATA").exists():
+        tensors, beside = read_orbax(folder), folder.parent
+    else:
+        raise CheckpointError(f"{folder} holds neither model.safetensors nor an Orbax params folder")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    layout, kind = detect(shapes)
+    for name, tensor in tensors.items():
+        if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
+            raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point one")
+    assets = Assets.load(beside)
+    if config is not None:
+        assets = Assets(config) if assets is None else dataclasses.replace(assets, model=config)
+    elif assets is None:
+        assets = Assets(infer_config(layout, kind, shapes))
+    return Checkpoint(folder, layout, assets, layout.to_ours(assets.model, tensors))
+
+
+def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str]:
+    """The layout and kind of model whose names fit `shapes` best. Raises LayoutError where none fits at all."""
+    stem = {name: _stem(name) for name in shapes}
+    best, most = None, 0.0
+    for layout in LAYOUTS.values():
+        for kind in KINDS:
+            names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind)}
+            shared = len(names & set(stem.values()))
+            score = shared / len(names | set(stem.values()))
+            if score > most:
+                best, most = (layout, kind), score
+    if best is None:
+        raise LayoutError(f"no known layout has tensors like {sorted(shapes)[:5]}; known are {', '.join(LAYOUTS)}")
+    return best
+
+
+def _stem(name: str) -> str:
+    """The name with its layer number, if any, left open."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def infer_config(layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """The model config that the shapes of a checkpoint say. Raises LayoutError where they do not say a size."""
+    sizes = infer_sizes(layout.rules_for(kind), shapes)
+    vision, action = sizes["vision"], sizes["projections"]
+
+    def gemma(scope: str) -> GemmaConfig:
+        s = sizes[scope]
+        if not {"n", "k", "h"} <= s.keys():
+            raise LayoutError(
+                f"the layout {layout.name} does not tell heads from head dim; its config.json is missing: "
+                f"put it beside the weights, or pass config="
+            )
+        return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"])
+
+    paligemma, expert = gemma("paligemma"), gemma("action_expert")
+    side = math.isqrt(vision["s"])
+    if side**2 != vision["s"]:
+        raise LayoutError(f"{vision['s']} position embeddings are not a square image's; pass config=")
+    released = ModelConfig.variant(kind)
+    resolution = (side * vision["p"], side * vision["p"])
+    return dataclasses.replace(
+        released,
+        vision=VisionConfig(vision["d"], vision["l"], vision["m"], vision["n"], vision["p"]),
+        paligemma=paligemma,
+        action_expert=expert,
+        vocab_size=sizes["paligemma"]["v"],
+        image_resolution=resolution,
+        action_dim=action["a"],
+    )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Raises FileExistsError where `target` exists and is not to be overwritten.
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another name or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_checkpoint(checkpoint: Checkpoint, target: Path, layout: str, overwrite: bool = False) -> None:
+    """Write a checkpoint in another layout, with its config, norm stats and tokenizer reference."""
+    tensors = checkpoint.in_layout(layout)
+    with new_folder(target, overwrite) as folder:
+        if layout == "ours_torch":
+            write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+            checkpoint.assets.save(folder)
+        else:
+            root = ("params",) if layout == "openpi_jax" else ()
+            write_orbax(folder / "params", tensors, root)
+            checkpoint.assets.save(folder, folder / "assets")
+
+

@@ -1,0 +1,332 @@
+"""A layout is a table: one `Rule` for each of our parameters, readable in both directions.
+
+Our JAX names, axes and sizes (`parameters`) are the common ground; a layout says where each of them lies in another
+checkpoint. Conversion from A to B is A's table backwards, then B's forwards, tensor by tensor and lazily.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from pi0.config import GemmaConfig, ModelConfig
+
+
+class LayoutError(ValueError):
+    """A checkpoint does not fit a layout; the message names the tensors."""
+
+
+Index = tuple[int | slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A named array that is read only when asked: `read(())` gives all of it, `read(index)` a part.
+
+    Stored tensors take any basic index; tensors that a table makes take `()` or `(layer,)`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Tensor:
+        """A tensor that is in memory already."""
+        return cls(array.shape, array.dtype, lambda index: array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One of our parameters: its axes as letters (`l` = stacked layers), and their sizes."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+_NORMS = ("attention_norm", "mlp_norm")
+
+# Axes. vision: l layers, p q patch, c channels, s tokens, d width, n heads, h head dim, m mlp, w PaliGemma's width.
+# Gemma: l layers, v vocabulary, d width, n heads, k key/value heads, h head dim, m mlp, t three widths.
+# Projections: a action dim, d and e the action expert's width, u twice that width.
+_VISION = {
+    "patch_embedding.kernel": "p q c d",
+    "patch_embedding.bias": "d",
+    "position_embedding": "s d",
+    **{f"layers.{norm}.{part}": "l d" for norm in _NORMS for part in ("scale", "bias")},
+    **{f"layers.attention.{x}.kernel": "l d n h" for x in ("query", "key", "value")},
+    **{f"layers.attention.{x}.bias": "l n h" for x in ("query", "key", "value")},
+    "layers.attention.out.kernel": "l n h d",
+    "layers.attention.out.bias": "l d",
+    "layers.mlp.up.kernel": "l d m",
+    "layers.mlp.up.bias": "l m",
+    "layers.mlp.down.kernel": "l m d",
+    "layers.mlp.down.bias": "l d",
+    "final_norm.scale": "d",
+    "final_norm.bias": "d",
+    "head.kernel": "d w",
+    "head.bias": "w",
+}
+_GEMMA = {
+    "layers.attention.query.kernel": "l d n h",
+    "layers.attention.key.kernel": "l d k h",
+    "layers.attention.value.kernel": "l d k h",
+    "layers.attention.out.kernel": "l n h d",
+    "layers.mlp.gate.kernel": "l d m",
+    "layers.mlp.up.kernel": "l d m",
+    "layers.mlp.down.kernel": "l m d",
+}
+_PLAIN_NORMS = {**{f"layers.{norm}.scale": "l d" for norm in _NORMS}, "final_norm.scale": "d"}
+_ADAPTIVE_NORMS = {
+    **{f"layers.{norm}.modulation.kernel": "l d t" for norm in _NORMS},
+    **{f"layers.{norm}.modulation.bias": "l t" for norm in _NORMS},
+    "final_norm.modulation.kernel": "d t",
+    "final_norm.modulation.bias": "t",
+}
+_PROJECTIONS = {
+    "pi0": {"state_proj": "a d", "action_time_mlp_in": "u d", "action_time_mlp_out": "d e"},
+    "pi05": {"time_mlp_in": "d e", "time_mlp_out": "d e"},
+}
+
+
+def axes_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """Our parameters of a kind of model, and their axes."""
+    expert_norms = _ADAPTIVE_NORMS if kind == "pi05" else _PLAIN_NORMS
+    projections = {"action_in_proj": "a d", **_PROJECTIONS[kind], "action_out_proj": "d a"}
+    table = {
+        **{f"vision.{name}": axes for name, axes in _VISION.items()},
+        "paligemma.embedding": "v d",
+        **{f"paligemma.{name}": axes for name, axes in (_GEMMA | _PLAIN_NORMS).items()},
+        **{f"action_expert.{name}": axes for name, axes in (_GEMMA | expert_norms).items()},
+        **{f"{name}.kernel": axes for name, axes in projections.items()},
+        **{f"{name}.bias": axes.split()[1] for name, axes in projections.items()},
+    }
+    return {name: tuple(axes.split()) for name, axes in table.items()}
+
+
+def scope_of(name: str) -> str:
+    """Which part's sizes the axes of our parameter `name` have."""
+    first = name.split(".")[0]
+    return first if first in ("vision", "paligemma", "action_expert") else "projections"
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """The size of every axis letter, for each scope."""
+    vision, width = config.vision, config.action_expert.width
+
+    def gemma(expert: GemmaConfig) -> dict[str, int]:
+        sizes = {"l": expert.depth, "d": expert.width, "t": 3 * expert.width, "m": expert.mlp_dim}
+        return sizes | {"n": expert.num_heads, "k": expert.num_kv_heads, "h": expert.head_dim}
+
+    return {
+        "vision": {
+            **{"l": vision.depth, "d": vision.width, "n": vision.num_heads, "h": vision.head_dim},
+            **{"p": vision.patch_size, "q": vision.patch_size, "c": 3, "s": config.image_tokens},
+            **{"m": vision.mlp_dim, "w": config.paligemma.width},
+        },
+        "paligemma": {**gemma(config.paligemma), "v": config.vocab_size},
+        "action_expert": gemma(config.action_expert),
+        "projections": {"a": config.action_dim, "d": width, "e": width, "u": 2 * width},
+    }
+
+
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """All of our parameters in JAX: names, axes and shapes; nothing is allocated."""
+    sizes = axis_sizes(config)
+    return {
+        name: Parameter(axes, tuple(sizes[scope_of(name)][a] for a in axes))
+        for name, axes in axes_of(config.kind).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where our parameter `ours` lies in another layout.
+
+    `theirs` is the tensor's name there; `{l}` in it means one tensor for each layer. `axes` are the axes of that
+    tensor: a letter of ours; a digit, for the index at which ours lies along an axis that several of ours share; or
+    `(n h)`, for axes that are flattened into one.
+    """
+
+    ours: str
+    theirs: str
+    axes: str
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The axes of their tensor, each as the letters (or the digit) in it."""
+        return [tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\S+", self.axes)]
+
+
+def _is_index(group: tuple[str, ...]) -> bool:
+    return group[0].isdigit()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A named table of rules. Rules for parameters that a model does not have are passed over."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def rules_for(self, kind: str) -> list[Rule]:
+        """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
+        wanted = axes_of(kind)
+        rules = [rule for rule in self.rules if rule.ours in wanted]
+        names = [rule.ours for rule in rules]
+        wrong = sorted({n for n in names if names.count(n) > 1} | (wanted.keys() - set(names)))
+        if wrong:
+            raise LayoutError(f"the layout {self.name} has not exactly one rule for {wrong}")
+        return rules
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor of this layout and its shape, in a fixed order; nothing is allocated."""
+        sizes, shapes = axis_sizes(config), {}
+        for rule in self.rules_for(config.kind):
+            scope = sizes[scope_of(rule.ours)]
+            for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):
+                shape = shapes.setdefault(name, [0] * len(rule.groups))
+                for i, group in enumerate(rule.groups):
+                    size = int(group[0]) + 1 if _is_index(group) else int(np.prod([scope[a] for a in group]))
+                    shape[i] = max(shape[i], size)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def check(self, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise LayoutError unless `found` has exactly this layout's tensors, in these shapes."""
+        compare_shapes(self.shapes(config), found, f"a {config.kind} checkpoint in the layout {self.name}")
+
+    def to_ours(self, config: ModelConfig, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters, read lazily from a checkpoint in this layout. Raises LayoutError unless it fits exactly."""
+        self.check(config, {name: tensor.shape for name, tensor in source.items()})
+        table, sizes = parameters(config), axis_sizes(config)
+        rules = {rule.ours: rule for rule in self.rules_for(config.kind)}
+        return {
+            name: _ours_from(rules[name], parameter, sizes[scope_of(name)], source)
+            for name, parameter in table.items()
+        }
+
+    def from_ours(self, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This layout's tensors, read lazily from our parameters. Raises LayoutError unless those are complete."""
+        table = parameters(config)
+        compare_shapes({n: p.shape for n, p in table.items()}, {n: t.shape for n, t in ours.items()}, "our parameters")
+        sizes = axis_sizes(config)
+        parts: dict[str, list[tuple[Rule, int | None]]] = {}
+        for rule in self.rules_for(config.kind):
+            stacked = "{l}" in rule.theirs
+            names = _names(rule, sizes[scope_of(rule.ours)]["l"] if stacked else 1)
+            for layer, name in enumerate(names):
+                parts.setdefault(name, []).append((rule, layer if stacked else None))
+        shapes = self.shapes(config)
+        return {name: _theirs_from(name, shapes[name], parts[name], table, ours) for name in shapes}
+
+
+def compare_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Raise LayoutError that names every tensor that is missing, unknown or of another shape."""
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [f"unknown {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise LayoutError(f"{what}: {len(problems)} tensors do not fit:\n  {shown}{more}")
+
+
+def _names(rule: Rule, layers: int) -> list[str]:
+    if "{l}" not in rule.theirs:
+        return [rule.theirs]
+    return [rule.theirs.replace("{l}", str(layer)) for layer in range(layers)]
+
+
+def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: Mapping[str, Tensor]) -> Tensor:
+    names = _names(rule, parameter.shape[0])
+    dtypes = {source[name].dtype for name in names}
+    if len(dtypes) > 1:
+        raise LayoutError(f"{rule.theirs}: layers have different dtypes {sorted(str(d) for d in dtypes)}")
+
+    def one(name: str, layer: int | None) -> np.ndarray:
+        """Their tensor `name`, as ours; only one layer of it where `layer` is given."""
+        index: Index = tuple(
+            int(g[0]) if _is_index(g) else layer if layer is not None and g == ("l",) else slice(None)
+            for g in rule.groups
+        )
+        letters = [a for g, i in zip(rule.groups, index, strict=True) if isinstance(i, slice) for a in g]
+        array = source[name].read(index).reshape([sizes[a] for a in letters])
+        return array.transpose([letters.index(a) for a in parameter.axes if a in letters])
+
+    def read(index: Index) -> np.ndarray:
+        if "{l}" in rule.theirs:
+            return one(names[index[0]], None) if index else np.stack([one(name, None) for name in names])
+        return one(names[0], index[0] if index else None)
+
+    return Tensor(parameter.shape, dtypes.pop(), read)
+
+
+def _theirs_from(
+    name: str,
+    shape: tuple[int, ...],
+    parts: list[tuple[Rule, int | None]],
+    table: Mapping[str, Parameter],
+    ours: Mapping[str, Tensor],
+) -> Tensor:
+    dtypes = {ours[rule.ours].dtype for rule, _ in parts}
+    if len(dtypes) > 1:
+        raise LayoutError(f"{name}: its parts have different dtypes {sorted(str(d) for d in dtypes)}")
+    dtype = dtypes.pop()
+
+    def part(rule: Rule, layer: int | None) -> np.ndarray:
+        """Our parameter with their order and flattening of axes, digits left out."""
+        axes = [a for a in table[rule.ours].axes if layer is None or a != "l"]
+        array = ours[rule.ours].read(() if layer is None else (layer,))
+        groups = [[a for a in g if a in axes] for g in rule.groups if not _is_index(g)]
+        array = array.transpose([axes.index(a) for g in groups for a in g])
+        lengths = iter(array.shape)
+        return array.reshape([int(np.prod(list(itertools.islice(lengths, len(g))))) for g in groups if g])
+
+    def read(index: Index) -> np.ndarray:
+        layer = index[0] if index else None
+        if layer is not None and parts[0][0].groups[0] != ("l",):
+            raise IndexError(f"{name} is not stacked by layer")
+        if not any(_is_index(g) for g in parts[0][0].groups):
+            rule, fixed = parts[0]
+            return part(rule, layer if fixed is None else fixed)
+        out = np.empty(shape if layer is None else shape[1:], dtype)
+        for rule, fixed in parts:
+            groups = rule.groups if layer is None else rule.groups[1:]
+            where = tuple(int(g[0]) if _is_index(g) else slice(None) for g in groups)
+            out[where] = part(rule, layer if fixed is None else fixed)
+        return out
+
+    return Tensor(shape, dtype, read)
+
+
+def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+    """The size of every axis letter that follows from their shapes. Raises LayoutError where two shapes disagree."""
+    sizes: dict[str, dict[str, tuple[int, str]]] = {}
+    for rule in rules:
+        scope = sizes.setdefault(scope_of(rule.ours), {})
+        name = rule.theirs.replace("{l}", "0")
+        if "{l}" in rule.theirs:
+            pattern = re.compile(re.escape(rule.theirs).replace(r"\{l\}", r"\d+"))
+            _unify(scope, "l", sum(bool(pattern.fullmatch(n)) for n in found), rule.theirs)
+        if name not in found or len(found[name]) != len(rule.groups):
+            raise LayoutError(f"{name}: expected a tensor with axes [{rule.axes}], found {found.get(name, 'none')}")
+        for group, size in zip(rule.groups, found[name], strict=True):
+            if len(group) == 1 and not _is_index(group):
+                _unify(scope, group[0], size, name)
+    return {scope: {a: size for a, (size, _) in letters.items()} for scope, letters in sizes.items()}
+
+
+def _unify(scope: dict[str, tuple[int, str]], letter: str, size: int, name: str) -> None:
+    known = scope.setdefault(letter, (size, name))
+    if known[0] != size:
+        raise LayoutError(f"{name} says {size} for the axis {letter}, but {known[1]} says {known[0]}")

@@ -1,0 +1,28 @@
+"""Our PyTorch layout: the names of `pi0_torch` modules.
+
+The same names as in JAX up to three mechanical differences: `kernel` is `weight` with inputs and outputs swapped,
+the stacked layer axis is `.{l}.`, and head axes are flat.
+"""
+
+from __future__ import annotations
+
+from convert.layouts.layout import Layout, Rule, axes_of
+
+
+def _rule(name: str, axes: tuple[str, ...]) -> Rule:
+    theirs = name.replace(".layers.", ".layers.{l}.") if axes[0] == "l" else name
+    rest = [a for a in axes if a != "l"]
+    if name == "vision.patch_embedding.kernel":
+        return Rule(name, "vision.patch_embedding.weight", "d c p q")
+    heads = "(n h)" if "n" in rest else "(k h)"
+    flat = " ".join(a for a in rest if a not in ("n", "k", "h")).split()
+    if "h" in rest:
+        flat = [heads, *flat] if rest[-1] != "h" else [*flat, heads]
+    if name.endswith(".kernel"):
+        return Rule(name, theirs.replace(".kernel", ".weight"), " ".join(reversed(flat)))
+    return Rule(name, theirs, " ".join(flat))
+
+
+_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind).items()}
+
+LAYOUT = Layout("ours_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()))

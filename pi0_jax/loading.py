@@ -1,0 +1,76 @@
+"""From a checkpoint of any layout to a JAX model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.checkpoints import open_checkpoint
+from convert.layouts.layout import compare_shapes
+from pi0.config import ModelConfig
+from pi0_jax.models.pi0 import Pi0
+
+
+def load(
+    path: str | Path, *, dtype: str | None = None, param_dtype: str | None = None, config: ModelConfig | None = None
+) -> Pi0:
+    """The model of a checkpoint: ours, or an openpi `params` folder of either style; `gs://` and `hf://` too.
+
+    `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
+    stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
+    that is missing, unknown or of another shape.
+    """
+    checkpoint = open_checkpoint(path, config)
+    model = checkpoint.assets.model
+    if dtype is not None:
+        model = dataclasses.replace(model, dtype=dtype)
+    params = {
+        name: jnp.asarray(tensor.read(()), dtype=param_dtype or tensor.dtype)
+        for name, tensor in checkpoint.ours.items()
+    }
+    return with_parameters(model, params)
+
+
+def abstract_model(config: ModelConfig) -> Pi0:
+    """The model without weights: every parameter is a `jax.ShapeDtypeStruct`."""
+    return nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))
+
+
+def with_parameters(config: ModelConfig, params: dict[str, Any]) -> Pi0:
+    """The model with `params`, by our dotted names. Raises LayoutError unless exactly all are given."""
+    graphdef, state = nnx.split(abstract_model(config))
+    expected = {name: leaf.shape for name, leaf in flatten(nnx.to_pure_dict(state)).items()}
+    compare_shapes(expected, {name: value.shape for name, value in params.items()}, "the model's parameters")
+    nnx.replace_by_pure_dict(state, unflatten(params))
+    return nnx.merge(graphdef, state)
+
+
+def parameters_of(model: Pi0) -> dict[str, jax.Array]:
+    """A model's parameters (or a gradient's) by our dotted names."""
+    return flatten(nnx.to_pure_dict(nnx.state(model)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,192 @@
+"""Gemma, as two experts that share one attention: PaliGemma's language model and the action expert.
+
+Axes: B batch, T tokens of one expert, S all tokens that are attended to, W width, N heads, K key/value heads, H head
+dim, M mlp, L layers, V vocabulary. Layers are stacked on a leading axis and scanned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pi0 import numerics
+from pi0.config import GemmaConfig
+from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
+
+Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm in float32, × (1 + scale), rounded to `dtype`; gives no gate."""
+
+    def __init__(self, width: int, *, dtype: str):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "B T W"], condition: None) -> tuple[Float[Array, "B T W"], None]:
+        scale = cast(self.scale[...], "norm", self.dtype)
+        return (normalize(x, self.dtype) * (1 + scale)).astype(self.dtype), None
+
+
+class AdaptiveRMSNorm(nnx.Module):
+    """RMS norm whose scale, shift and gate [B, 1, W] are a projection of the condition [B, W] (π0.5)."""
+
+    def __init__(self, width: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.modulation = Linear((width,), (3 * width,), bias=True, dtype=dtype, rngs=rngs)
+        self.modulation.kernel[...] = jnp.zeros((width, 3 * width))  # starts as the identity: gate 0
+
+    def __call__(
+        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"]
+    ) -> tuple[Float[Array, "B T W"], Float[Array, "B 1 W"]]:
+        scale, shift, gate = jnp.split(self.modulation(condition)[:, None], 3, axis=-1)
+        scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
+        return (normalize(x, self.dtype) * (1 + scale) + shift).astype(self.dtype), gate
+
+
+def normalize(x: Float[Array, "B T W"], dtype: str) -> Float[Array, "B T W"]:
+    """x / rms(x) over the last axis, in float32."""
+    x = cast(x, "norm", dtype)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + numerics.RMS_NORM_EPS)
+
+
+def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
+    angles = positions[..., None] / numerics.rope_timescale(x.shape[-1])
+    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    first, second = jnp.split(cast(x, "rope", x.dtype.name), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """One expert's projections into and out of the shared attention."""
+
+    def __init__(self, config: GemmaConfig, *, dtype: str, rngs: nnx.Rngs):
+        width, head_dim = config.width, config.head_dim
+        self.query = Linear((width,), (config.num_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
+        self.key = Linear((width,), (config.num_kv_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
+        self.value = Linear((width,), (config.num_kv_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
+        self.out = Linear((config.num_heads, head_dim), (width,), bias=False, dtype=dtype, rngs=rngs)
+
+    def project(self, x: Float[Array, "B T W"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
+        return apply_rope(self.query(x), positions), apply_rope(self.key(x), positions), self.value(x)
+
+
+class MLP(nnx.Module):
+    """gelu(x·gate) * (x·up) · down."""
+
+    def __init__(self, config: GemmaConfig, *, dtype: str, rngs: nnx.Rngs):
+        width, mlp_dim = config.width, config.mlp_dim
+        self.gate = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear((mlp_dim,), (width,), bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
+        return self.down(gelu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One expert's part of one layer."""
+
+    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, rngs: nnx.Rngs):
+        self.attention_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+
+def make_norm(width: int, *, adaptive: bool, dtype: str, rngs: nnx.Rngs) -> RMSNorm | AdaptiveRMSNorm:
+    """The norm of an expert: adaptive where a condition is given to it."""
+    return AdaptiveRMSNorm(width, dtype=dtype, rngs=rngs) if adaptive else RMSNorm(width, dtype=dtype)
+
+
+class Expert(nnx.Module):
+    """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        adaptive: bool = False,
+        vocab_size: int | None = None,
+        dtype: str,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.remat = dtype, remat
+        if vocab_size is not None:
+            self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
+        stack = nnx.split_rngs(splits=config.depth)(
+            nnx.vmap(lambda rngs: Block(config, adaptive=adaptive, dtype=dtype, rngs=rngs))
+        )
+        self.layers = stack(rngs)
+        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+        """Text embeddings × sqrt(W)."""
+        x = self.embedding[...][tokens].astype(self.dtype)
+        return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
+
+
+def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
+    """x + y, or x + y·gate."""
+    return x + y if gate is None else x + y * gate
+
+
+def joint_layer(
+    blocks: Sequence[Block],
+    xs: Sequence[Float[Array, "B T W"]],
+    positions: Sequence[Int[Array, "B T"]],
+    mask: Bool[Array, "B T S"],
+    conditions: Sequence[Float[Array, "B W"] | None],
+    cached: tuple[Array, Array] | None,
+) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
+    normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
+    projected = [b.attention.project(x, p) for b, x, p in zip(blocks, normed, positions, strict=True)]
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
+    if cached is not None:
+        k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
+    attended = attention(q, k, v, mask)
+    outs, start = [], 0
+    for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
+        own = attended[:, start : start + x.shape[1]]
+        start += x.shape[1]
+        x = gated_residual(x, block.attention.out(own), gate)
+        y, gate = block.mlp_norm(x, condition)
+        outs.append(gated_residual(x, block.mlp(y), gate))
+    return outs, (k, v)
+
+
+def joint_forward(
+    experts: Sequence[Expert],
+    xs: Sequence[Float[Array, "B T W"]],
+    positions: Sequence[Int[Array, "B T"]],
+    mask: Bool[Array, "B T S"],
+    conditions: Sequence[Float[Array, "B W"] | None],
+    cache: Cache | None = None,
+    stages: dict[str, Array] | None = None,
+) -> tuple[list[Float[Array, "B T W"]], Cache]:
+    """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
+
+    `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
+    the S tokens of `cache` (where given) followed by all of `xs`. `stages`, where given, receives
+    `layers.{i}` [L, B, T, W] of the i-th expert.
+    """
+
+    def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]):
+        xs, keys_values = joint_layer(scanned[0], xs, positions, mask, conditions, scanned[1])
+        return xs, (keys_values, None if stages is None else xs)
+
+    xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
+    if stages is not None:
+        stages.update({f"layers.{i}": output for i, output in enumerate(outputs)})
+    outs = [e.final_norm(x, c)[0] for e, x, c in zip(experts, xs, conditions, strict=True)]
+    return outs, cache

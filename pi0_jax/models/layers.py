@@ -1,0 +1,81 @@
+"""What SigLIP and Gemma are both made of: projections, layer norm, activation, attention.
+
+Axes: B batch, T queries, S keys, W width, N heads, K key/value heads, G = N/K, H head dim.
+Values are rounded to the compute dtype at the places that `pi0.numerics.ROUNDING` lists, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from pi0 import numerics
+
+
+def cast(x: Array, place: str, dtype: str) -> Array:
+    """`x` in the dtype it has at `place` of `pi0.numerics.ROUNDING` in a model that computes in `dtype`."""
+    return x.astype(numerics.rounding(place, dtype))
+
+
+class Linear(nnx.Module):
+    """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; computed in `dtype`."""
+
+    def __init__(
+        self, in_axes: tuple[int, ...], out_axes: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs
+    ):
+        self.in_ndim, self.dtype = len(in_axes), dtype
+        scale = 1 / math.sqrt(math.prod(in_axes))
+        init = jax.random.truncated_normal(rngs.params(), -2, 2, (*in_axes, *out_axes)) * scale
+        self.kernel = nnx.Param(init)
+        self.bias = nnx.Param(jnp.zeros(out_axes)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=self.in_ndim)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, in float32, rounded to `dtype`."""
+
+    def __init__(self, width: int, *, dtype: str):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+        x = cast(x, "norm", self.dtype)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        normed = (x - mean) * jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPS)
+        return (normed * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU with the tanh approximation, in float32, rounded to the dtype of `x`."""
+    return jax.nn.gelu(cast(x, "activation", x.dtype.name), approximate=True).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise."""
+    batch, queries, heads, head_dim = q.shape
+    q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, numerics.MASKED_LOGIT)
+    probabilities = cast(jax.nn.softmax(logits, axis=-1), "attention_probabilities", v.dtype.name)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
+    return out.reshape(batch, queries, heads, head_dim)
+
+
+def remat(function, config_remat: str):
+    """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
+    return function if config_remat == "none" else jax.checkpoint(function, prevent_cse=False)

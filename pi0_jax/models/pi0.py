@@ -1,0 +1,182 @@
+"""π0 and π0.5: a vision-language model and an action expert, trained by flow matching.
+
+Axes: B batch, C cameras, S tokens, W width, A action dim, T action horizon. Time t = 1 is noise, t = 0 is data.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pi0 import numerics
+from pi0.config import ModelConfig
+from pi0.observation import Observation
+from pi0_jax.models.gemma import Expert, joint_forward
+from pi0_jax.models.layers import Linear, cast
+from pi0_jax.models.siglip import SigLIP
+
+
+def attention_mask(
+    query_blocks: np.ndarray, key_blocks: np.ndarray, query_valid: Bool[Array, "B T"], key_valid: Bool[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+    """A token attends to valid tokens whose block number is at most its own."""
+    return query_valid[:, :, None] & key_valid[:, None, :] & (key_blocks <= query_blocks[:, None])
+
+
+def pixels(image: Array) -> Float[Array, "B height width 3"]:
+    """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
+    return image.astype(jnp.float32) / 255 * 2 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+
+
+def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
+    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
+    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Pi0(nnx.Module):
+    """π0, or π0.5 where `config.kind` says so. Parameters are float32; `config.dtype` is the compute dtype."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
+        self.vision = SigLIP(config, rngs=rngs)
+        self.paligemma = Expert(
+            config.paligemma, vocab_size=config.vocab_size, dtype=dtype, remat=config.remat, rngs=rngs
+        )
+        self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat, rngs=rngs)
+
+        def projection(inputs: int, outputs: int) -> Linear:
+            float32 = numerics.rounding("action_projections", dtype)
+            return Linear((inputs,), (outputs,), bias=True, dtype=float32, rngs=rngs)
+
+        self.action_in_proj = projection(config.action_dim, width)
+        if pi05:
+            self.time_mlp_in = projection(width, width)
+            self.time_mlp_out = projection(width, width)
+        else:
+            self.state_proj = projection(config.action_dim, width)
+            self.action_time_mlp_in = projection(2 * width, width)
+            self.action_time_mlp_out = projection(width, width)
+        self.action_out_proj = projection(width, config.action_dim)
+
+    def embed_prefix(
+        self, observation: Observation, stages: dict[str, Array] | None = None
+    ) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
+        """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
+        keys = self.config.image_keys
+        images = jnp.stack([pixels(observation.images[key]) for key in keys], axis=1)
+        batch, cameras = images.shape[:2]
+        tokens = self.vision(images.reshape(batch * cameras, *images.shape[2:]), stages)
+        masks = jnp.stack([observation.image_masks[key] for key in keys], axis=1)
+        masks = jnp.repeat(masks, tokens.shape[1], axis=1)
+        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
+        text = self.paligemma.embed(observation.tokenized_prompt)
+        if stages is not None:
+            stages["image_tokens"] = tokens
+        return (
+            jnp.concatenate([tokens, text], axis=1),
+            jnp.concatenate([masks, observation.tokenized_prompt_mask], axis=1),
+        )
+
+    def embed_suffix(
+        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"] | None]:
+        """Tokens of the action expert, and its norms' condition: π0 [state, T actions], π0.5 [T actions]."""
+        tokens = self.action_in_proj(x_t)
+        embedded = embed_time(time, tokens.shape[-1])
+        if self.config.kind == "pi05":
+            return tokens, nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedded))))
+        embedded = jnp.broadcast_to(embedded[:, None], tokens.shape)
+        tokens = self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1))
+        tokens = self.action_time_mlp_out(nnx.silu(tokens))
+        return jnp.concatenate([self.state_proj(observation.state)[:, None], tokens], axis=1), None
+
+    def suffix_blocks(self, horizon: int) -> np.ndarray:
+        """Mask blocks of the suffix, int [S]; the prefix is block 0. Actions see each other, not the reverse."""
+        return np.array([1] * horizon if self.config.kind == "pi05" else [1] + [2] * horizon)
+
+    def read_velocity(self, suffix_out: Float[Array, "B S W"], horizon: int) -> Float[Array, "B T A"]:
+        """The velocity of the last T suffix outputs, float32."""
+        return self.action_out_proj(suffix_out[:, -horizon:])
+
+    def compute_loss(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B T A"],
+        noise: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        stages: dict[str, Array] | None = None,
+    ) -> Float[Array, "B T"]:
+        """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
+
+        `stages`, where given, receives every intermediate result that `convert.parity` compares.
+        """
+        noise, actions = noise.astype(jnp.float32), actions.astype(jnp.float32)
+        t = time.astype(jnp.float32)[:, None, None]
+        x_t, target = t * noise + (1 - t) * actions, noise - actions
+        prefix, prefix_valid = self.embed_prefix(observation, stages)
+        suffix, condition = self.embed_suffix(observation, x_t, time)
+        blocks = np.concatenate([np.zeros(prefix.shape[1], int), self.suffix_blocks(x_t.shape[1])])
+        valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
+        positions = jnp.cumsum(valid, axis=1) - 1
+        split = prefix.shape[1]
+        (prefix_out, suffix_out), _ = joint_forward(
+            (self.paligemma, self.action_expert),
+            (prefix, suffix),
+            (positions[:, :split], positions[:, split:]),
+            attention_mask(blocks, blocks, valid, valid),
+            (None, condition),
+            stages=stages,
+        )
+        velocity = self.read_velocity(suffix_out, x_t.shape[1])
+        loss = jnp.square(velocity - target).mean(-1)
+        if stages is not None:
+            stages.update(
+                prefix_tokens=prefix,
+                suffix_tokens=suffix,
+                prefix_layers=stages.pop("layers.0"),
+                suffix_layers=stages.pop("layers.1"),
+                prefix_out=prefix_out,
+                suffix_out=suffix_out,
+                velocity=velocity,
+                loss=loss,
+                prefix_valid=prefix_valid,
+            )
+        return loss
+
+    def sample_actions(
+        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
+    ) -> Float[Array, "B T A"]:
+        """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
+
+        The prefix runs once and its keys and values are kept. `num_steps` (default: the config's) is static.
+        """
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        prefix, prefix_valid = self.embed_prefix(observation)
+        positions = jnp.cumsum(prefix_valid, axis=1) - 1
+        prefix_blocks = np.zeros(prefix.shape[1], int)
+        prefix_mask = attention_mask(prefix_blocks, prefix_blocks, prefix_valid, prefix_valid)
+        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), prefix_mask, (None,))
+
+        horizon = noise.shape[1]
+        blocks = self.suffix_blocks(horizon)
+        suffix_valid = jnp.ones((noise.shape[0], len(blocks)), bool)
+        positions = prefix_valid.sum(axis=1, keepdims=True) + np.arange(len(blocks))
+        mask = attention_mask(
+            blocks,
+            np.concatenate([prefix_blocks, blocks]),
+            suffix_valid,
+            jnp.concatenate([prefix_valid, suffix_valid], axis=1),
+        )
+
+        def step(x_t: Array, time: Array) -> tuple[Array, None]:
+            time = jnp.broadcast_to(time, noise.shape[:1])
+            suffix, condition = self.embed_suffix(observation, x_t, time)
+            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
+            return x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon), None
+
+        return jax.lax.scan(step, noise.astype(jnp.float32), numerics.euler_times(num_steps))[0]
