@@ -1,0 +1,79 @@
+"""From a checkpoint of any layout to a PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convert.checkpoints import open_checkpoint
+from convert.layouts import Tensor
+from convert.layouts.layout import compare_shapes
+from pi0.config import ModelConfig
+from pi0_torch.models.pi0 import Pi0
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    config: ModelConfig | None = None,
+    device: str | torch.device = "cpu",
+) -> Pi0:
+    """The model of a checkpoint that `pi0-convert` wrote, or of any layout it reads; `gs://` and `hf://` too.
+
+    `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
+    stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
+    that is missing, unknown or of another shape.
+    """
+    checkpoint = open_checkpoint(path, config)
+    model = checkpoint.assets.model
+    if dtype is not None:
+        model = dataclasses.replace(model, dtype=dtype)
+    params = {
+        name: to_torch(tensor.read(())).to(device, None if param_dtype is None else getattr(torch, param_dtype))
+        for name, tensor in checkpoint.in_layout("ours_torch").items()
+    }
+    return with_parameters(model, params)
+
+
+def abstract_model(config: ModelConfig) -> Pi0:
+    """The model without weights: every parameter is on the meta device."""
+    with torch.device("meta"):
+        return Pi0(config)
+
+
+def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Pi0:
+    """The model with `params`, by its parameters' names. Raises LayoutError unless exactly all are given."""
+    model = abstract_model(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    compare_shapes(expected, {name: tuple(p.shape) for name, p in params.items()}, "the model's parameters")
+    model.load_state_dict(dict(params), assign=True)
+    return model
+
+
+def parameters_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
+    """PyTorch tensors (a state dict, or gradients) as tensors that `convert.layouts` reads."""
+    return {name: Tensor.of(to_numpy(tensor)) for name, tensor in tensors.items()}
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A NumPy array as a tensor of its own; bfloat16 by its bytes."""
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as a NumPy array; bfloat16 by its bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

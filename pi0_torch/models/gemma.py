@@ -1,0 +1,195 @@
+"""Gemma, as two experts that share one attention: PaliGemma's language model and the action expert.
+
+Axes: B batch, T tokens of one expert, S all tokens that are attended to, W width, N heads, K key/value heads, H head
+dim, M mlp, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pi0 import numerics
+from pi0.config import GemmaConfig
+from pi0_torch.models.layers import Linear, attention, cast, dtype_name, gelu, remat
+
+Cache = list[tuple[Float[Tensor, "B S K H"], Float[Tensor, "B S K H"]]]  # one entry per layer
+
+
+class RMSNorm(nn.Module):
+    """RMS norm in float32, × (1 + scale), rounded to `dtype`; gives no gate."""
+
+    def __init__(self, width: int, *, dtype: str):
+        super().__init__()
+        self.dtype = dtype
+        self.scale = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "B T W"], condition: None) -> tuple[Float[Tensor, "B T W"], None]:
+        scale = cast(self.scale, "norm", self.dtype)
+        return (normalize(x, self.dtype) * (1 + scale)).to(getattr(torch, self.dtype)), None
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """RMS norm whose scale, shift and gate [B, 1, W] are a projection of the condition [B, W] (π0.5)."""
+
+    def __init__(self, width: int, *, dtype: str):
+        super().__init__()
+        self.dtype = dtype
+        self.modulation = Linear(width, 3 * width, bias=True, dtype=dtype)
+        nn.init.zeros_(self.modulation.weight)  # starts as the identity: gate 0
+
+    def forward(
+        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"]
+    ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B 1 W"]]:
+        scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
+        scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
+        return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate
+
+
+def normalize(x: Float[Tensor, "B T W"], dtype: str) -> Float[Tensor, "B T W"]:
+    """x / rms(x) over the last axis, in float32."""
+    x = cast(x, "norm", dtype)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + numerics.RMS_NORM_EPS)
+
+
+def apply_rope(x: Float[Tensor, "B T N H"], positions: Int[Tensor, "B T"]) -> Float[Tensor, "B T N H"]:
+    """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
+    angles = positions[..., None] / torch.from_numpy(numerics.rope_timescale(x.shape[-1])).to(x.device)
+    sin, cos = angles.sin()[:, :, None], angles.cos()[:, :, None]
+    first, second = cast(x, "rope", dtype_name(x)).chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """One expert's projections into and out of the shared attention."""
+
+    def __init__(self, config: GemmaConfig, *, dtype: str):
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.query = Linear(width, config.num_heads * self.head_dim, bias=False, dtype=dtype)
+        self.key = Linear(width, config.num_kv_heads * self.head_dim, bias=False, dtype=dtype)
+        self.value = Linear(width, config.num_kv_heads * self.head_dim, bias=False, dtype=dtype)
+        self.out = Linear(config.num_heads * self.head_dim, width, bias=False, dtype=dtype)
+
+    def project(self, x: Float[Tensor, "B T W"], positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
+        return apply_rope(q, positions), apply_rope(k, positions), v
+
+
+class MLP(nn.Module):
+    """gelu(x·gate) * (x·up) · down."""
+
+    def __init__(self, config: GemmaConfig, *, dtype: str):
+        super().__init__()
+        width, mlp_dim = config.width, config.mlp_dim
+        self.gate = Linear(width, mlp_dim, bias=False, dtype=dtype)
+        self.up = Linear(width, mlp_dim, bias=False, dtype=dtype)
+        self.down = Linear(mlp_dim, width, bias=False, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
+        return self.down(gelu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One expert's part of one layer."""
+
+    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str):
+        super().__init__()
+        self.attention_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype)
+        self.mlp_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype)
+
+
+def make_norm(width: int, *, adaptive: bool, dtype: str) -> RMSNorm | AdaptiveRMSNorm:
+    """The norm of an expert: adaptive where a condition is given to it."""
+    return AdaptiveRMSNorm(width, dtype=dtype) if adaptive else RMSNorm(width, dtype=dtype)
+
+
+class Expert(nn.Module):
+    """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        adaptive: bool = False,
+        vocab_size: int | None = None,
+        dtype: str,
+        remat: str,
+    ):
+        super().__init__()
+        self.dtype, self.remat = getattr(torch, dtype), remat
+        if vocab_size is not None:
+            self.embedding = nn.Parameter(torch.randn(vocab_size, config.width) * 0.01)
+        self.layers = nn.ModuleList(Block(config, adaptive=adaptive, dtype=dtype) for _ in range(config.depth))
+        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
+
+    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
+        """Text embeddings × sqrt(W)."""
+        x = self.embedding[tokens].to(self.dtype)
+        return x * torch.tensor(np.sqrt(np.float32(x.shape[-1])), dtype=self.dtype, device=x.device)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y, or x + y·gate."""
+    return x + y if gate is None else x + y * gate
+
+
+def joint_layer(
+    blocks: Sequence[Block],
+    xs: Sequence[Float[Tensor, "B T W"]],
+    positions: Sequence[Int[Tensor, "B T"]],
+    mask: Bool[Tensor, "B T S"],
+    conditions: Sequence[Float[Tensor, "B W"] | None],
+    cached: tuple[Tensor, Tensor] | None,
+) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
+    normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
+    projected = [b.attention.project(x, p) for b, x, p in zip(blocks, normed, positions, strict=True)]
+    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
+    if cached is not None:
+        k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
+    attended = attention(q, k, v, mask).flatten(-2)
+    outs, start = [], 0
+    for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
+        own = attended[:, start : start + x.shape[1]]
+        start += x.shape[1]
+        x = gated_residual(x, block.attention.out(own), gate)
+        y, gate = block.mlp_norm(x, condition)
+        outs.append(gated_residual(x, block.mlp(y), gate))
+    return outs, (k, v)
+
+
+def joint_forward(
+    experts: Sequence[Expert],
+    xs: Sequence[Float[Tensor, "B T W"]],
+    positions: Sequence[Int[Tensor, "B T"]],
+    mask: Bool[Tensor, "B T S"],
+    conditions: Sequence[Float[Tensor, "B W"] | None],
+    cache: Cache | None = None,
+    stages: dict[str, Tensor] | None = None,
+) -> tuple[list[Float[Tensor, "B T W"]], Cache]:
+    """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
+
+    `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
+    the S tokens of `cache` (where given) followed by all of `xs`. `stages`, where given, receives
+    `layers.{i}` [L, B, T, W] of the i-th expert.
+    """
+    layer = remat(joint_layer, experts[0].remat)
+    xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    outputs, new_cache = [], []
+    for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
+        xs, keys_values = layer(blocks, xs, positions, mask, conditions, None if cache is None else cache[i])
+        outputs.append(xs)
+        new_cache.append(keys_values)
+    if stages is not None:
+        stages.update({f"layers.{i}": torch.stack(output) for i, output in enumerate(zip(*outputs, strict=True))})
+    outs = [e.final_norm(x, c)[0] for e, x, c in zip(experts, xs, conditions, strict=True)]
+    return outs, new_cache

@@ -1,0 +1,186 @@
+"""π0 and π0.5: a vision-language model and an action expert, trained by flow matching.
+
+Axes: B batch, C cameras, S tokens, W width, A action dim, T action horizon. Time t = 1 is noise, t = 0 is data.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pi0 import numerics
+from pi0.config import ModelConfig
+from pi0.observation import Observation
+from pi0_torch.models.gemma import Expert, joint_forward
+from pi0_torch.models.layers import Linear
+from pi0_torch.models.siglip import SigLIP
+
+
+def attention_mask(
+    query_blocks: np.ndarray, key_blocks: np.ndarray, query_valid: Bool[Tensor, "B T"], key_valid: Bool[Tensor, "B S"]
+) -> Bool[Tensor, "B T S"]:
+    """A token attends to valid tokens whose block number is at most its own."""
+    allowed = torch.from_numpy(key_blocks <= query_blocks[:, None]).to(query_valid.device)
+    return query_valid[:, :, None] & key_valid[:, None, :] & allowed
+
+
+def pixels(image: Tensor) -> Float[Tensor, "B height width 3"]:
+    """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
+    return image.float() / 255 * 2 - 1 if image.dtype == torch.uint8 else image.float()
+
+
+def embed_time(time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
+    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
+    angles = time.float()[:, None] * torch.from_numpy(numerics.time_frequencies(width)).to(time.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Pi0(nn.Module):
+    """π0, or π0.5 where `config.kind` says so. Parameters are float32; `config.dtype` is the compute dtype."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
+        self.vision = SigLIP(config)
+        self.paligemma = Expert(config.paligemma, vocab_size=config.vocab_size, dtype=dtype, remat=config.remat)
+        self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat)
+
+        def projection(inputs: int, outputs: int) -> Linear:
+            float32 = numerics.rounding("action_projections", dtype)
+            return Linear(inputs, outputs, bias=True, dtype=float32)
+
+        self.action_in_proj = projection(config.action_dim, width)
+        if pi05:
+            self.time_mlp_in = projection(width, width)
+            self.time_mlp_out = projection(width, width)
+        else:
+            self.state_proj = projection(config.action_dim, width)
+            self.action_time_mlp_in = projection(2 * width, width)
+            self.action_time_mlp_out = projection(width, width)
+        self.action_out_proj = projection(width, config.action_dim)
+
+    def embed_prefix(
+        self, observation: Observation, stages: dict[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
+        """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
+        keys = self.config.image_keys
+        images = torch.stack([pixels(observation.images[key]) for key in keys], dim=1)
+        batch = images.shape[0]
+        tokens = self.vision(images.flatten(0, 1), stages)
+        masks = torch.stack([observation.image_masks[key] for key in keys], dim=1)
+        masks = masks.repeat_interleave(tokens.shape[1], dim=1)
+        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
+        text = self.paligemma.embed(observation.tokenized_prompt)
+        if stages is not None:
+            stages["image_tokens"] = tokens
+        return (
+            torch.cat([tokens, text], dim=1),
+            torch.cat([masks, observation.tokenized_prompt_mask], dim=1),
+        )
+
+    def embed_suffix(
+        self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B S W"], Float[Tensor, "B W"] | None]:
+        """Tokens of the action expert, and its norms' condition: π0 [state, T actions], π0.5 [T actions]."""
+        tokens = self.action_in_proj(x_t)
+        embedded = embed_time(time, tokens.shape[-1])
+        if self.config.kind == "pi05":
+            return tokens, F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
+        embedded = embedded[:, None].expand_as(tokens)
+        tokens = self.action_time_mlp_in(torch.cat([tokens, embedded], dim=-1))
+        tokens = self.action_time_mlp_out(F.silu(tokens))
+        return torch.cat([self.state_proj(observation.state)[:, None], tokens], dim=1), None
+
+    def suffix_blocks(self, horizon: int) -> np.ndarray:
+        """Mask blocks of the suffix, int [S]; the prefix is block 0. Actions see each other, not the reverse."""
+        return np.array([1] * horizon if self.config.kind == "pi05" else [1] + [2] * horizon)
+
+    def read_velocity(self, suffix_out: Float[Tensor, "B S W"], horizon: int) -> Float[Tensor, "B T A"]:
+        """The velocity of the last T suffix outputs, float32."""
+        return self.action_out_proj(suffix_out[:, -horizon:])
+
+    def compute_loss(
+        self,
+        observation: Observation,
+        actions: Float[Tensor, "B T A"],
+        noise: Float[Tensor, "B T A"],
+        time: Float[Tensor, " B"],
+        stages: dict[str, Tensor] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
+
+        `stages`, where given, receives every intermediate result that `convert.parity` compares.
+        """
+        noise, actions = noise.float(), actions.float()
+        t = time.float()[:, None, None]
+        x_t, target = t * noise + (1 - t) * actions, noise - actions
+        prefix, prefix_valid = self.embed_prefix(observation, stages)
+        suffix, condition = self.embed_suffix(observation, x_t, time)
+        blocks = np.concatenate([np.zeros(prefix.shape[1], int), self.suffix_blocks(x_t.shape[1])])
+        valid = torch.cat([prefix_valid, prefix_valid.new_ones(suffix.shape[:2])], dim=1)
+        positions = valid.cumsum(dim=1) - 1
+        split = prefix.shape[1]
+        (prefix_out, suffix_out), _ = joint_forward(
+            (self.paligemma, self.action_expert),
+            (prefix, suffix),
+            (positions[:, :split], positions[:, split:]),
+            attention_mask(blocks, blocks, valid, valid),
+            (None, condition),
+            stages=stages,
+        )
+        velocity = self.read_velocity(suffix_out, x_t.shape[1])
+        loss = (velocity - target).square().mean(-1)
+        if stages is not None:
+            stages.update(
+                prefix_tokens=prefix,
+                suffix_tokens=suffix,
+                prefix_layers=stages.pop("layers.0"),
+                suffix_layers=stages.pop("layers.1"),
+                prefix_out=prefix_out,
+                suffix_out=suffix_out,
+                velocity=velocity,
+                loss=loss,
+                prefix_valid=prefix_valid,
+            )
+        return loss
+
+    @torch.no_grad()
+    def sample_actions(
+        self, observation: Observation, noise: Float[Tensor, "B T A"], num_steps: int | None = None
+    ) -> Float[Tensor, "B T A"]:
+        """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
+
+        The prefix runs once and its keys and values are kept. `num_steps` defaults to the config's.
+        """
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        prefix, prefix_valid = self.embed_prefix(observation)
+        positions = prefix_valid.cumsum(dim=1) - 1
+        prefix_blocks = np.zeros(prefix.shape[1], int)
+        prefix_mask = attention_mask(prefix_blocks, prefix_blocks, prefix_valid, prefix_valid)
+        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), prefix_mask, (None,))
+
+        horizon = noise.shape[1]
+        blocks = self.suffix_blocks(horizon)
+        suffix_valid = prefix_valid.new_ones((noise.shape[0], len(blocks)))
+        positions = prefix_valid.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=noise.device)
+        mask = attention_mask(
+            blocks,
+            np.concatenate([prefix_blocks, blocks]),
+            suffix_valid,
+            torch.cat([prefix_valid, suffix_valid], dim=1),
+        )
+
+        def step(x_t: Tensor, time: float) -> Tensor:
+            times = torch.full(noise.shape[:1], time, dtype=torch.float32, device=noise.device)
+            suffix, condition = self.embed_suffix(observation, x_t, times)
+            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
+            return x_t + float(np.float32(-1 / num_steps)) * self.read_velocity(out, horizon)
+
+        x_t = noise.float()
+        for time in numerics.euler_times(num_steps):
+            x_t = step(x_t, float(time))
+        return x_t
