@@ -313,16 +313,12 @@ def _umask() -> int:
     return mask
 
 
-def write_checkpoint(checkpoint: Checkpoint, target: Path, layout: str, overwrite: bool = False) -> None:
-    """Write a checkpoint in another layout, with its config, norm stats and tokenizer reference."""
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:
+    """Write a checkpoint into `folder` in another layout, with its config, norm stats and tokenizer reference."""
     tensors = checkpoint.in_layout(layout)
-    with new_folder(target, overwrite) as folder:
-        if layout == "ours_torch":
-            write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-            checkpoint.assets.save(folder)
-        else:
-            root = ("params",) if layout == "openpi_jax" else ()
-            write_orbax(folder / "params", tensors, root)
-            checkpoint.assets.save(folder, folder / "assets")
-
-
+    if layout == "ours_torch":
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        checkpoint.assets.save(folder)
+    else:
+        write_orbax(folder / "params", tensors, ("params",) if layout == "openpi_jax" else ())
+        checkpoint.assets.save(folder, folder / "assets")

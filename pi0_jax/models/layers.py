@@ -22,7 +22,7 @@ def cast(x: Array, place: str, dtype: str) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; computed in `dtype`."""
+    """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; in `dtype`, rounded once at the end."""
 
     def __init__(
         self, in_axes: tuple[int, ...], out_axes: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs
@@ -34,8 +34,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_axes)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=self.in_ndim)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.bias is None:
+            return jnp.tensordot(x, kernel, axes=self.in_ndim)
+        y = jnp.tensordot(x, kernel, axes=self.in_ndim, preferred_element_type=jnp.float32)
+        return (y + self.bias[...].astype(self.dtype)).astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -28,7 +28,7 @@ def dtype_name(x: Tensor) -> str:
 
 
 class Linear(nn.Module):
-    """y = x·weightᵀ (+ bias): weight [out, in], the axes of heads flat; computed in `dtype`."""
+    """y = x·weightᵀ (+ bias): weight [out, in], the axes of heads flat; in `dtype`, rounded once at the end."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: str):
         super().__init__()
