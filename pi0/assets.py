@@ -40,14 +40,14 @@ class Assets:
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
-        """Write norm stats below `folder`/assets, and `config.json` into `config_folder` (default: `folder`)."""
+        """Write a checkpoint's folder `assets`; `config.json` goes into `config_folder` where that is given."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["norm_stats"]
         values = {"format": FORMAT, **fields, "model": self.model.to_dict()}
         if self.norm_stats is not None:
             if self.asset_id is None:
                 raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/")
-            path = folder / "assets" / self.asset_id / "norm_stats.json"
+            path = folder / self.asset_id / "norm_stats.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_norm_stats(path, self.norm_stats)
         config_folder = config_folder or folder
@@ -56,7 +56,7 @@ class Assets:
 
     @classmethod
     def load(cls, folder: Path) -> Assets | None:
-        """The assets in a checkpoint's folder, None where it has no config of ours. Raises AssetsError for a bad one."""
+        """The assets in a checkpoint's folder; None without a config of ours, AssetsError for a bad one."""
         for path in (folder / "config.json", folder / "assets" / "config.json"):
             if path.exists():
                 break

@@ -1,4 +1,4 @@
-"""Files and folders by address: a local path, Google Cloud Storage or the Hugging Face Hub."""
+"""Files and folders by address: a local path, Google Cloud Storage, the Hugging Face Hub, or bundled with us."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BUNDLED = Path(__file__).parent / "sample"
 _COMPLETE = ".fetched"  # stands in a cached folder once every file of it has arrived
-_HF_ADDRESS = re.compile(
-    r"(?P<kind>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
-)
+_HF_ADDRESS = re.compile(r"(?P<kind>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
 
 
 def fetch(source: str | Path) -> Path:
@@ -28,6 +27,7 @@ def fetch(source: str | Path) -> Path:
     `source` is one of
 
     - a local path, which must exist;
+    - `bundled://name`, a file or folder of `pi0/sample`;
     - `gs://bucket/path`, cached under `cache_dir()`. A file arrives under a temporary name and is then
       renamed, so an interrupted folder goes on with the files that are missing. What has been fetched is
       never looked up again; delete it from the cache to fetch it anew;
@@ -43,11 +43,15 @@ def fetch(source: str | Path) -> Path:
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path} (seen from {Path.cwd()})")
         return path
+    if scheme == "bundled":
+        return fetch(_BUNDLED / address)
     if scheme == "gs":
         return _fetch_gs(str(source), address.strip("/"))
     if scheme == "hf":
         return _fetch_hf(str(source), address.strip("/"))
-    raise ValueError(f"cannot fetch {source}: give a local path, gs://bucket/path or hf://org/repo/path")
+    raise ValueError(
+        f"cannot fetch {source}: give a local path, gs://bucket/path, hf://org/repo/path or bundled://name"
+    )
 
 
 def cache_dir() -> Path:

@@ -48,7 +48,7 @@ class Observation:
         state = _array(data, "state", (None, config.action_dim), "float")
         batch = state.shape[0]
         prompt = _array(data, "tokenized_prompt", (batch, config.max_token_len), "int")
-        if prompt.size and not (0 <= prompt.min() and prompt.max() < config.vocab_size):
+        if prompt.size and not (prompt.min() >= 0 and prompt.max() < config.vocab_size):
             raise ObservationError(
                 f"tokenized_prompt: ids from {prompt.min()} to {prompt.max()}; expected 0 to {config.vocab_size - 1}. "
                 f"Was it made by another tokenizer?"

@@ -15,7 +15,7 @@ from pi0.fetch import fetch
 logger = logging.getLogger(__name__)
 
 PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
-BUNDLED = "bundled:sample"  # 512 pieces, made by pi0/sample/make_tokenizer.py
+BUNDLED = "bundled://tokenizer.model"  # 512 pieces, made by pi0/sample/make_tokenizer.py
 
 STATE_BINS = 256  # over the normalized range [-1, 1]
 
@@ -23,7 +23,7 @@ STATE_BINS = 256  # over the normalized range [-1, 1]
 class TextTokenizer:
     """Text to token ids and back, with a SentencePiece model.
 
-    `source` is where the model file is: anything `pi0.fetch.fetch` takes, or `BUNDLED`.
+    `source` is where the model file is: anything `pi0.fetch.fetch` takes.
 
     Attributes: `source`; `sha256` of the model file; `vocab_size`; `bos_id`, `eos_id`, `pad_id`; and two
     counters, `encoded` and `truncated`: the prompts encoded so far and those of them that were too long.
@@ -33,7 +33,7 @@ class TextTokenizer:
 
     def __init__(self, source: str | Path = PALIGEMMA):
         self.source = str(source)
-        path = Path(__file__).parent / "sample" / "tokenizer.model" if source == BUNDLED else fetch(source)
+        path = fetch(source)
         model = path.read_bytes()
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
@@ -56,9 +56,7 @@ class TextTokenizer:
         """The text of token ids; special tokens such as `<bos>` and padding have none."""
         return self._pieces.decode([int(i) for i in ids])
 
-    def encode_prompt(
-        self, text: str, max_len: int, state: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_prompt(self, text: str, max_len: int, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """An instruction as a model reads it, padded with id 0 or cut to `max_len` tokens.
 
         π0 (no state): `<bos>{text}` and, encoded apart, a newline that starts the answer.

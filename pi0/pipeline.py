@@ -1,0 +1,53 @@
+"""From a robot's frame to a model's input and back, as a checkpoint's assets say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pi0.assets import Assets, AssetsError
+from pi0.robots import ROBOTS, Robot
+from pi0.tokenizers import TextTokenizer
+from pi0.transforms import CameraMasks, Normalize, PadDims, ResizeImages, TokenizePrompt, Transforms
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """One robot's adapter and the transforms between it and a model."""
+
+    robot: Robot
+    transforms: Transforms
+
+    @classmethod
+    def from_assets(cls, assets: Assets) -> Pipeline:
+        """The pipeline that a model was trained with. Raises AssetsError where the assets do not say it."""
+        needed = ("robot", "norm_stats", "normalization", "tokenizer")
+        missing = [name for name in needed if getattr(assets, name) is None]
+        if missing:
+            raise AssetsError(f"the checkpoint's config.json has no {', '.join(missing)}, which a robot's data needs")
+        if assets.robot not in ROBOTS:
+            raise AssetsError(f"unknown robot {assets.robot!r}; known are {', '.join(ROBOTS)}")
+        model, stats = assets.model, assets.norm_stats
+        assert stats is not None and assets.normalization is not None and assets.tokenizer is not None
+        tokenizer = TextTokenizer.from_reference(assets.tokenizer)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+        steps = (
+            Normalize(stats, assets.normalization),
+            CameraMasks(model.image_keys),
+            ResizeImages(*model.image_resolution),
+            TokenizePrompt(tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05"),
+            PadDims(model.action_dim, len(stats["actions"].mean)),
+        )
+        return cls(ROBOTS[assets.robot](), Transforms(steps))
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any."""
+        return self.transforms(self.robot.to_model(item))
+
+    def actions(self, actions: np.ndarray) -> np.ndarray:
+        """The model's actions [T, A] in the robot's own dimensions and units, [T, robot dims]."""
+        return self.robot.from_model(self.transforms.inverse({"actions": np.asarray(actions)}))["action"]

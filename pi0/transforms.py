@@ -1,0 +1,177 @@
+"""Small composable steps from robot data to the model's input, and from its actions back.
+
+Between the robot's adapter and the model a sample is one dict with flat keys: `image/<camera>` uint8 [H,W,3],
+`image_mask/<camera>` bool, `state` [S], `actions` [T,A] (training only), `prompt` str. The order is openpi's:
+
+    Transforms((Normalize(...), CameraMasks(...), ResizeImages(...), TokenizePrompt(...), PadDims(...)))
+
+so the state that is written into a π0.5 prompt is normalized and has the robot's own dimensions, not the model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pi0.normalize import MODES, NormStats
+
+Data = dict[str, Any]
+
+
+class Step(Protocol):
+    """One step: returns a new dict and leaves its input alone. Invertible steps have `inverse` of the same form."""
+
+    def __call__(self, data: Data) -> Data: ...
+
+
+class PromptTokenizer(Protocol):
+    """What TokenizePrompt needs: (ids int32 [L], mask bool [L]) of a prompt, with the state [S] in it where given."""
+
+    def encode_prompt(
+        self, text: str, max_len: int, state: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Transforms:
+    """Steps applied in order; `inverse` applies the inverses of those that have one, last first."""
+
+    steps: Sequence[Step]
+
+    def __call__(self, data: Data) -> Data:
+        for step in self.steps:
+            data = step(data)
+        return data
+
+    def inverse(self, data: Data) -> Data:
+        """Model outputs back to robot units: `actions` [T, model dims] -> [T, robot dims]."""
+        for step in reversed(self.steps):
+            if hasattr(step, "inverse"):
+                data = step.inverse(data)
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """Normalize `state` and `actions` by `stats["state"]` and `stats["actions"]`, to float64.
+
+    Float64 so that a state near a bin's edge falls into the bin openpi gives it; PadDims makes it float32.
+    Raises ValueError for an unknown mode, missing stats or NaN.
+    """
+
+    stats: Mapping[str, NormStats]
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown normalization mode {self.mode!r}; choose one of {list(MODES)}")
+        missing = [key for key in ("state", "actions") if key not in self.stats]
+        if missing:
+            raise ValueError(f"norm stats lack {missing}; they have {sorted(self.stats)}")
+
+    def __call__(self, data: Data) -> Data:
+        return data | {k: self.stats[k].apply(data[k], self.mode) for k in ("state", "actions") if k in data}
+
+    def inverse(self, data: Data) -> Data:
+        """Un-normalize `actions`, and `state` where present."""
+        return data | {k: self.stats[k].invert(data[k], self.mode) for k in ("state", "actions") if k in data}
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraMasks:
+    """Mark the model's cameras `image_keys` that the robot does not have as missing.
+
+    Raises ValueError if the robot has a camera that the model does not look at.
+    """
+
+    image_keys: tuple[str, ...]
+
+    def __call__(self, data: Data) -> Data:
+        own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
+        unknown = sorted(own - set(self.image_keys))
+        if unknown:
+            raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
+        return data | {f"image_mask/{key}": np.bool_(False) for key in self.image_keys if key not in own}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeImages:
+    """Resize every `image/...` to uint8 [height,width,3], keeping its proportions, as `resize_with_pad` does."""
+
+    height: int
+    width: int
+
+    def __call__(self, data: Data) -> Data:
+        images = {key: image for key, image in data.items() if key.startswith("image/")}
+        for key, image in images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"{key}: {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
+        return data | {key: resize_with_pad(image, self.height, self.width) for key, image in images.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizePrompt:
+    """Replace `prompt` by `tokenized_prompt` int32 [L] and `tokenized_prompt_mask` bool [L], L = max_token_len.
+
+    With `state_in_prompt` (π0.5) the state goes into the text as it is at this step: put it after Normalize and
+    before PadDims, as openpi does. Raises ValueError without a prompt.
+    """
+
+    tokenizer: PromptTokenizer
+    max_token_len: int
+    state_in_prompt: bool
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        state = data["state"] if self.state_in_prompt else None
+        ids, mask = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, state=state)
+        rest = {key: value for key, value in data.items() if key != "prompt"}
+        return rest | {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadDims:
+    """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
+
+    `inverse` cuts `actions` back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
+    """
+
+    action_dim: int
+    robot_action_dim: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.robot_action_dim <= self.action_dim:
+            raise ValueError(f"robot_action_dim {self.robot_action_dim} is not within 1 to {self.action_dim}")
+
+    def __call__(self, data: Data) -> Data:
+        return data | {key: self._pad(key, data[key]) for key in ("state", "actions") if key in data}
+
+    def inverse(self, data: Data) -> Data:
+        return data | {"actions": data["actions"][..., : self.robot_action_dim]}
+
+    def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        extra = self.action_dim - x.shape[-1]
+        if extra < 0:
+            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model takes at most {self.action_dim}")
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+
+
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 [H,W,3] to [height,width,3]: bilinear, proportions kept, the rest black, the picture centred.
+
+    Rounds down as openpi-client's `image_tools.resize_with_pad` does, and agrees with it to the bit.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    ratio = max(image.shape[1] / width, image.shape[0] / height)
+    size = (int(image.shape[1] / ratio), int(image.shape[0] / ratio))  # PIL's order: width, height
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return np.asarray(canvas)

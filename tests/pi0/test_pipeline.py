@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pi0.assets import Assets, AssetsError
+from pi0.config import ModelConfig
+from pi0.datasets import LeRobotDataset
+from pi0.normalize import NormStats
+from pi0.observation import Observation
+from pi0.pipeline import Pipeline
+from pi0.sample import METAWORLD
+from pi0.tokenizers import BUNDLED, TextTokenizer
+
+DATASET = LeRobotDataset(METAWORLD, action_horizon=5, episodes=[0])
+
+
+def assets(variant: str) -> Assets:
+    return Assets(
+        ModelConfig.variant(variant),
+        norm_stats={
+            "state": NormStats.from_data(DATASET.table("observation.state")),
+            "actions": NormStats.from_data(DATASET.table("action")),
+        },
+        asset_id="metaworld",
+        normalization="quantile",
+        tokenizer=TextTokenizer(BUNDLED).reference(),
+        robot="metaworld",
+    )
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_pi05"])
+def test_from_saved_assets_to_the_contract_and_back(variant: str, tmp_path):
+    """What a checkpoint carries is enough to feed the model and to read its actions."""
+    assets(variant).save(tmp_path / "assets")
+    loaded = Assets.load(tmp_path)
+    pipeline = Pipeline.from_assets(loaded)
+    item = DATASET[10]
+    row = pipeline(item)
+    actions = row.pop("actions")
+    observation = Observation.from_dict({k: np.asarray(v)[None] for k, v in row.items()}, loaded.model)
+    assert observation.state.shape == (1, 7) and actions.shape == (5, 7)
+    # Normalized actions went through float32: a few units of its last place, times a range of about 2.
+    np.testing.assert_allclose(pipeline.actions(actions), item["action"], atol=2e-6)
+
+
+def test_pi05_reads_the_state_in_its_prompt():
+    loaded = assets("tiny_pi05")
+    wide = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, max_token_len=64))
+    row = Pipeline.from_assets(wide)(DATASET[10])
+    text = TextTokenizer(BUNDLED).decode(row["tokenized_prompt"][row["tokenized_prompt_mask"]])
+    assert text.startswith("Task: reach the red target, State: ") and text.endswith(";\nAction: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"robot": None}, "robot"),
+        ({"robot": "toaster"}, "toaster"),
+        ({"norm_stats": None}, "norm_stats"),
+        ({"model": dataclasses.replace(ModelConfig.variant("tiny"), vocab_size=300)}, "300"),
+    ],
+)
+def test_refusals(change: dict, named: str):
+    with pytest.raises(AssetsError, match=named):
+        Pipeline.from_assets(dataclasses.replace(assets("tiny"), **change))
