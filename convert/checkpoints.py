@@ -318,7 +318,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:
     tensors = checkpoint.in_layout(layout)
     if layout == "ours_torch":
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        checkpoint.assets.save(folder)
+        checkpoint.assets.save(folder / "assets", config_folder=folder)
     else:
         write_orbax(folder / "params", tensors, ("params",) if layout == "openpi_jax" else ())
-        checkpoint.assets.save(folder, folder / "assets")
+        checkpoint.assets.save(folder / "assets")

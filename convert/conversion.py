@@ -69,9 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not read and compare what was written")
     args = parser.parse_args(arguments)
     try:
-        result = convert(
-            args.source, args.target, to=args.to, overwrite=args.overwrite, verify=not args.no_verify
-        )
+        result = convert(args.source, args.target, to=args.to, overwrite=args.overwrite, verify=not args.no_verify)
     except (ValueError, OSError) as error:
         print(f"pi0-convert: {error}", file=sys.stderr)
         sys.exit(1)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts import LAYOUTS
@@ -228,22 +229,26 @@ def errors(a: Results, b: Results) -> dict[str, tuple[float, float]]:
 
 def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """Of all parameters together, and of the worst one; one parameter at a time, since together they are large."""
-    floor = GRADIENT_FLOOR * np.linalg.norm([np.linalg.norm(g.ravel().astype(np.float64)) for g in a.values()])
+    floor = GRADIENT_FLOOR * _norm([_norm(g) for g in a.values()])
     each = {name: _error(a[name], b[name], floor) for name in a}
-    differences = [np.linalg.norm((b[n].astype(np.float64) - a[n]).ravel()) for n in a]
+    differences = [_norm(b[n].astype(np.float64) - a[n]) for n in a]
     largest = max(float(np.abs(g).max()) for g in a.values())
     worst = max(float(np.abs(b[n].astype(np.float64) - a[n]).max()) for n in a)
     return {
-        "gradients, all": (worst / largest, float(np.linalg.norm(differences)) * GRADIENT_FLOOR / floor),
+        "gradients, all": (worst / largest, _norm(differences) * GRADIENT_FLOOR / floor),
         "gradients, worst parameter": max(each.values(), key=lambda error: error[1]),
     }
 
 
 def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> tuple[float, float]:
     a, b = a.astype(np.float64), b.astype(np.float64)
-    tiny = np.finfo(np.float64).tiny
-    largest = np.abs(a - b).max() / max(np.abs(a).max(), tiny)
-    return float(largest), float(np.linalg.norm(a - b) / max(np.linalg.norm(a), floor, tiny))
+    tiny = float(np.finfo(np.float64).tiny)
+    largest = float(np.abs(a - b).max()) / max(float(np.abs(a).max()), tiny)
+    return largest, _norm(a - b) / max(_norm(a), floor, tiny)
+
+
+def _norm(x: ArrayLike) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
 
 def _float32_tolerance(stage: str) -> float:
@@ -254,8 +259,7 @@ def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     """The config both share; where one of them has none of its own, the other's."""
     ours = a.assets.model
     theirs = b.assets.model
-    own = {"dtype": ours.dtype, "remat": ours.remat, "num_steps": ours.num_steps}
-    theirs = dataclasses.replace(theirs, **own)
+    theirs = dataclasses.replace(theirs, dtype=ours.dtype, remat=ours.remat, num_steps=ours.num_steps)
     if ours != theirs:
         ours_fields, theirs_fields = dataclasses.asdict(ours), dataclasses.asdict(theirs)
         different = [
@@ -294,9 +298,7 @@ def _restore_tf32(matmul: bool, cudnn: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
-def run_jax(
-    checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool
-) -> Results:
+def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
     """All stages of a checkpoint in JAX."""
     import jax
     import jax.numpy as jnp
@@ -307,7 +309,7 @@ def run_jax(
 
     # XLA may leave out a rounding to bfloat16 and back; here it is to compute what the model says.
     @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-    def stages_of(model: Pi0, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array):
+    def stages_of(model: Pi0, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array) -> Any:
         def mean_loss(model: Pi0) -> tuple[jax.Array, dict[str, jax.Array]]:
             stages: dict[str, jax.Array] = {}
             return model.compute_loss(observation, actions, noise, time, stages).mean(), stages
@@ -324,9 +326,7 @@ def run_jax(
     return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(actions)), gradients_by_name)
 
 
-def run_torch(
-    checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool
-) -> Results:
+def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
     """All stages of a checkpoint in PyTorch."""
     import torch
 

@@ -162,6 +162,13 @@ class Rule:
         return [tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\S+", self.axes)]
 
 
+def _layer(index: Index) -> int:
+    """The layer that a table's tensor is asked for."""
+    if len(index) != 1 or not isinstance(index[0], int):
+        raise IndexError(f"{index} is not one layer's number")
+    return index[0]
+
+
 def _is_index(group: tuple[str, ...]) -> bool:
     return group[0].isdigit()
 
@@ -205,8 +212,7 @@ class Layout:
         table, sizes = parameters(config), axis_sizes(config)
         rules = {rule.ours: rule for rule in self.rules_for(config.kind)}
         return {
-            name: _ours_from(rules[name], parameter, sizes[scope_of(name)], source)
-            for name, parameter in table.items()
+            name: _ours_from(rules[name], parameter, sizes[scope_of(name)], source) for name, parameter in table.items()
         }
 
     def from_ours(self, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,9 +230,7 @@ class Layout:
         return {name: _theirs_from(name, shapes[name], parts[name], table, ours) for name in shapes}
 
 
-def compare_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
-) -> None:
+def compare_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise LayoutError that names every tensor that is missing, unknown or of another shape."""
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     problems += [f"unknown {name} {list(shape)}" for name, shape in found.items() if name not in expected]
@@ -265,8 +269,10 @@ def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: 
 
     def read(index: Index) -> np.ndarray:
         if "{l}" in rule.theirs:
-            return one(names[index[0]], None) if index else np.stack([one(name, None) for name in names])
-        return one(names[0], index[0] if index else None)
+            chosen = [names[_layer(index)]] if index else names
+            arrays = [one(name, None) for name in chosen]
+            return arrays[0] if index else np.stack(arrays)
+        return one(names[0], _layer(index) if index else None)
 
     return Tensor(parameter.shape, dtypes.pop(), read)
 
@@ -293,7 +299,7 @@ def _theirs_from(
         return array.reshape([int(np.prod(list(itertools.islice(lengths, len(g))))) for g in groups if g])
 
     def read(index: Index) -> np.ndarray:
-        layer = index[0] if index else None
+        layer = _layer(index) if index else None
         if layer is not None and parts[0][0].groups[0] != ("l",):
             raise IndexError(f"{name} is not stacked by layer")
         if not any(_is_index(g) for g in parts[0][0].groups):

@@ -7,6 +7,7 @@ dim, M mlp, L layers, V vocabulary. Layers are stacked on a leading axis and sca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x: Float[Array, "B T W"], condition: None) -> tuple[Float[Array, "B T W"], None]:
+    def __call__(
+        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"] | None
+    ) -> tuple[Float[Array, "B T W"], None]:
         scale = cast(self.scale[...], "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale)).astype(self.dtype), None
 
@@ -41,8 +44,9 @@ class AdaptiveRMSNorm(nnx.Module):
         self.modulation.kernel[...] = jnp.zeros((width, 3 * width))  # starts as the identity: gate 0
 
     def __call__(
-        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"]
+        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"] | None
     ) -> tuple[Float[Array, "B T W"], Float[Array, "B 1 W"]]:
+        assert condition is not None, "an adaptive norm needs a condition"
         scale, shift, gate = jnp.split(self.modulation(condition)[:, None], 3, axis=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).astype(self.dtype), gate
@@ -180,7 +184,7 @@ def joint_forward(
     `layers.{i}` [L, B, T, W] of the i-th expert.
     """
 
-    def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]):
+    def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
         xs, keys_values = joint_layer(scanned[0], xs, positions, mask, conditions, scanned[1])
         return xs, (keys_values, None if stages is None else xs)
 

@@ -7,6 +7,8 @@ Values are rounded to the compute dtype at the places that `pi0.numerics.ROUNDIN
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,7 @@ def cast(x: Array, place: str, dtype: str) -> Array:
 class Linear(nnx.Module):
     """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; in `dtype`, rounded once at the end."""
 
-    def __init__(
-        self, in_axes: tuple[int, ...], out_axes: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_axes: tuple[int, ...], out_axes: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs):
         self.in_ndim, self.dtype = len(in_axes), dtype
         scale = 1 / math.sqrt(math.prod(in_axes))
         init = jax.random.truncated_normal(rngs.params(), -2, 2, (*in_axes, *out_axes)) * scale
@@ -79,6 +79,6 @@ def attention(
     return out.reshape(batch, queries, heads, head_dim)
 
 
-def remat(function, config_remat: str):
+def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
     """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
     return function if config_remat == "none" else jax.checkpoint(function, prevent_cse=False)

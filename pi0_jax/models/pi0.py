@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_jax.models.gemma import Expert, joint_forward
-from pi0_jax.models.layers import Linear, cast
+from pi0_jax.models.layers import Linear
 from pi0_jax.models.siglip import SigLIP
 
 
@@ -179,4 +179,4 @@ class Pi0(nnx.Module):
             (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
             return x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon), None
 
-        return jax.lax.scan(step, noise.astype(jnp.float32), numerics.euler_times(num_steps))[0]
+        return jax.lax.scan(step, noise.astype(jnp.float32), jnp.asarray(numerics.euler_times(num_steps)))[0]

@@ -99,7 +99,7 @@ class SigLIP(nnx.Module):
         position = cast(self.position_embedding[...], "patches", self.dtype)
         x = (self.patch_embedding(image) + position).astype(self.dtype)
 
-        def layer(x: Array, block: Block):
+        def layer(x: Array, block: Block) -> tuple[Array, Array | None]:
             x = block(x)
             return x, None if stages is None else x
 

@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
         self.dtype = dtype
         self.scale = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Float[Tensor, "B T W"], condition: None) -> tuple[Float[Tensor, "B T W"], None]:
+    def forward(
+        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"] | None
+    ) -> tuple[Float[Tensor, "B T W"], None]:
         scale = cast(self.scale, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale)).to(getattr(torch, self.dtype)), None
 
@@ -43,8 +45,9 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.modulation.weight)  # starts as the identity: gate 0
 
     def forward(
-        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"]
+        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"] | None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B 1 W"]]:
+        assert condition is not None, "an adaptive norm needs a condition"
         scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate

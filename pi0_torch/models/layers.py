@@ -7,6 +7,8 @@ Values are rounded to the compute dtype at the places that `pi0.numerics.ROUNDIN
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ def attention(
     return out.reshape(batch, queries, heads, head_dim)
 
 
-def remat(function, config_remat: str):
+def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
     """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
     if config_remat == "none" or not torch.is_grad_enabled():
         return function

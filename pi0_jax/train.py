@@ -1,0 +1,234 @@
+"""Train a model: config, mesh, data, state, step, loop."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from pi0 import numerics
+from pi0.assets import Assets
+from pi0.config import ModelConfig
+from pi0.datasets import LeRobotDataset
+from pi0.fetch import fetch
+from pi0.normalize import NormStats
+from pi0.observation import Observation
+from pi0.pipeline import Pipeline
+from pi0.robots import ROBOTS
+from pi0.tokenizers import TextTokenizer
+from pi0_jax.checkpoints import Checkpoints
+from pi0_jax.data import FrameData, batch_indices, epoch_indices
+from pi0_jax.loading import abstract_model
+from pi0_jax.metrics import Metrics
+from pi0_jax.models.pi0 import Pi0
+from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+
+State = dict[str, Any]  # params, ema (or None), opt_state: plain nested dicts of arrays
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Run an experiment in `workdir`, going on from its newest checkpoint if there is one.
+
+    Leaves `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/<step>` in `workdir`, and returns the last
+    metrics. Raises ValueError for a config that cannot run, before anything is written, and FloatingPointError where
+    the loss is not finite.
+    """
+    # config
+    workdir = Path(workdir)
+    model_config = ModelConfig.from_dict(config.model.to_dict())
+    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+
+    # mesh
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    if config.batch_size % mesh.size:
+        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {mesh.size} devices")
+    replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    # data
+    assets, training, validation = load_data(config.data, model_config)
+    batch_indices(len(training), config.batch_size, config.seed, 0)  # refuses a batch larger than the data
+
+    # state
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    state = jax.jit(functools.partial(init_state, config, model_config, optimizer), out_shardings=replicated)()
+    start = checkpoints.latest_step or 0
+    if start:
+        state = checkpoints.restore(start, state)
+
+    # step
+    step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
+    loss_fn = jax.jit(functools.partial(validation_loss, model_config))
+    key = jax.random.key(config.seed)
+
+    # loop
+    last: dict[str, float] = {}
+    with Metrics(workdir, start, config.steps) as metrics:
+        window, window_start = [], time.perf_counter()
+        for step in range(start, config.steps):
+            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step))
+            state, scalars = step_fn(state, jax.device_put(batch, by_row), jax.random.fold_in(key, step))
+            window.append(scalars)
+            metrics.advance()
+            done = step + 1
+            if step == start or done % config.log_every == 0 or done == config.steps:
+                means = {name: float(np.mean([row[name] for row in window])) for name in scalars}
+                if not np.isfinite(means["loss"]):
+                    raise FloatingPointError(f"the loss is {means['loss']} at step {done}; lower optimizer.peak_lr?")
+                means["samples_per_second"] = len(window) * config.batch_size / (time.perf_counter() - window_start)
+                means["learning_rate"] = float(schedule(step))
+                metrics.write(done, means)
+                last |= means
+                window, window_start = [], time.perf_counter()
+            if validation and (done % config.eval_every == 0 or done == config.steps):
+                losses = [
+                    loss_fn(inference_params(state), jax.device_put(validation.batch(indices), by_row))
+                    for indices in epoch_indices(len(validation), config.batch_size)
+                ]
+                last["validation_loss"] = float(np.mean(losses))
+                metrics.write(done, {"validation_loss": last["validation_loss"]})
+                window_start = time.perf_counter()
+            if done % config.save_every == 0 or done == config.steps:
+                checkpoints.save(done, inference_params(state), state, assets)
+        checkpoints.close()
+    return last
+
+
+def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[Assets, FrameData, FrameData | None]:
+    """The run's assets, with norm stats of the training episodes, and its training and validation frames."""
+    root, held_out = fetch(config.root), set(config.validation_episodes)
+    if config.robot not in ROBOTS:
+        raise ValueError(f"data.robot is {config.robot!r}; known robots are {', '.join(ROBOTS)}")
+    every = [episode.index for episode in LeRobotDataset(root).episodes]
+    if not held_out < set(every):
+        raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
+    kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
+    assets = Assets(
+        model,
+        norm_stats={
+            "state": NormStats.from_data(kept.table("observation.state")),
+            "actions": NormStats.from_data(kept.table("action")),
+        },
+        asset_id=config.asset_id,
+        normalization=config.normalization,
+        tokenizer=TextTokenizer(config.tokenizer).reference(),
+        robot=config.robot,
+    )
+    pipeline = Pipeline.from_assets(assets)
+    validation = None
+    if held_out:
+        dataset = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=sorted(held_out))
+        validation = FrameData(dataset, pipeline, model)
+    return assets, FrameData(kept, pipeline, model), validation
+
+
+def init_state(config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
+    """Freshly initialized parameters, their moving average, and the optimizer's state."""
+    params = nnx.to_pure_dict(nnx.state(Pi0(model, rngs=nnx.Rngs(config.seed))))
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return {"params": params, "ema": ema, "opt_state": optimizer.init(params)}
+
+
+def inference_params(state: State) -> Any:
+    """What is evaluated and exported: the moving average where there is one."""
+    return state["params"] if state["ema"] is None else state["ema"]
+
+
+def merge(model: ModelConfig, params: Any) -> Pi0:
+    """The model with parameters as nested dicts."""
+    graphdef, state = nnx.split(abstract_model(model))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gaussian noise [B, T, A] and flow time [B] = Beta(1.5, 1)·0.999 + 0.001 (openpi `Pi0.compute_loss`)."""
+    noise_key, time_key = jax.random.split(key)
+    time = jax.random.beta(time_key, *numerics.TIME_BETA, actions.shape[:1])
+    return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
+
+
+def train_step(
+    config: ml_collections.ConfigDict,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    batch: tuple[Observation, jax.Array],
+    key: jax.Array,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update; returns the new state and its scalars."""
+    observation, actions = batch
+    noise, flow_time = noise_and_time(key, actions)
+
+    def mean_loss(params: Any) -> jax.Array:
+        return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
+
+    loss, grads = jax.value_and_grad(mean_loss)(state["params"])
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
+    scalars = {"loss": loss, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    return {"params": params, "ema": ema, "opt_state": opt_state}, scalars
+
+
+def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
+    """The mean loss of a batch, with the same noise and times at every evaluation."""
+    observation, actions = batch
+    noise, flow_time = noise_and_time(jax.random.key(0), actions)
+    return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-train`."""
+    parser = argparse.ArgumentParser(
+        prog="pi0-train",
+        description="Train a model as an experiment's config file says. Any value of the config can be set on the "
+        "command line. A run whose folder has checkpoints goes on from the newest one.",
+        epilog="examples:\n"
+        "  pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld\n"
+        "  pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/pi05 --config.steps=1000\n"
+        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n\n"
+        "what a run leaves in its folder:\n"
+        "  config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/{params,train_state,assets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
+    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    args, overrides = parser.parse_known_args(arguments)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        train(read_config(args.config, overrides), args.workdir)
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"pi0-train: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    """The config of an experiment file, with `--config.name=value` applied. Raises flags.Error for unknown names."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    rest = values(["pi0-train", f"--config={file}", *overrides])[1:]
+    if rest:
+        raise flags.Error(f"unknown arguments {rest}; a config's value is set by --config.name=value")
+    return values.config
+
+
+if __name__ == "__main__":
+    main()
