@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert.conversion import convert
-from convert.parity import compare
+from convert.parity import Inputs, compare
 from pi0.assets import Assets
 from pi0.datasets import LeRobotDataset
-from pi0.fetch import fetch
+from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
 from pi0.plots import plot_actions, plot_loss
@@ -22,24 +26,22 @@ from pi0.plots import plot_actions, plot_loss
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # what the demo has to reach: final against first loss, error against the mean's
 
 
-def demo(workdir: Path, steps: int | None = None, episode: int = 3) -> dict[str, float]:
+def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
     """Run the demo in an empty `workdir` and return its figures.
 
-    `episode` is one that training holds out. Leaves checkpoints, an `export` folder, `metrics.jsonl`, `parity.json`,
-    `loss.png` and `actions.png`. Raises RuntimeError where the frameworks differ.
+    Leaves checkpoints, an `export` folder, `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises
+    RuntimeError where the frameworks differ.
     """
     import jax
 
     from configs.metaworld_demo import get_config
     from pi0_jax.train import train
 
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "pi0" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     start = time.perf_counter()
     config = get_config()
     if steps is not None:
         config.steps = steps
-    if episode not in config.data.validation_episodes:
-        raise ValueError(f"episode {episode} is trained on; choose one of {list(config.data.validation_episodes)}")
 
     say("1. Train a small π0 in JAX on recordings of a simulated robot")
     metrics = train(config, workdir)
@@ -51,58 +53,91 @@ def demo(workdir: Path, steps: int | None = None, episode: int = 3) -> dict[str,
     size = (export / "model.safetensors").stat().st_size / 2**20
     print(f"{len(result.in_layout('ours_torch'))} tensors, {size:.1f} MiB in {export}")
 
-    say("3. Compare the two, stage by stage, on the same inputs")
-    report = compare(checkpoint, export)
+    say("3. Compare the two, stage by stage, on frames of episodes that training did not see")
+    held_out = HeldOut.load(export, fetch(config.data.root), config.data.validation_episodes)
+    report = compare(checkpoint, export, inputs=held_out.parity_inputs(rows=4))
     print(report.table())
     (workdir / "parity.json").write_text(report.to_json() + "\n")
     if not report.passed:
         raise RuntimeError("the exported model does not compute what the trained one does")
 
-    say(f"4. Predict the actions of episode {episode}, which training did not see, in both frameworks")
-    root = fetch(config.data.root)
-    figures = evaluate(checkpoint, export, root, episode, workdir / "actions.png")
-    figures |= {"first_loss": first_loss(workdir), "last_loss": metrics["loss"]}
-    figures["seconds"] = time.perf_counter() - start
+    say("4. Predict the actions of those episodes, in both frameworks")
+    figures = evaluate(held_out, checkpoint, export, workdir / "actions.png")
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    figures |= {"first_loss": first, "last_loss": metrics["loss"], "seconds": time.perf_counter() - start}
     summarize(figures, workdir)
     return figures
 
 
-def evaluate(checkpoint: Path, export: Path, root: Path, episode: int, picture: Path) -> dict[str, float]:
-    """Mean squared error over a recorded episode, open loop: a new chunk of actions whenever the last one is used up.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Episodes that training did not see: every T-th frame of each as model input, F chunks in all."""
 
-    In units of each dimension's standard deviation in training, so that all dimensions count alike; against that of
-    always predicting the mean action.
+    assets: Assets
+    pipeline: Pipeline
+    datasets: list[LeRobotDataset]  # one per episode
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, export: Path, root: Path, episodes: Sequence[int]) -> HeldOut:
+        """The episodes of a dataset, as the model in `export` sees them."""
+        assets = Assets.load(export)
+        if assets is None:
+            raise ValueError(f"{export} has no config.json")
+        pipeline, horizon = Pipeline.from_assets(assets), assets.model.action_horizon
+        datasets = [LeRobotDataset(root, action_horizon=horizon, episodes=[episode]) for episode in episodes]
+        return cls(assets, pipeline, datasets, [pipeline(d[i]) for d in datasets for i in range(0, len(d), horizon)])
+
+    def observation(self, rows: Sequence[dict[str, Any]]) -> Observation:
+        """Some rows as a batch."""
+        data = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "actions"}
+        return Observation.from_dict(data, self.assets.model)
+
+    def parity_inputs(self, rows: int) -> Inputs:
+        """A few rows, spread over all, with their recorded actions."""
+        chosen = [self.rows[i] for i in np.linspace(0, len(self.rows) - 1, rows).astype(int)]
+        actions = np.stack([row["actions"] for row in chosen])
+        rng = np.random.default_rng(0)
+        noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
+        return Inputs(self.observation(chosen), actions, noise.astype(np.float32), flow_time.astype(np.float32))
+
+
+def evaluate(held_out: HeldOut, checkpoint: Path, export: Path, picture: Path) -> dict[str, float]:
+    """Predict every held-out episode open loop: a new chunk of actions whenever the last one is used up.
+
+    Errors are mean squares in units of each dimension's standard deviation in training, so that all dimensions count
+    alike, beside those of always predicting the mean action. Draws the last episode.
     """
-    assets = Assets.load(export)
-    assert assets is not None and assets.norm_stats is not None
-    pipeline, model = Pipeline.from_assets(assets), assets.model
-    dataset = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[episode])
-    frames = [dataset[i] for i in range(0, len(dataset), model.action_horizon)]
-    rows = [pipeline(frame) for frame in frames]
-    data = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "actions"}
-    observation = Observation.from_dict(data, model)
-    shape = (len(rows), model.action_horizon, model.action_dim)
+    assets, pipeline = held_out.assets, held_out.pipeline
+    assert assets.norm_stats is not None
+    stats, observation = assets.norm_stats["actions"], held_out.observation(held_out.rows)
+    shape = (len(held_out.rows), assets.model.action_horizon, assets.model.action_dim)
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    chunks = {"JAX": sample_jax(checkpoint, observation, noise), "PyTorch": sample_torch(export, observation, noise)}
+    predicted = {name: np.stack([pipeline.actions(c) for c in chunk]) for name, chunk in chunks.items()}
 
-    recorded = dataset.table("action")
-    stats = assets.norm_stats["actions"]
-    predicted = {}
-    for name, sample in (("JAX", sample_jax), ("PyTorch", sample_torch)):
-        actions = sample(checkpoint if name == "JAX" else export, observation, noise)
-        chunks = np.stack([pipeline.actions(chunk) for chunk in actions])
-        predicted[name] = chunks.reshape(-1, chunks.shape[-1])[: len(recorded)]
-    names = dataset.features["action"]["names"]
-    task = frames[0]["task"]
-    plot_actions(recorded, predicted, names, picture, f"episode {episode}: {task}")
+    print(f"{'episode':>7}  {'task':<32}{'frames':>7}{'error':>9}{'mean action':>13}")
+    start, errors = 0, []
+    for dataset in held_out.datasets:
+        recorded, count = dataset.table("action"), -(-len(dataset) // assets.model.action_horizon)
+        own = {
+            name: p[start : start + count].reshape(-1, p.shape[-1])[: len(recorded)] for name, p in predicted.items()
+        }
+        start += count
+        # The order of frameworks is that of the columns returned below; the last one is the mean action.
+        guesses = [*own.values(), np.broadcast_to(stats.mean, recorded.shape)]
+        errors += [[np.square((guess - recorded) / stats.std).mean(1) for guess in guesses]]
+        _, torch_error, mean_error = (float(e.mean()) for e in errors[-1])
+        number, task = dataset.episodes[0].index, dataset[0]["task"]
+        print(f"{number:>7}  {task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
+    plot_actions(recorded, own, dataset.features["action"]["names"], picture, f"episode {number}: {task}")
 
-    def error(actions: np.ndarray) -> float:
-        return float(np.mean(np.square((actions - recorded) / (stats.std + 1e-6))))
-
+    jax_error, torch_error, mean_error = (float(np.concatenate(e).mean()) for e in zip(*errors, strict=True))
     difference = np.linalg.norm(predicted["PyTorch"] - predicted["JAX"]) / np.linalg.norm(predicted["JAX"])
     return {
-        "jax_error": error(predicted["JAX"]),
-        "torch_error": error(predicted["PyTorch"]),
-        "mean_error": error(np.broadcast_to(stats.mean, recorded.shape)),
+        "jax_error": jax_error,
+        "torch_error": torch_error,
+        "mean_error": mean_error,
         "framework_difference": float(difference),
     }
 
@@ -126,13 +161,6 @@ def sample_torch(path: Path, observation: Observation, noise: np.ndarray) -> np.
 
     model = pi0_torch.load(path)
     return model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(noise)).numpy()
-
-
-def first_loss(workdir: Path) -> float:
-    """The loss of the first step of a run."""
-    import json
-
-    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
 def say(title: str) -> None:
@@ -166,13 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="pi0-demo",
         description="Train a small π0 in JAX on the bundled recordings of a simulated robot, export it to PyTorch, "
-        "prove the two equal and predict the actions of an episode that training did not see. A few minutes on two "
+        "prove the two equal and predict the actions of episodes that training did not see. A few minutes on two "
         "CPU cores; nothing is downloaded.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="the run's folder (default runs/demo)")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
-    parser.add_argument("--episode", type=int, default=3, help="the held-out episode to predict (default 3)")
     parser.add_argument("--keep", action="store_true", help="go on from the checkpoints in the folder")
     args = parser.parse_args(arguments)
     if args.workdir.exists() and not args.keep:
@@ -181,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         shutil.rmtree(args.workdir)
     try:
-        demo(args.workdir, args.steps, args.episode)
+        demo(args.workdir, args.steps)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pi0-demo: {error}", file=sys.stderr)
         sys.exit(1)

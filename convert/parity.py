@@ -164,13 +164,13 @@ def compare(
     dtype: str = "float32",
     framework_a: str | None = None,
     framework_b: str | None = None,
-    inputs: Path | None = None,
+    inputs: Inputs | Path | None = None,
     batch: int = 2,
     seed: int = 0,
     num_steps: int = 10,
     gradients: bool = True,
 ) -> Report:
-    """Run two checkpoints on the same inputs and compare every stage.
+    """Run two checkpoints on the same inputs (given, in an npz file, or random) and compare every stage.
 
     Each runs in its layout's framework, or in the one given. In float32 the tolerances are `FLOAT32_TOLERANCE`. In
     bfloat16 both also run in float32, and the two may be no further apart than independent rounding errors of the
@@ -179,7 +179,10 @@ def compare(
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
-    batch_inputs = Inputs.random(config, batch, seed) if inputs is None else Inputs.load(inputs, config)
+    if inputs is None:
+        inputs = Inputs.random(config, batch, seed)
+    elif not isinstance(inputs, Inputs):
+        inputs = Inputs.load(inputs, config)
     frameworks = tuple(
         given or _framework_of(c) for given, c in zip((framework_a, framework_b), checkpoints, strict=True)
     )
@@ -188,7 +191,7 @@ def compare(
         model = dataclasses.replace(config, dtype=dtype)
         with exact_matmuls():
             runner = {"jax": run_jax, "torch": run_torch}[frameworks[i]]
-            results = runner(checkpoints[i], model, batch_inputs, num_steps, gradients)
+            results = runner(checkpoints[i], model, inputs, num_steps, gradients)
         gc.collect()
         return results
 
@@ -229,22 +232,21 @@ def errors(a: Results, b: Results) -> dict[str, tuple[float, float]]:
 
 def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """Of all parameters together, and of the worst one; one parameter at a time, since together they are large."""
-    floor = GRADIENT_FLOOR * _norm([_norm(g) for g in a.values()])
-    each = {name: _error(a[name], b[name], floor) for name in a}
-    differences = [_norm(b[n].astype(np.float64) - a[n]) for n in a]
-    largest = max(float(np.abs(g).max()) for g in a.values())
-    worst = max(float(np.abs(b[n].astype(np.float64) - a[n]).max()) for n in a)
+    norm, largest = _norm([_norm(g) for g in a.values()]), max(float(np.abs(g).max()) for g in a.values())
+    each = {name: _error(a[name], b[name], GRADIENT_FLOOR * largest, GRADIENT_FLOOR * norm) for name in a}
+    differences = [(float(np.abs(d).max()), _norm(d)) for d in (b[n].astype(np.float64) - a[n] for n in a)]
     return {
-        "gradients, all": (worst / largest, _norm(differences) * GRADIENT_FLOOR / floor),
+        "gradients, all": (max(d[0] for d in differences) / largest, _norm([d[1] for d in differences]) / norm),
         "gradients, worst parameter": max(each.values(), key=lambda error: error[1]),
     }
 
 
-def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> tuple[float, float]:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0, norm_floor: float = 0.0) -> tuple[float, float]:
+    """Largest error against the largest value, and error against value in L2 norm; values are at least the floors."""
+    a, difference = a.astype(np.float64), b.astype(np.float64) - a
     tiny = float(np.finfo(np.float64).tiny)
-    largest = float(np.abs(a - b).max()) / max(float(np.abs(a).max()), tiny)
-    return largest, _norm(a - b) / max(_norm(a), floor, tiny)
+    largest = float(np.abs(difference).max()) / max(float(np.abs(a).max()), floor, tiny)
+    return largest, _norm(difference) / max(_norm(a), norm_floor, tiny)
 
 
 def _norm(x: ArrayLike) -> float:

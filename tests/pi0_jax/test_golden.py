@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import pi0_jax
+from convert.layouts import Tensor
+from pi0_jax.loading import parameters_of
+from tests.golden_case import CASES, GoldenCase, check_bfloat16, check_float32, check_gradients
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
+
+@partial(jax.jit, static_argnames="gradients")
+def run(model, observation, actions, noise, time, gradients):
+    def mean_loss(model):
+        stages = {}
+        return model.compute_loss(observation, actions, noise, time, stages).mean(), stages
+
+    if gradients:
+        gradient, stages = jax.grad(mean_loss, has_aux=True)(model)
+    else:
+        gradient, stages = None, mean_loss(model)[1]
+    stages["actions_3_steps"] = model.sample_actions(observation, noise, 3)
+    stages["actions_10_steps"] = model.sample_actions(observation, noise, 10)
+    return stages, gradient
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name: str):
+    case = GoldenCase(name)
+    model = pi0_jax.load(case.checkpoint, config=case.config("float32"))
+    stages, gradient = run(model, *case.inputs(), gradients=True)
+    check_float32(case, stages)
+    check_gradients(case, {n: Tensor.of(np.asarray(g)) for n, g in parameters_of(gradient).items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16(name: str):
+    case = GoldenCase(name)
+    model = pi0_jax.load(case.checkpoint, config=case.config("float32"), dtype="bfloat16")
+    assert {x.dtype.name for x in parameters_of(model).values()} == {"float32"}
+    check_bfloat16(case, run(model, *case.inputs(), gradients=False)[0])

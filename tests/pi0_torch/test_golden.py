@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import pi0_torch
+from convert.layouts import LAYOUTS, Tensor
+from pi0_torch.loading import parameters_of
+from tests.golden_case import CASES, GoldenCase, check_bfloat16, check_float32, check_gradients
+
+
+def run(model: pi0_torch.Pi0, case: GoldenCase) -> dict[str, np.ndarray]:
+    observation, *arrays = case.inputs()
+    observation, (actions, noise, time) = pi0_torch.to_device(observation), map(torch.from_numpy, arrays)
+    stages: dict[str, torch.Tensor] = {}
+    model.compute_loss(observation, actions, noise, time, stages).mean().backward()
+    stages["actions_3_steps"] = model.sample_actions(observation, noise, 3)
+    stages["actions_10_steps"] = model.sample_actions(observation, noise, 10)
+    return {key: value.detach().float().numpy() for key, value in stages.items()}
+
+
+def gradients(model: pi0_torch.Pi0) -> dict[str, Tensor]:
+    """By our names in JAX. The last prefix layer's output and what follows it reach no loss: no gradient is zero."""
+    named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return LAYOUTS["ours_torch"].to_ours(model.config, parameters_of(named))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name: str):
+    case = GoldenCase(name)
+    model = pi0_torch.load(case.checkpoint, config=case.config("float32"))
+    check_float32(case, run(model, case))
+    check_gradients(case, gradients(model))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16(name: str):
+    case = GoldenCase(name)
+    model = pi0_torch.load(case.checkpoint, config=case.config("float32"), dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    check_bfloat16(case, run(model, case))
