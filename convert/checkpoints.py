@@ -316,7 +316,7 @@ def _umask() -> int:
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:
     """Write a checkpoint into `folder` in another layout, with its config, norm stats and tokenizer reference."""
     tensors = checkpoint.in_layout(layout)
-    if layout == "ours_torch":
+    if layout == "pi0_torch":
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
         checkpoint.assets.save(folder / "assets", config_folder=folder)
     else:

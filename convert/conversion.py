@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         "every tensor must fit, none may be missing or left over, and what was written is read again and compared "
         "byte by byte.",
         epilog="examples:\n"
-        "  pi0-convert runs/demo/checkpoints/400 exported --to ours_torch     a training run to PyTorch\n"
-        "  pi0-convert checkpoints/pi0_base/params exported --to ours_torch   an openpi checkpoint to PyTorch\n"
+        "  pi0-convert runs/demo/checkpoints/400 exported --to pi0_torch     a training run to PyTorch\n"
+        "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch   an openpi checkpoint to PyTorch\n"
         "  pi0-convert exported back --to openpi_jax                          and back, the same bytes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

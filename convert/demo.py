@@ -49,9 +49,9 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
 
     say("2. Export it to PyTorch; every byte is read again and compared")
     checkpoint, export = workdir / "checkpoints" / str(config.steps), workdir / "export"
-    result = convert(checkpoint, export, to="ours_torch")
+    result = convert(checkpoint, export, to="pi0_torch")
     size = (export / "model.safetensors").stat().st_size / 2**20
-    print(f"{len(result.in_layout('ours_torch'))} tensors, {size:.1f} MiB in {export}")
+    print(f"{len(result.in_layout('pi0_torch'))} tensors, {size:.1f} MiB in {export}")
 
     say("3. Compare the two, stage by stage, on frames of episodes that training did not see")
     held_out = HeldOut.load(export, fetch(config.data.root), config.data.validation_episodes)

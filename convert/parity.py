@@ -335,7 +335,7 @@ def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_s
     from pi0_torch import to_device
     from pi0_torch.loading import parameters_of, to_numpy, to_torch, with_parameters
 
-    tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("ours_torch").items()}
+    tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("pi0_torch").items()}
     model = with_parameters(config, tensors)
     observation, noise = to_device(inputs.observation), torch.from_numpy(inputs.noise)
     stages: dict[str, torch.Tensor] = {}
@@ -348,7 +348,7 @@ def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_s
         names, params = zip(*model.named_parameters(), strict=True)
         values = torch.autograd.grad(loss.mean(), params, materialize_grads=True)
         theirs = parameters_of(dict(zip(names, values, strict=True)))
-        ours = LAYOUTS["ours_torch"].to_ours(config, theirs)
+        ours = LAYOUTS["pi0_torch"].to_ours(config, theirs)
         by_name = {name: tensor.read(()) for name, tensor in ours.items()}
     actions = model.sample_actions(observation, noise, num_steps)
     arrays = {name: to_numpy(x) for name, x in stages.items()}

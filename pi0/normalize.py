@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,8 @@ def _entry(where: str, entry: object) -> NormStats:
     if missing:
         raise ValueError(f"{where}: {missing} missing; it has {sorted(entry)}")
     try:
-        return NormStats(**{f.name: entry.get(f.name) for f in dataclasses.fields(NormStats)})
+        fields: dict[str, Any] = {f.name: entry.get(f.name) for f in dataclasses.fields(NormStats)}
+        return NormStats(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 

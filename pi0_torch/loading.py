@@ -36,7 +36,7 @@ def load(
         model = dataclasses.replace(model, dtype=dtype)
     params = {
         name: to_torch(tensor.read(())).to(device, None if param_dtype is None else getattr(torch, param_dtype))
-        for name, tensor in checkpoint.in_layout("ours_torch").items()
+        for name, tensor in checkpoint.in_layout("pi0_torch").items()
     }
     return with_parameters(model, params)
 

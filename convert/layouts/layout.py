@@ -192,7 +192,8 @@ class Layout:
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor of this layout and its shape, in a fixed order; nothing is allocated."""
-        sizes, shapes = axis_sizes(config), {}
+        sizes = axis_sizes(config)
+        shapes: dict[str, list[int]] = {}
         for rule in self.rules_for(config.kind):
             scope = sizes[scope_of(rule.ours)]
             for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):

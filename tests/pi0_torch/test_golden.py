@@ -23,7 +23,7 @@ def run(model: pi0_torch.Pi0, case: GoldenCase) -> dict[str, np.ndarray]:
 def gradients(model: pi0_torch.Pi0) -> dict[str, Tensor]:
     """By our names in JAX. The last prefix layer's output and what follows it reach no loss: no gradient is zero."""
     named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    return LAYOUTS["ours_torch"].to_ours(model.config, parameters_of(named))
+    return LAYOUTS["pi0_torch"].to_ours(model.config, parameters_of(named))
 
 
 @pytest.mark.parametrize("name", CASES)

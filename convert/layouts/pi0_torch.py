@@ -25,4 +25,4 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
 
 _AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind).items()}
 
-LAYOUT = Layout("ours_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()))
+LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()))

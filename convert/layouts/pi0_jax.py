@@ -6,4 +6,4 @@ from convert.layouts.layout import Layout, Rule, axes_of
 
 _AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind).items()}
 
-LAYOUT = Layout("ours_jax", tuple(Rule(name, name.replace(".", "/"), " ".join(axes)) for name, axes in _AXES.items()))
+LAYOUT = Layout("pi0_jax", tuple(Rule(name, name.replace(".", "/"), " ".join(axes)) for name, axes in _AXES.items()))

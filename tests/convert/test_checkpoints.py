@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pi0_jax
+import pi0_torch
+from convert import checkpoints
+from convert.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    new_folder,
+    open_checkpoint,
+    read_orbax,
+    read_safetensors,
+    write_checkpoint,
+    write_orbax,
+    write_safetensors,
+)
+from convert.conversion import convert
+from convert.conversion import main as convert_main
+from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from pi0.assets import Assets
+from pi0.config import ModelConfig
+from pi0.normalize import NormStats
+from tests.golden_case import CASES, GoldenCase
+
+CONFIG = ModelConfig.variant("tiny")
+
+
+def random_checkpoint(variant: str = "tiny", dtype: str = "float32") -> Checkpoint:
+    config, rng = ModelConfig.variant(variant), np.random.default_rng(0)
+    ours = {name: Tensor.of((rng.normal(size=p.shape) * 0.1).astype(dtype)) for name, p in parameters(config).items()}
+    stats = NormStats.from_data(rng.normal(size=(10, 4)))
+    assets = Assets(config, {"state": stats, "actions": stats}, "lab", "zscore", {"kind": "sentencepiece"}, "metaworld")
+    return Checkpoint(Path("memory"), LAYOUTS["pi0_jax"], assets, ours)
+
+
+def write(checkpoint: Checkpoint, folder: Path, layout: str) -> Path:
+    with new_folder(folder) as temporary:
+        write_checkpoint(checkpoint, temporary, layout)
+    return folder
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        one, other = a[name].read(()), b[name].read(())
+        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict[str, Path]:
+    """A tiny checkpoint in every layout; not to be changed."""
+    root = tmp_path_factory.mktemp("stored")
+    return {layout: write(random_checkpoint(), root / layout, layout) for layout in LAYOUTS}
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32")])
+def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: str, tmp_path):
+    checkpoint = random_checkpoint(variant, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    opened = open_checkpoint(write(checkpoint, tmp_path / "out", layout))
+    assert opened.layout.name == layout
+    assert_same(opened.ours, checkpoint.ours)
+    assert opened.assets.model == checkpoint.assets.model and opened.assets.tokenizer == checkpoint.assets.tokenizer
+    np.testing.assert_array_equal(opened.assets.norm_stats["state"].q99, checkpoint.assets.norm_stats["state"].q99)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_openpi_checkpoints_go_around_all_layouts(name: str, tmp_path):
+    """Both of openpi's styles: released key paths (π0) and those of a training run (π0.5)."""
+    case = GoldenCase(name)
+    source = open_checkpoint(case.checkpoint, case.config("float32"))
+    convert(case.checkpoint, tmp_path / "torch", to="pi0_torch", config=case.config("float32"))
+    convert(tmp_path / "torch", tmp_path / "jax", to="pi0_jax")
+    convert(tmp_path / "jax", tmp_path / "openpi", to="openpi_jax")
+    assert_same(read_orbax(tmp_path / "openpi" / "params"), read_orbax(case.checkpoint / "params"))
+    assert_same(open_checkpoint(tmp_path / "openpi").ours, source.ours)
+
+
+def test_conversion_is_deterministic(stored, tmp_path):
+    for name in ("a", "b"):
+        convert(stored["pi0_jax"], tmp_path / name, to="pi0_torch")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == other
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_models_load_from_every_layout(stored, layout: str):
+    """Both frameworks, in the dtypes asked for."""
+    model = pi0_jax.load(stored[layout], dtype="bfloat16", param_dtype="bfloat16")
+    assert model.config.dtype == "bfloat16" and model.paligemma.embedding[...].dtype == "bfloat16"
+    module = pi0_torch.load(stored[layout], dtype="bfloat16", param_dtype="bfloat16")
+    assert module.config.dtype == "bfloat16" and str(module.paligemma.embedding.dtype) == "torch.bfloat16"
+    assert str(pi0_torch.load(stored[layout]).paligemma.embedding.dtype) == "torch.float32"
+
+
+# ---- other libraries' files
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+def test_orbax_reads_what_we_write(dtype, tmp_path):
+    import orbax.checkpoint as ocp
+
+    tensors = {name: Tensor.of(np.arange(6.0).astype(dtype).reshape(2, 3)) for name in ("a/b", "a/c", "d")}
+    write_orbax(tmp_path / "params", tensors, ("params",))
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "params")["params"]
+    for array in (restored["a"]["b"], restored["a"]["c"], restored["d"]):
+        assert np.asarray(array).tobytes() == tensors["d"].read(()).tobytes()
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_we_read_what_orbax_writes(zarr3: bool, ocdbt: bool, tmp_path):
+    import orbax.checkpoint as ocp
+
+    tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(4, ml_dtypes.bfloat16)}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "x", args=ocp.args.PyTreeSave(tree))
+    found = read_orbax(tmp_path / "x")
+    assert_same(found, {"a/b": Tensor.of(tree["a"]["b"]), "c": Tensor.of(tree["c"])})
+
+
+def test_safetensors_library_reads_what_we_write(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.ones((3,), ml_dtypes.bfloat16)}
+    write_safetensors(tmp_path / "m", {k: Tensor.of(v) for k, v in tensors.items()}, {"format": "pt"})
+    loaded = load_file(tmp_path / "m")
+    assert loaded["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert str(loaded["y"].dtype) == "torch.bfloat16" and loaded["y"].tolist() == [1, 1, 1]
+
+
+def test_we_read_what_the_safetensors_library_writes(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(3, dtype=torch.bfloat16)}, tmp_path / "m")
+    found = read_safetensors(tmp_path / "m")
+    assert_same(
+        {k: found[k] for k in ("x", "y")},
+        {"x": Tensor.of(np.arange(6, dtype="f4").reshape(2, 3)), "y": Tensor.of(np.ones(3, ml_dtypes.bfloat16))},
+    )
+
+
+# ---- anything wrong with any one tensor
+
+Damage = Callable[[dict[str, Tensor], str], None]
+
+
+def _remove(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def _add(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}_copy"] = tensors[name]
+
+
+def _rename(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}_copy"] = tensors.pop(name)
+
+
+def _reshape(tensors: dict[str, Tensor], name: str) -> None:
+    array = tensors[name].read(())
+    tensors[name] = Tensor.of(np.concatenate([array, array[:1]]))
+
+
+def _transpose(tensors: dict[str, Tensor], name: str) -> None:
+    array = tensors[name].read(())
+    tensors[name] = Tensor.of(array[None] if array.T.shape == array.shape else array.T)
+
+
+@pytest.mark.parametrize("damage", [_remove, _add, _rename, _reshape, _transpose])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stored, tmp_path, monkeypatch):
+    """Every tensor in turn; the files are those in `stored`, what is read from them is damaged on the way."""
+    folder = stored[layout]
+    reader = "read_safetensors" if layout == "pi0_torch" else "read_orbax"
+    file = folder / ("model.safetensors" if layout == "pi0_torch" else "params")
+    intact = {n: Tensor.of(np.array(t.read(()))) for n, t in getattr(checkpoints, reader)(file).items()}
+    for name in intact:
+        damaged = dict(intact)
+        damage(damaged, name)
+        monkeypatch.setattr(checkpoints, reader, lambda _, damaged=damaged: damaged)
+        for attempt in (
+            lambda: pi0_jax.load(folder),
+            lambda: pi0_torch.load(folder),
+            lambda: convert(folder, tmp_path / "out", to="pi0_jax"),
+        ):
+            with pytest.raises(LayoutError) as error:
+                attempt()
+            assert name in str(error.value)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [_remove, _add, _rename, _reshape])
+def test_damaged_files_are_refused(damage: Damage, stored, tmp_path, capsys):
+    """The same through real files and the command."""
+    folder = shutil.copytree(stored["pi0_torch"], tmp_path / "source")
+    tensors = {n: Tensor.of(np.array(t.read(()))) for n, t in read_safetensors(folder / "model.safetensors").items()}
+    damage(tensors, "action_in_proj.weight")
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(SystemExit) as stop:
+        convert_main([str(folder), str(tmp_path / "out"), "--to", "openpi_jax"])
+    assert stop.value.code == 1 and "action_in_proj.weight" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -4096, -1])
+def test_truncated_safetensors(keep: int, stored, tmp_path):
+    folder = shutil.copytree(stored["pi0_torch"], tmp_path / "source")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_checkpoint(folder)
+
+
+def test_trailing_bytes_in_safetensors(stored, tmp_path):
+    folder = shutil.copytree(stored["pi0_torch"], tmp_path / "source")
+    with (folder / "model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(CheckpointError, match="its header says"):
+        open_checkpoint(folder)
+
+
+def test_missing_orbax_files(stored, tmp_path):
+    folder = shutil.copytree(stored["pi0_jax"], tmp_path / "source")
+    data = max((f for f in (folder / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data.unlink()
+    with pytest.raises(CheckpointError, match="params"):
+        for tensor in open_checkpoint(folder).ours.values():
+            tensor.read(())
+    (folder / "params" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match="_METADATA"):
+        open_checkpoint(folder)
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="folder"):
+        open_checkpoint(tmp_path / "file")
+
+
+def test_whole_numbers_are_no_weights(stored, tmp_path):
+    folder = shutil.copytree(stored["pi0_torch"], tmp_path / "source")
+    tensors = dict(read_safetensors(folder / "model.safetensors"))
+    tensors = {n: Tensor.of(np.array(t.read(()))) for n, t in tensors.items()}
+    tensors["state_proj.bias"] = Tensor.of(tensors["state_proj.bias"].read(()).astype(np.int32))
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(LayoutError, match=r"state_proj\.bias.*int32"):
+        open_checkpoint(folder)
+
+
+# ---- nothing partial is left behind
+
+
+def test_an_existing_target_is_kept(stored, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
+    convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing(stored, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.Assets, "save", fail)  # after the weights
+    with pytest.raises(OSError, match="No space"):
+        convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_reads_what_was_written(stored, tmp_path, monkeypatch):
+    def corrupt(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        write_safetensors(file, tensors, metadata)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", corrupt)
+    with pytest.raises(CheckpointError, match="was not written as it was read"):
+        convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
+    assert not list(tmp_path.iterdir())
