@@ -174,4 +174,4 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
-    return np.asarray(canvas)
+    return np.array(canvas)  # a copy: PIL's own memory is read-only, which torch warns about

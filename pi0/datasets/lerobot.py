@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.video.reformatter import VideoReformatter
 
 STATE, ACTION = "observation.state", "action"
 VERSIONS = ("v3.0",)
+MAX_OPEN_VIDEOS = 64  # per dataset; beyond it the one opened first is closed
 
 
 class DatasetError(ValueError):
@@ -83,7 +86,7 @@ class LeRobotDataset:
         self._rows = self._read_rows()
         lengths = [episode.length for episode in self.episodes]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
-        self._videos: dict[Path, Video] = {}
+        self._videos: dict[tuple[int, Path], Video] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -99,10 +102,7 @@ class LeRobotDataset:
             raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
         position = int(np.searchsorted(self._starts, i, side="right")) - 1
         episode, frame = self.episodes[position], i - int(self._starts[position])
-        return self._numbers(position, frame) | {
-            camera: self._video(episode, camera).frame(episode.clips[camera].start + frame / self.fps)
-            for camera in self.cameras
-        }
+        return self._numbers(position, frame) | {c: self._picture(c, episode, frame) for c in self.cameras}
 
     def table(self, column: str) -> np.ndarray:
         """A column of numbers of all frames, [F, ...], without decoding any video."""
@@ -123,11 +123,17 @@ class LeRobotDataset:
             **{name: int(self._rows[name][row]) for name in ("index", "episode_index", "frame_index")},
         }
 
-    def _video(self, episode: Episode, camera: str) -> Video:
-        file = episode.clips[camera].file
-        if file not in self._videos:
-            self._videos[file] = Video(file, self.fps)
-        return self._videos[file]
+    def _picture(self, camera: str, episode: Episode, frame: int) -> np.ndarray:
+        clip = episode.clips[camera]
+        key = (os.getpid(), clip.file)  # a forked process opens its own: it would share the parent's file position
+        if key not in self._videos:
+            while len(self._videos) >= MAX_OPEN_VIDEOS:
+                self._videos.pop(next(iter(self._videos)))
+            self._videos[key] = Video(clip.file, self.fps)
+        try:
+            return self._videos[key].frame(clip.start + frame / self.fps)
+        except DatasetError as error:
+            raise DatasetError(f"episode {episode.index}, frame {frame}: {error}") from error
 
     def _read_rows(self) -> dict[str, np.ndarray]:
         files: dict[Path, pa.Table] = {}
@@ -149,10 +155,11 @@ class Video:
         self.file, self.fps = file, fps
         self._container: Any = None
         self._frames: Any = None
+        self._converter = VideoReformatter()  # kept: one per picture costs more than decoding it
         self._next_time = -np.inf  # the time that the decoder has come to
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file, "fps": self.fps, "_container": None, "_frames": None, "_next_time": -np.inf}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Video, (self.file, self.fps)
 
     def frame(self, time: float) -> np.ndarray:
         """The picture at `time` seconds, uint8 [H, W, 3]: the one within half a frame period of it.
@@ -174,12 +181,14 @@ class Video:
             raise DatasetError(f"{self.file} cannot be decoded at {time:.3f} s: {error}") from error
         if frame.time >= time + half:
             raise DatasetError(f"{self.file} has no frame at {time:.3f} s; the nearest is at {frame.time:.3f} s")
-        return frame.to_ndarray(format="rgb24")
+        return self._converter.reformat(frame, format="rgb24").to_ndarray()
 
     def _seek(self, time: float) -> None:
         """Go to the keyframe at or before `time`."""
         if self._container is None:
             self._container = av.open(str(self.file))
+            # One thread: a forked process has none of the parent's threads, and would wait for them for ever.
+            self._container.streams.video[0].codec_context.thread_count = 1
         stream = self._container.streams.video[0]
         target = max(time - 0.5 / self.fps, 0.0)  # so that a keyframe at `time` itself is not missed by rounding
         self._container.seek(int(target / stream.time_base), stream=stream, backward=True)
@@ -233,6 +242,13 @@ def _episodes_v30(root: Path, info: dict[str, Any], cameras: Sequence[str]) -> l
             )
             for camera in cameras
         }
+        for camera in cameras:
+            start, end = (row[f"videos/{camera}/{side}_timestamp"] for side in ("from", "to"))
+            if abs((end - start) * info["fps"] - row["length"]) >= 0.5:  # else its last frames show the next episode
+                raise DatasetError(
+                    f"{clips[camera].file}, episode {row['episode_index']}: {start} to {end} s does not hold its "
+                    f"{row['length']} frames at {info['fps']} per second"
+                )
         missing = [str(clip.file) for clip in clips.values() if not clip.file.exists()]
         if missing:
             raise DatasetError(f"{root}: episode {row['episode_index']} needs the missing file {missing[0]}")

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pi0.datasets import DatasetError, LeRobotDataset
+from pi0.datasets.lerobot import Video
 from pi0.sample import METAWORLD
 
 EXPECTED = dict(np.load(Path(__file__).parents[2] / "datasets" / "metaworld_v30_expected.npz"))
@@ -175,5 +178,50 @@ def test_missing_row(copy: Path):
 def test_truncated_video(copy: Path):
     file = copy / "videos" / "observation.images.corner" / "chunk-000" / "file-000.mp4"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(DatasetError, match=r"file-000\.mp4"):
+    with pytest.raises(DatasetError, match=r"episode 15, frame 12: .*file-000\.mp4"):
         LeRobotDataset(copy)[1100]
+
+
+def test_a_clip_that_does_not_hold_its_episode(copy: Path):
+    """Its last frames would show the next episode's first."""
+    file = copy / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table, name = pq.read_table(file), "videos/observation.images.wrist/to_timestamp"
+    ends = table[name].to_pylist()
+    ends[1] -= 3 / 20
+    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(ends)), file)
+    with pytest.raises(DatasetError, match=r"wrist.*episode 1.*88 frames"):
+        LeRobotDataset(copy)
+
+
+def test_a_forked_process_reads_on(dataset: LeRobotDataset):
+    """With the decoder in use before the fork, as a data loader's workers find it."""
+    camera, order = "observation.images.corner", [100, 3, 700, 4]
+    expected = [dataset[i][camera] for i in order]
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: there.send([dataset[i][camera] for i in order]), daemon=True)
+    child.start()
+    assert here.poll(60), "the forked process waits for ever"
+    np.testing.assert_array_equal(here.recv(), expected)
+
+
+def write_h264(file: Path, fps: int, frames: int) -> None:
+    """Frame n is a grey of level 16 + 4n, so that its number can be read off the picture; with B-frames."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", fps, options={"g": "25", "bf": "3", "b_strategy": "0", "crf": "10"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for n in range(frames):
+            picture = np.full((64, 64, 3), 16 + 4 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("fps", [30, 50])
+def test_h264_with_reordered_frames(fps: int, tmp_path):
+    write_h264(tmp_path / "x.mp4", fps, 50)
+    video, order = Video(tmp_path / "x.mp4", fps), [*range(50), *np.random.default_rng(0).permutation(50)]
+    # Rounded on the way to YUV and back: a level is off by 1 or so, of the 4 that tell neighbours apart.
+    assert [round((video.frame(n / fps).mean() - 16) / 4) for n in order] == order
+    with pytest.raises(DatasetError, match="ends before"):
+        video.frame(51 / fps)
