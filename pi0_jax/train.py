@@ -184,7 +184,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
-    scalars = {"loss": loss, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     return {"params": params, "ema": ema, "opt_state": opt_state}, scalars
 
 
@@ -222,9 +222,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """The config of an experiment file, with `--config.name=value` applied. Raises flags.Error for unknown names."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    rest = values(["pi0-train", f"--config={file}", *overrides])[1:]
+    values, arguments = flags.FlagValues(), ["pi0-train", f"--config={file}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        rest = values(arguments)[1:]
+    except AttributeError as error:  # a name that the config does not have
+        raise flags.Error(f"{file} has no value {error}") from error
     if rest:
         raise flags.Error(f"unknown arguments {rest}; a config's value is set by --config.name=value")
     return values.config

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import pi0_jax
+from configs.metaworld_demo import get_config
+from convert.checkpoints import open_checkpoint
+from convert.parity import assert_parity
+from pi0.config import ModelConfig
+from pi0_jax.data import batch_indices, epoch_indices
+from pi0_jax.loading import parameters_of
+from pi0_jax.optimizer import make_schedule
+from pi0_jax.train import main, noise_and_time, read_config, train
+
+
+def small_config(**changes):
+    """A few steps of a tiny model on the bundled recordings."""
+    config = get_config("tiny")
+    config.data.validation_episodes = [e for e in range(16) if e not in (0, 4)]
+    config.update({"batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 4, "save_every": 2} | changes)
+    config.optimizer.warmup_steps = 1
+    config.data.validation_episodes = list(range(2, 16))
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return train(small_config(), workdir), workdir
+
+
+def test_a_run_leaves_what_it_should(run):
+    metrics, workdir = run
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 4]
+    assert {"loss", "grad_norm", "param_norm", "learning_rate", "samples_per_second"} <= rows[0].keys()
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["validation_loss"])
+    assert list((workdir / "tensorboard").iterdir())
+    assert sorted(f.name for f in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert json.loads((workdir / "config.json").read_text())["model"]["kind"] == "pi0"
+
+
+def test_a_checkpoint_carries_everything(run):
+    checkpoint = open_checkpoint(run[1] / "checkpoints" / "4")
+    assets = checkpoint.assets
+    assert checkpoint.layout.name == "pi0_jax" and assets.model == ModelConfig.variant("tiny")
+    assert (assets.step, assets.robot, assets.normalization) == (4, "metaworld", "zscore")
+    assert set(assets.norm_stats) == {"state", "actions"} and assets.tokenizer["sha256"]
+
+
+def test_a_checkpoint_exports(run, tmp_path):
+    from convert.conversion import convert
+
+    convert(run[1] / "checkpoints" / "4", tmp_path / "torch", to="pi0_torch")
+    assert_parity(run[1] / "checkpoints" / "4", tmp_path / "torch", num_steps=2, gradients=False)
+
+
+def test_a_run_goes_on_where_it_stopped(run, tmp_path):
+    """Stopped after 2 of 4 steps and started again: the same parameters, bit for bit."""
+    first = small_config()
+    first.steps = 2
+    first.optimizer = small_config().optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        # The schedule belongs to the whole run, not to the part of it that was done.
+        patch.setattr("pi0_jax.train.make_schedule", lambda config, steps: make_schedule(config, 4))
+        train(first, tmp_path)
+    train(small_config(), tmp_path)
+    again, straight = (pi0_jax.load(folder / "checkpoints" / "4") for folder in (tmp_path, run[1]))
+    for name, value in parameters_of(straight).items():
+        np.testing.assert_array_equal(parameters_of(again)[name], value, err_msg=name)
+
+
+def test_training_changes_every_parameter_that_can_matter(run):
+    start, end = (pi0_jax.load(run[1] / "checkpoints" / step) for step in ("2", "4"))
+    after = parameters_of(end)
+    same = {name for name, value in parameters_of(start).items() if np.array_equal(value, after[name])}
+    # The prefix's final norm reaches no loss, and weight decay leaves its zeros zero.
+    assert same <= {"paligemma.final_norm.scale"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 100_000}, "batch_size"),
+        ({"data": {"validation_episodes": list(range(16))}}, "validation_episodes"),
+        ({"data": {"robot": "toaster"}}, "toaster"),
+        ({"data": {"root": "nowhere"}}, "nowhere"),
+        ({"optimizer": {"warmup_steps": 9}}, "warmup_steps"),
+        ({"model": {"kind": "pi1"}}, "kind"),
+        ({"model": {"action_dim": 3}}, "robot_action_dim 4"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(changes, said: str, tmp_path):
+    config = small_config()
+    config.update(changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(tmp_path, capsys):
+    config = read_config("configs/metaworld_demo.py:tiny_pi05", ["--config.batch_size=3", "--config.model.num_steps=7"])
+    assert (config.batch_size, config.model.num_steps, config.model.kind) == (3, 7, "pi05")
+    for arguments in (["--config.no_such=1"], ["--colour=red"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["--config", "configs/metaworld_demo.py", "--workdir", str(tmp_path / "run"), *arguments])
+        assert stop.value.code == 1 and arguments[0].split("=")[0].split(".")[-1].strip("-") in capsys.readouterr().err
+
+
+def test_batches_are_a_function_of_the_step():
+    size, batch = 23, 5
+    epoch = np.concatenate([batch_indices(size, batch, 0, step) for step in range(4)])
+    assert len(set(epoch)) == 20  # no frame twice in an epoch
+    np.testing.assert_array_equal(batch_indices(size, batch, 0, 7), batch_indices(size, batch, 0, 7))
+    assert not np.array_equal(batch_indices(size, batch, 0, 0), batch_indices(size, batch, 0, 4))
+    assert not np.array_equal(batch_indices(size, batch, 0, 0), batch_indices(size, batch, 1, 0))
+
+
+def test_an_epoch_has_every_frame():
+    batches = list(epoch_indices(10, 4))
+    assert [len(b) for b in batches] == [4, 4, 4] and set(np.concatenate(batches)) == set(range(10))
+
+
+def test_flow_times():
+    """Beta(1.5, 1)·0.999 + 0.001: mean 0.6·0.999 + 0.001, within 5 standard errors of 20000 draws."""
+    noise, time = noise_and_time(jax.random.key(0), np.zeros((20_000, 1, 1)))
+    assert time.min() >= 0.001 and time.max() <= 1.0
+    assert abs(float(time.mean()) - 0.6004) < 5 * 0.262 / 20_000**0.5
+    assert abs(float(noise.std()) - 1) < 0.03
