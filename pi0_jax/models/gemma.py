@@ -58,10 +58,18 @@ def normalize(x: Float[Array, "B T W"], dtype: str) -> Float[Array, "B T W"]:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + numerics.RMS_NORM_EPS)
 
 
-def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]  # sine and cosine, half of H
+
+
+def rotation(positions: Int[Array, "B T"], head_dim: int) -> Rotation:
+    """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
+    angles = positions[..., None, None] / numerics.rope_timescale(head_dim)
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
     """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
-    angles = positions[..., None] / numerics.rope_timescale(x.shape[-1])
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    sin, cos = rotation
     first, second = jnp.split(cast(x, "rope", x.dtype.name), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -77,9 +85,9 @@ class Attention(nnx.Module):
         self.value = Linear((width,), (config.num_kv_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
         self.out = Linear((config.num_heads, head_dim), (width,), bias=False, dtype=dtype, rngs=rngs)
 
-    def project(self, x: Float[Array, "B T W"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B T W"], rotation: Rotation) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
-        return apply_rope(self.query(x), positions), apply_rope(self.key(x), positions), self.value(x)
+        return apply_rope(self.query(x), rotation), apply_rope(self.key(x), rotation), self.value(x)
 
 
 class MLP(nnx.Module):
@@ -123,7 +131,7 @@ class Expert(nnx.Module):
         remat: str,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.remat = dtype, remat
+        self.head_dim, self.dtype, self.remat = config.head_dim, dtype, remat
         if vocab_size is not None:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
         stack = nnx.split_rngs(splits=config.depth)(
@@ -146,14 +154,14 @@ def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
 def joint_layer(
     blocks: Sequence[Block],
     xs: Sequence[Float[Array, "B T W"]],
-    positions: Sequence[Int[Array, "B T"]],
+    rotations: Sequence[Rotation],
     mask: Bool[Array, "B T S"],
     conditions: Sequence[Float[Array, "B W"] | None],
     cached: tuple[Array, Array] | None,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
-    projected = [b.attention.project(x, p) for b, x, p in zip(blocks, normed, positions, strict=True)]
+    projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
     if cached is not None:
         k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
@@ -185,9 +193,10 @@ def joint_forward(
     """
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
-        xs, keys_values = joint_layer(scanned[0], xs, positions, mask, conditions, scanned[1])
+        xs, keys_values = joint_layer(scanned[0], xs, rotations, mask, conditions, scanned[1])
         return xs, (keys_values, None if stages is None else xs)
 
+    rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
     xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
     xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
     if stages is not None:

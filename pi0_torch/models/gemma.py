@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -56,13 +57,21 @@ class AdaptiveRMSNorm(nn.Module):
 def normalize(x: Float[Tensor, "B T W"], dtype: str) -> Float[Tensor, "B T W"]:
     """x / rms(x) over the last axis, in float32."""
     x = cast(x, "norm", dtype)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + numerics.RMS_NORM_EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=numerics.RMS_NORM_EPS)
 
 
-def apply_rope(x: Float[Tensor, "B T N H"], positions: Int[Tensor, "B T"]) -> Float[Tensor, "B T N H"]:
+Rotation = tuple[Float[Tensor, "B T 1 half"], Float[Tensor, "B T 1 half"]]  # sine and cosine, half of H
+
+
+def rotation(positions: Int[Tensor, "B T"], head_dim: int) -> Rotation:
+    """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
+    angles = positions[..., None, None] / torch.from_numpy(numerics.rope_timescale(head_dim)).to(positions.device)
+    return angles.sin(), angles.cos()
+
+
+def apply_rope(x: Float[Tensor, "B T N H"], rotation: Rotation) -> Float[Tensor, "B T N H"]:
     """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
-    angles = positions[..., None] / torch.from_numpy(numerics.rope_timescale(x.shape[-1])).to(x.device)
-    sin, cos = angles.sin()[:, :, None], angles.cos()[:, :, None]
+    sin, cos = rotation
     first, second = cast(x, "rope", dtype_name(x)).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
@@ -79,10 +88,10 @@ class Attention(nn.Module):
         self.value = Linear(width, config.num_kv_heads * self.head_dim, bias=False, dtype=dtype)
         self.out = Linear(config.num_heads * self.head_dim, width, bias=False, dtype=dtype)
 
-    def project(self, x: Float[Tensor, "B T W"], positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Float[Tensor, "B T W"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
-        return apply_rope(q, positions), apply_rope(k, positions), v
+        return apply_rope(q, rotation), apply_rope(k, rotation), v
 
 
 class MLP(nn.Module):
@@ -128,7 +137,7 @@ class Expert(nn.Module):
         remat: str,
     ):
         super().__init__()
-        self.dtype, self.remat = getattr(torch, dtype), remat
+        self.head_dim, self.dtype, self.remat = config.head_dim, getattr(torch, dtype), remat
         if vocab_size is not None:
             self.embedding = nn.Parameter(torch.randn(vocab_size, config.width) * 0.01)
         self.layers = nn.ModuleList(Block(config, adaptive=adaptive, dtype=dtype) for _ in range(config.depth))
@@ -148,14 +157,14 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 def joint_layer(
     blocks: Sequence[Block],
     xs: Sequence[Float[Tensor, "B T W"]],
-    positions: Sequence[Int[Tensor, "B T"]],
+    rotations: Sequence[Rotation],
     mask: Bool[Tensor, "B T S"],
     conditions: Sequence[Float[Tensor, "B W"] | None],
     cached: tuple[Tensor, Tensor] | None,
 ) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
-    projected = [b.attention.project(x, p) for b, x, p in zip(blocks, normed, positions, strict=True)]
+    projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
@@ -186,10 +195,11 @@ def joint_forward(
     `layers.{i}` [L, B, T, W] of the i-th expert.
     """
     layer = remat(joint_layer, experts[0].remat)
+    rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
-        xs, keys_values = layer(blocks, xs, positions, mask, conditions, None if cache is None else cache[i])
+        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, None if cache is None else cache[i])
         outputs.append(xs)
         new_cache.append(keys_values)
     if stages is not None:

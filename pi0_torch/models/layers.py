@@ -77,7 +77,7 @@ def attention(
     q, k = cast(q, "attention_logits", dtype_name(q)), cast(k, "attention_logits", dtype_name(k))
     logits = torch.einsum("BTKGH,BSKH->BKGTS", q, k) * head_dim**-0.5
     if mask is not None:
-        logits = torch.where(mask[:, None, None], logits, numerics.MASKED_LOGIT)
+        logits = logits.masked_fill(~mask[:, None, None], numerics.MASKED_LOGIT)
     probabilities = cast(logits.softmax(dim=-1), "attention_probabilities", dtype_name(v))
     out = torch.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
     return out.reshape(batch, queries, heads, head_dim)
