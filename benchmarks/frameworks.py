@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -71,6 +72,17 @@ def torch_runs(model: pi0_torch.Pi0, inputs: Inputs) -> dict[str, Callable[[], o
     return {"loss + gradients": gradients, "sampling": lambda: model.sample_actions(observation, noise)}
 
 
+def matmul_gflops(config: ModelConfig, repeats: int = 30) -> tuple[float, float]:
+    """What a float32 matrix product of the prefix's MLP reaches in JAX and in PyTorch: the ceiling of the rest."""
+    rows, inner, columns = config.prefix_len, config.paligemma.width, config.paligemma.mlp_dim
+    x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+    in_jax = jnp.asarray(x.numpy()), jnp.asarray(weight.numpy().T)
+    product = jax.jit(jnp.matmul)
+    runs = lambda: jax.block_until_ready(product(*in_jax)), lambda: torch.nn.functional.linear(x, weight)
+    jax_gflops, torch_gflops = (2 * rows * inner * columns / median_ms(run, repeats) / 1e6 for run in runs)
+    return jax_gflops, torch_gflops
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("pi0", "pi05"), default="pi0")
@@ -95,6 +107,8 @@ def main() -> None:
         for name in times[0]:
             jax_ms, torch_ms = (median_ms(runs[name], args.repeats) for runs in times)
             print(f"{name:<18}{batch:>6}{jax_ms:>10.0f}{torch_ms:>12.0f}{torch_ms / jax_ms:>15.2f}", flush=True)
+    gflops = matmul_gflops(config)
+    print(f"\none float32 matrix product: JAX {gflops[0]:.0f} GFLOP/s, PyTorch {gflops[1]:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,14 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     try:
         metadata = json.loads(metadata_file.read_text())
         paths = [tuple(k["key"] for k in e["key_metadata"]) for e in metadata["tree_metadata"].values()]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    stored = {name: _open_array(folder, driver, ".".join(path)) for name, path in _strip(paths).items()}
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        # Where every part was stored, a missing one is damage; tensorstore would read it as zeros.
+        "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
+    }
+    stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
     return {name: _array_tensor(future, folder, name) for name, future in stored.items()}
 
 
@@ -68,8 +72,8 @@ def _kvstore(folder: Path, key: str) -> dict:
     return {"driver": "file", "path": f"{(folder / key).resolve()}/"}
 
 
-def _open_array(folder: Path, driver: str, key: str) -> ts.Future:
-    return ts.open({"driver": driver, "kvstore": _kvstore(folder, key)}, read=True, open=True)
+def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
+    return ts.open({**spec, "kvstore": _kvstore(folder, key)}, read=True, open=True)
 
 
 def _array_tensor(future: ts.Future, folder: Path, name: str) -> Tensor:
@@ -137,14 +141,19 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(stream.read(min(length, size)), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        entries = {name: _entry(name, **entry) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a safetensors file, or is damaged: {error}") from error
+    end = 8 + length
+    for begin, size_of, name in sorted((b, math.prod(s) * d.itemsize, n) for n, (d, s, b) in entries.items()):
+        if 8 + length + begin != end:
+            raise CheckpointError(f"{file} is damaged: {name} does not begin where the tensor before it ends")
+        end += size_of
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes, its header says {end}; is the file truncated?")
-    return {name: _mapped(file, name, entry, 8 + length) for name, entry in header.items()}
+    return {name: _mapped(file, *entry[:2], 8 + length + entry[2]) for name, entry in entries.items()}
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -154,17 +163,23 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _mapped(file: Path, name: str, entry: dict, start: int) -> Tensor:
-    if entry["dtype"] not in _CODES:
-        raise CheckpointError(f"{file}: {name} has dtype {entry['dtype']}; known are {', '.join(_CODES)}")
-    dtype, shape, (begin, end) = _CODES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{file}: {name} takes {end - begin} bytes, but {list(shape)} {dtype} needs others")
+def _entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Dtype, shape and first byte of a tensor. Raises ValueError or TypeError for what the format does not know."""
+    if dtype not in _CODES:
+        raise ValueError(f"{name} has dtype {dtype}; known are {', '.join(_CODES)}")
+    begin, end = data_offsets
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin)):
+        raise ValueError(f"{name} has shape {shape} and offsets {data_offsets}; expected whole numbers")
+    if end - begin != math.prod(shape) * _CODES[dtype].itemsize:
+        raise ValueError(f"{name} takes {end - begin} bytes, but {shape} {dtype} needs others")
+    return _CODES[dtype], tuple(shape), begin
 
+
+def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> Tensor:
     def read(index: tuple[int | slice, ...]) -> np.ndarray:
         if not math.prod(shape):
             return np.empty(shape, dtype)[index]
-        return np.memmap(file, dtype, "r", start + begin, shape)[index]
+        return np.memmap(file, dtype, "r", start, shape)[index]
 
     return Tensor(shape, dtype, read)
 
@@ -273,7 +288,8 @@ def infer_config(layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]
     paligemma, expert = gemma("paligemma"), gemma("action_expert")
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
-        raise LayoutError(f"{vision['s']} position embeddings are not a square image's; pass config=")
+        (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
+        raise LayoutError(f"{name} holds {vision['s']} positions, which are not a square image's; pass config=")
     released = ModelConfig.variant(kind)
     resolution = (side * vision["p"], side * vision["p"])
     return dataclasses.replace(

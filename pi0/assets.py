@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0 import __version__
-from pi0.config import ModelConfig
+from pi0.config import ConfigError, ModelConfig
 from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
 
 FORMAT = "pi0"
@@ -44,9 +44,9 @@ class Assets:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["norm_stats"]
         values = {"format": FORMAT, **fields, "model": self.model.to_dict()}
-        if self.norm_stats is not None:
-            if self.asset_id is None:
-                raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/")
+        if (self.norm_stats is None) != (self.asset_id is None):
+            raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/, and it needs them")
+        if self.norm_stats is not None and self.asset_id is not None:
             path = folder / self.asset_id / "norm_stats.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_norm_stats(path, self.norm_stats)
@@ -72,7 +72,10 @@ class Assets:
         if unknown or "model" not in values:
             problem = f"unknown fields {unknown}" if unknown else "no field 'model'"
             raise AssetsError(f"{path} has {problem}; it was written by version {values.get('version')}")
-        values["model"] = ModelConfig.from_dict(values["model"])
+        try:
+            values["model"] = ModelConfig.from_dict(values["model"])
+        except ConfigError as error:
+            raise AssetsError(f"{path}: {error}") from error
         if values.get("asset_id") is not None:
             values["norm_stats"] = load_norm_stats(folder / "assets" / values["asset_id"] / "norm_stats.json")
         return cls(**values)

@@ -118,11 +118,15 @@ class ModelConfig:
         )
         patch = self.vision.patch_size
         _require(
-            len(self.image_resolution) == 2 and all(r > 0 and r % patch == 0 for r in self.image_resolution),
+            isinstance(self.image_resolution, tuple)
+            and len(self.image_resolution) == 2
+            and all(isinstance(r, int) and r > 0 and r % patch == 0 for r in self.image_resolution),
             f"image_resolution {self.image_resolution} must be (height, width), multiples of the patch size {patch}",
         )
         _require(
-            len(self.image_keys) > 0 and len(set(self.image_keys)) == len(self.image_keys),
+            isinstance(self.image_keys, tuple)
+            and all(isinstance(key, str) for key in self.image_keys)
+            and len(set(self.image_keys)) == len(self.image_keys) > 0,
             f"image_keys {self.image_keys} must be one or more different camera names",
         )
 
@@ -154,7 +158,7 @@ class ModelConfig:
         for name, part in (("vision", VisionConfig), ("paligemma", GemmaConfig), ("action_expert", GemmaConfig)):
             values[name] = part(**_checked(part, values[name], name))
         for name in ("image_resolution", "image_keys"):
-            if name in values:
+            if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)
 

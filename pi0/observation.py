@@ -60,7 +60,7 @@ class Observation:
             images=images,
             image_masks=masks,
             state=state,
-            tokenized_prompt=prompt,
+            tokenized_prompt=prompt.astype(np.int32, copy=False),
             tokenized_prompt_mask=_array(data, "tokenized_prompt_mask", (batch, config.max_token_len), "bool"),
         )
 
@@ -92,11 +92,8 @@ def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) 
                 f"{mask_name} as all False"
             )
         return np.zeros(shape, np.uint8), mask
-    image = np.asarray(data[name])
-    if image.dtype == np.uint8:
-        return _array(data, name, shape, "uint8"), mask
-    image = _array(data, name, shape, "float")
-    if image.size and (image.min() < -1.001 or image.max() > 1.001):
+    image = _array(data, name, shape, "uint8 or float")
+    if image.dtype != np.uint8 and image.size and (image.min() < -1.001 or image.max() > 1.001):
         raise ObservationError(
             f"{name}: float values from {image.min():.4g} to {image.max():.4g}; expected [-1, 1]. "
             f"Pass 0..255 as uint8, or scale by x / 255 * 2 - 1"
@@ -104,24 +101,30 @@ def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) 
     return image, mask
 
 
-_KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8": "u"}
-_TARGETS = {"float": np.float32, "int": np.int32, "bool": np.bool_, "uint8": np.uint8}
+_KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8 or float": "f"}
 
 
 def _array(data: Mapping[str, Any], name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
     wanted = f"{['B' if s is None else s for s in shape]} {kind}"
     if name not in data:
         raise ObservationError(f"{name}: missing; expected {wanted}; the keys that came are {sorted(data)}")
-    array = np.asarray(data[name])
+    try:
+        array = np.asarray(data[name])
+    except ValueError as error:  # nested lists of different lengths
+        raise ObservationError(f"{name}: {error}; expected {wanted}") from error
     if array.dtype.name == "bfloat16":  # of ml_dtypes: NumPy does not count it as a float
         array = array.astype(np.float32)
     fits = array.ndim == len(shape) and all(s is None or s == a for s, a in zip(shape, array.shape, strict=True))
     if not fits:
         raise ObservationError(f"{name}: shape {list(array.shape)}; expected {wanted}")
+    if kind == "uint8 or float" and array.dtype == np.uint8:
+        return array
     if array.dtype.kind not in _KINDS[kind]:
         raise ObservationError(f"{name}: dtype {array.dtype}; expected {wanted}")
-    array = array.astype(_TARGETS[kind], copy=False)
-    if kind == "float" and not np.isfinite(array).all():
+    if array.dtype.kind != "f":
+        return array
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise ObservationError(f"{name}: {array[where]} at index {list(where)}; expected finite values")
     return array

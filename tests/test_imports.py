@@ -21,31 +21,35 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 
-SAMPLE_IN_TORCH = """
-import numpy as np, torch, pi0_torch
-from pi0.config import ModelConfig
-from pi0.observation import Observation
-config = ModelConfig.variant("tiny")
-data = {"state": np.zeros((1, 7)), "tokenized_prompt": np.zeros((1, 8), int),
-        "tokenized_prompt_mask": np.ones((1, 8), bool)}
-data |= {f"image/{k}": np.zeros((1, 28, 42, 3), np.uint8) for k in config.image_keys}
-observation = pi0_torch.to_device(Observation.from_dict(data, config))
-assert pi0_torch.Pi0(config).sample_actions(observation, torch.zeros(1, 5, 7)).shape == (1, 5, 7)
+IMPORT_ALL = """
+import importlib, pkgutil
+for package in {packages!r}:
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        importlib.import_module(module.name)
 """
 
-MODULES = "import pi0.pipeline, pi0.datasets, pi0.assets, convert.checkpoints, convert.conversion, convert.parity"
+LOAD_AND_SAMPLE = """
+sys.path.insert(0, "tests")
+import torch, pi0_torch
+from golden_case import GoldenCase
+case = GoldenCase("pi0")
+observation, _, noise, _ = case.inputs()
+model = pi0_torch.load(case.checkpoint, config=case.config("float32"))
+assert model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(noise), 3).isfinite().all()
+"""
 
 
 @pytest.mark.parametrize(
-    ("blocked", "code"),
+    ("blocked", "packages", "code"),
     [
-        pytest.param(JAX, f"import pi0_torch\n{MODULES}\n{SAMPLE_IN_TORCH}", id="pi0_torch-without-jax"),
-        pytest.param(TORCH, f"import pi0_jax, pi0_jax.train\n{MODULES}", id="pi0_jax-without-torch"),
-        pytest.param(JAX + TORCH, MODULES, id="pi0-and-convert-without-both"),
+        pytest.param(JAX, ("pi0", "convert", "pi0_torch"), LOAD_AND_SAMPLE, id="pi0_torch-without-jax"),
+        pytest.param(TORCH, ("pi0", "convert", "pi0_jax"), "", id="pi0_jax-without-torch"),
+        pytest.param(JAX + TORCH, ("pi0", "convert"), "", id="pi0-and-convert-without-both"),
     ],
 )
-def test_standing_alone(blocked: tuple[str, ...], code: str):
-    script = BLOCK.format(blocked=blocked) + code
+def test_standing_alone(blocked: tuple[str, ...], packages: tuple[str, ...], code: str):
+    """Every module of the packages; where JAX is blocked, a checkpoint of openpi's JAX code too."""
+    script = BLOCK.format(blocked=blocked) + IMPORT_ALL.format(packages=packages) + code
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

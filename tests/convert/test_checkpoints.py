@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -202,6 +205,27 @@ def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stor
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("damage", [_remove, _add, _rename, _reshape, _transpose])
+def test_any_damaged_tensor_is_refused_where_sizes_follow_from_shapes(damage: Damage, tmp_path, monkeypatch):
+    """As above for a checkpoint as openpi publishes it, without a config of ours."""
+    config = dataclasses.replace(CONFIG, image_resolution=(28, 28), kind="pi05")
+    rng = np.random.default_rng(0)
+    ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
+    intact = {n: Tensor.of(t.read(())) for n, t in LAYOUTS["openpi_jax"].from_ours(config, ours).items()}
+    (tmp_path / "_METADATA").touch()
+    monkeypatch.setattr(checkpoints, "read_orbax", lambda _: intact)
+    assert open_checkpoint(tmp_path).assets.model.paligemma == config.paligemma
+    for name in intact:
+        if damage is _reshape and name.endswith("input_embedding"):
+            continue  # another vocabulary is another model, and as good
+        damaged = dict(intact)
+        damage(damaged, name)
+        monkeypatch.setattr(checkpoints, "read_orbax", lambda _, damaged=damaged: damaged)
+        with pytest.raises(LayoutError) as error:
+            open_checkpoint(tmp_path)
+        assert name in str(error.value)
+
+
 @pytest.mark.parametrize("damage", [_remove, _add, _rename, _reshape])
 def test_damaged_files_are_refused(damage: Damage, stored, tmp_path, capsys):
     """The same through real files and the command."""
@@ -230,6 +254,92 @@ def test_trailing_bytes_in_safetensors(stored, tmp_path):
         stream.write(b"x")
     with pytest.raises(CheckpointError, match="its header says"):
         open_checkpoint(folder)
+
+
+def test_any_damaged_byte_of_a_safetensors_header(tmp_path):
+    """Refused, or still a header that accounts for every byte of the file; never another error."""
+    file, x, y = tmp_path / "m", np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, np.float16)
+    write_safetensors(file, {"x": Tensor.of(x), "y": Tensor.of(y)})
+    intact, refused = file.read_bytes(), 0
+    for position in range(len(intact) - 24 - 8):
+        for mask in (0x01, 0x02, 0x10, 0x80):
+            damaged = bytearray(intact)
+            damaged[position] ^= mask
+            file.write_bytes(damaged)
+            try:
+                tensors = read_safetensors(file)
+            except CheckpointError:
+                refused += 1
+            else:
+                assert sum(tensor.read(()).nbytes for tensor in tensors.values()) == 24 + 8
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "5",
+        "[]",
+        '{"x": 5}',
+        '{"x": {}}',
+        '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "name": "y"}}',
+        '{"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
+        '{"x": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}',
+        '{"x": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}',
+        '{"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}',
+        '{"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
+        '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}',
+        '{"x": {"dtype": "F32", "shape": [3], "data_offsets": [-4, 8]}}',
+        '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',  # a hole
+        '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        ' "y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',  # two tensors in the same bytes
+        '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        ' "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        "[" * 100_000,
+    ],
+)
+def test_safetensors_headers_that_make_no_sense(header: str, tmp_path):
+    (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
+    with pytest.raises(CheckpointError, match=r"m (is not a safetensors file|is damaged)"):
+        read_safetensors(tmp_path / "m")
+
+
+def test_a_header_longer_than_memory(tmp_path):
+    (tmp_path / "m").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_safetensors(tmp_path / "m")
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_any_missing_or_truncated_orbax_file(zarr3: bool, ocdbt: bool, tmp_path):
+    """Refused, or one that holds none of the weights; never read as zeros, which is what zarr does by itself."""
+    import orbax.checkpoint as ocp
+
+    b, c = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, ml_dtypes.bfloat16)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "x", args=ocp.args.PyTreeSave({"a": {"b": b}, "c": c}))
+    refused = []
+    for file in sorted(f for f in (tmp_path / "x").rglob("*") if f.is_file()):
+        intact = file.read_bytes()
+        for damaged in (None, intact[: len(intact) // 2]):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            try:
+                assert_same(read_orbax(tmp_path / "x"), {"a/b": Tensor.of(b), "c": Tensor.of(c)})
+            except CheckpointError:
+                refused.append(file.name)
+            file.write_bytes(intact)
+    assert refused.count("_METADATA") == 2
+    assert len(refused) >= (4 if ocdbt else 10)  # metadata, and what the arrays are in: two files for each, or one
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "[]", "{}", '{"tree_metadata": []}', '{"tree_metadata": {"a": {"key_metadata": 5}}}']
+)
+def test_orbax_metadata_that_makes_no_sense(text: str, tmp_path):
+    (tmp_path / "_METADATA").write_text(text)
+    with pytest.raises(CheckpointError, match="_METADATA"):
+        read_orbax(tmp_path)
 
 
 def test_missing_orbax_files(stored, tmp_path):
@@ -281,6 +391,27 @@ def test_a_failure_while_writing_leaves_nothing(stored, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_in_the_middle_keeps_what_was_there(stored, tmp_path, monkeypatch):
+    """The weights are half written when one of them cannot be read; the old target stays as it was."""
+    convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    read, count = checkpoints.read_orbax, iter(range(1000))
+
+    def failing(folder: Path) -> dict[str, Tensor]:
+        def fail(tensor: Tensor, index: tuple[int | slice, ...]) -> np.ndarray:
+            if next(count) == 20:
+                raise CheckpointError("cannot be read")
+            return tensor.read(index)
+
+        return {n: dataclasses.replace(t, read=partial(fail, t)) for n, t in read(folder).items()}
+
+    monkeypatch.setattr(checkpoints, "read_orbax", failing)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch", overwrite=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_verification_reads_what_was_written(stored, tmp_path, monkeypatch):

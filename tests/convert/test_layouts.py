@@ -78,6 +78,37 @@ def test_tables_are_the_models(variant: str):
         assert sum(p.numel() for p in module.parameters()) == COUNTS[variant]
 
 
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_no_parameter_is_unused(kind: str):
+    """Full-size: every parameter has a gradient from the outputs, found on the meta device without computing one."""
+    import torch
+
+    import pi0_torch
+
+    module = pi0_torch.loading.abstract_model(ModelConfig.variant(kind, remat="none"))
+    config = module.config
+    with torch.device("meta"):
+        observation = pi0_torch.Observation(
+            images={key: torch.empty(1, *config.image_resolution, 3) for key in config.image_keys},
+            image_masks={key: torch.empty(1, dtype=torch.bool) for key in config.image_keys},
+            state=torch.empty(1, config.action_dim),
+            tokenized_prompt=torch.empty(1, config.max_token_len, dtype=torch.int64),
+            tokenized_prompt_mask=torch.empty(1, config.max_token_len, dtype=torch.bool),
+        )
+        actions, time = torch.empty(1, config.action_horizon, config.action_dim), torch.empty(1)
+    stages: dict[str, torch.Tensor] = {}
+    module.compute_loss(observation, actions, actions, time, stages)
+    (stages["prefix_out"].float().sum() + stages["velocity"].sum()).backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+
+
+def test_no_two_parameters_share_memory():
+    import pi0_torch
+
+    module = pi0_torch.Pi0(ModelConfig.variant("tiny"))
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == len(module.state_dict())
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 @hypothesis.given(config=configs(), seed=st.integers(0, 99), half=st.booleans())
 @hypothesis.settings(max_examples=25, deadline=None)
@@ -92,11 +123,11 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
     for n, parameter in parameters(config).items():
         whole = ours[n].read(())
         assert same_bytes(back[n].read(()), whole), n
-        if parameter.axes[0] == "l":  # a layer alone is that part of the whole
-            assert same_bytes(back[n].read((0,)), whole[0]), n
+        for layer in range(parameter.shape[0]) if parameter.axes[0] == "l" else ():  # alone, or part of the whole
+            assert same_bytes(back[n].read((layer,)), whole[layer]), n
     for n, rule in ((r.theirs, r) for r in layout.rules_for(config.kind)):
-        if rule.groups[0] == ("l",):
-            assert same_bytes(theirs[n].read((0,)), stored[n].read((0,))), n
+        for layer in range(theirs[n].shape[0]) if rule.groups[0] == ("l",) else ():
+            assert same_bytes(theirs[n].read((layer,)), stored[n].read((layer,))), n
 
 
 @hypothesis.given(config=configs())
@@ -130,6 +161,12 @@ def test_a_layout_is_found_by_its_names(name: str, variant: str):
 def test_foreign_names():
     with pytest.raises(LayoutError, match=r"bert\.embeddings"):
         detect({"bert.embeddings": (1, 2)})
+
+
+def test_positions_of_no_square_image_are_named():
+    shapes = LAYOUTS["openpi_jax"].shapes(ModelConfig.variant("tiny"))  # images of 28 x 42 pixels
+    with pytest.raises(LayoutError, match=r"PaliGemma/img/pos_embedding holds 6 positions.*config="):
+        infer_config(LAYOUTS["openpi_jax"], "pi0", shapes)
 
 
 def test_disagreeing_shapes_name_both_tensors():

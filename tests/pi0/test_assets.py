@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -38,15 +39,25 @@ def test_no_config_of_ours(tmp_path):
         ("{", "not JSON"),
         (json.dumps({"format": "pi0", "version": "9"}), "no field 'model'.*version 9"),
         (json.dumps({"format": "pi0", "model": {}, "colour": 1}), "unknown fields.*colour"),
-        (json.dumps({"format": "pi0", "model": {"kind": "pi0"}}), "lacks the fields"),
+        (json.dumps({"format": "pi0", "model": {"kind": "pi0"}}), "model lacks the fields"),
+        (json.dumps({"format": "pi0", "model": ASSETS.model.to_dict() | {"action_dim": 0}}), r"model\.action_dim is 0"),
     ],
 )
 def test_bad_configs(text: str, said: str, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(AssetsError, match=rf"config\.json.*{said}"):
         Assets.load(tmp_path)
 
 
-def test_stats_need_a_name(tmp_path):
+@pytest.mark.parametrize("lacking", ["asset_id", "norm_stats"])
+def test_stats_and_their_name_go_together(lacking: str, tmp_path):
     with pytest.raises(AssetsError, match="asset_id"):
-        Assets(ASSETS.model, ASSETS.norm_stats).save(tmp_path)
+        dataclasses.replace(ASSETS, **{lacking: None}).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stats_that_are_gone_are_missed(tmp_path):
+    ASSETS.save(tmp_path / "assets")
+    (tmp_path / "assets" / "lab" / "norm_stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lab.norm_stats\.json"):
+        Assets.load(tmp_path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,11 +21,16 @@ def test_json_there_and_back(name: str):
 
 def test_released_sizes():
     pi0, pi05, small = (ModelConfig.variant(name) for name in ("pi0", "pi05", "pi0_small"))
-    assert (pi0.paligemma.width, pi0.action_expert.width, pi0.vision.width) == (2048, 1024, 1152)
     assert (pi0.image_tokens, pi0.max_token_len, pi05.max_token_len) == (256, 48, 200)
     assert pi0.prefix_len == 3 * 256 + 48
     assert (small.action_horizon, small.action_expert.width, small.num_steps, small.max_token_len) == (25, 512, 5, 32)
     assert (small.paligemma, small.vision) == (pi0.paligemma, pi0.vision)
+    assert (pi05.paligemma, pi05.action_expert, pi05.vision) == (pi0.paligemma, pi0.action_expert, pi0.vision)
+    assert pi0.paligemma == GemmaConfig(2048, 18, 16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+    assert pi0.action_expert == GemmaConfig(1024, 18, 4096, num_heads=8, num_kv_heads=1, head_dim=256)
+    assert pi0.vision == VisionConfig(1152, 27, 4304, num_heads=16, patch_size=14) and pi0.vision.head_dim == 72
+    assert (pi0.vocab_size, pi0.action_dim, pi0.action_horizon, pi0.num_steps) == (257_152, 32, 50, 10)
+    assert pi0.image_keys == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
 def test_variant_with_changes():
@@ -73,18 +79,62 @@ def test_impossible_parts_are_refused():
         (lambda v: {k: x for k, x in v.items() if k != "vision"}, "vision"),
         (lambda v: v | {"vision": 3}, "vision"),
         (lambda v: v | {"paligemma": v["paligemma"] | {"size": 1}}, "size"),
+        (lambda v: v | {"image_resolution": 28}, "image_resolution 28"),
+        (lambda v: v | {"image_resolution": [28, 28.0]}, "image_resolution"),
+        (lambda v: v | {"image_keys": "base"}, "image_keys base"),  # not four cameras of one letter each
+        (lambda v: v | {"image_keys": [0, 1]}, "image_keys"),
     ],
 )
-def test_unknown_and_missing_fields(edit, named: str):
+def test_unknown_missing_and_impossible_fields(edit, named: str):
     with pytest.raises(ConfigError, match=named):
         ModelConfig.from_dict(edit(TINY.to_dict()))
 
 
-@hypothesis.given(heads=st.integers(1, 9), kv_heads=st.integers(1, 9), head_dim=st.integers(1, 9))
-def test_any_sizes_are_allowed_that_make_sense(heads: int, kv_heads: int, head_dim: int):
-    possible = heads % kv_heads == 0 and head_dim % 2 == 0
-    if possible:
-        assert GemmaConfig(7, 1, 5, heads, kv_heads, head_dim).num_heads == heads
+def sizes(cls: type) -> st.SearchStrategy[dict[str, Any]]:
+    """Fields of a config: each possible by itself, not always together."""
+    return st.fixed_dictionaries({f.name: st.sampled_from([2, 4, 6, 8]) for f in dataclasses.fields(cls)})
+
+
+def impossible(parts: dict[str, dict[str, Any]], height: int) -> set[str]:
+    """The fields for which no model can be built: first within each part, then between parts."""
+    wrong = set()
+    for part in parts.values():
+        no_size = {name for name, value in part.items() if type(value) is not int or value < 1}
+        wrong |= no_size
+        if not no_size:
+            divided, by = ("num_heads", "num_kv_heads") if "head_dim" in part else ("width", "num_heads")
+            wrong |= {divided} if part[divided] % part[by] else set()
+            wrong |= {"head_dim"} if part.get("head_dim", 0) % 2 else set()
+    if wrong:
+        return wrong
+    paligemma, expert = parts["paligemma"], parts["action_expert"]
+    wrong |= {"image_resolution"} if height % parts["vision"]["patch_size"] else set()
+    wrong |= {"width"} if expert["width"] % 2 else set()
+    return wrong | {n for n in ("depth", "num_heads", "num_kv_heads", "head_dim") if paligemma[n] != expert[n]}
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.fixed_dictionaries(
+        {"vision": sizes(VisionConfig), "paligemma": sizes(GemmaConfig), "action_expert": sizes(GemmaConfig)}
+    ),
+    st.sampled_from([True, True, True, False]),
+    st.none() | st.tuples(st.integers(0, 16), st.sampled_from([1, 3, 0, -2, 2.0, True, None, "4"])),
+    st.sampled_from([24, 48, 27]),
+)
+def test_any_sizes_are_accepted_or_refused_by_name(parts, alike, spoilt, height):
+    if alike:  # otherwise the two experts hardly ever fit together
+        parts["action_expert"] = parts["paligemma"] | {"width": parts["action_expert"]["width"]}
+    if spoilt is not None:
+        fields = [(part, name) for part in parts.values() for name in part]
+        part, name = fields[spoilt[0]]
+        part[name] = spoilt[1]
+    values = TINY.to_dict() | parts | {"image_resolution": [height, 48]}
+    wrong = impossible(parts, height)
+    if wrong:
+        with pytest.raises(ConfigError) as error:
+            ModelConfig.from_dict(values)
+        assert any(name in str(error.value) for name in wrong)
     else:
-        with pytest.raises(ConfigError):
-            GemmaConfig(7, 1, 5, heads, kv_heads, head_dim)
+        config = ModelConfig.from_dict(values)
+        assert ModelConfig.from_dict(config.to_dict()) == config
