@@ -35,7 +35,7 @@ FLOAT32_TOLERANCE = {"stage": 1e-5, "gradients": 1e-5, "actions": 3e-6}
 GRADIENT_FLOOR = 1e-4
 # Under this share, in both, it is nothing but rounding, of which only the size can be compared: SigLIP's key bias has
 # no gradient in exact arithmetic (a softmax does not see a constant), and about 1e-9 of the whole in float32.
-GRADIENT_NOISE = 1e-7
+GRADIENT_NOISE = {"float32": 1e-7, "bfloat16": 1e-4}
 
 
 class ParityError(ValueError):
@@ -201,13 +201,13 @@ def compare(
     if dtype == "float32":
         tolerances = None
     else:
-        own = [errors(run(i, "float32"), r) for i, r in enumerate((result_a, result_b))]
+        own = [errors(run(i, "float32"), r, dtype) for i, r in enumerate((result_a, result_b))]
         tolerances = {
             stage: math.hypot(own[0][stage][1], own[1][stage][1]) + _float32_tolerance(stage) for stage in own[0]
         }
     rows = [
         Row(stage, *error, _float32_tolerance(stage) if tolerances is None else tolerances[stage])
-        for stage, error in errors(result_a, result_b).items()
+        for stage, error in errors(result_a, result_b, dtype).items()
     ]
     names = [f"{c.folder} ({c.layout.name}, run in {f})" for c, f in zip(checkpoints, frameworks, strict=True)]
     return Report(names[0], names[1], dtype, rows)
@@ -220,25 +220,27 @@ def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
     return report
 
 
-def errors(a: Results, b: Results) -> dict[str, tuple[float, float]]:
+def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, tuple[float, float]]:
     """Largest and relative L2 error of B against A: one entry per stage and layer, then gradients, then actions."""
     result = {}
     for stage, reference in a.stages.items():
         if stage != "actions":
             result[stage] = _error(reference, b.stages[stage])
     if a.gradients:
-        result |= _gradient_errors(a.gradients, b.gradients)
+        result |= _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
     result["actions"] = _error(a.stages["actions"], b.stages["actions"])
     return result
 
 
-def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+def _gradient_errors(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], noise: float
+) -> dict[str, tuple[float, float]]:
     """Of all parameters together, and of the worst one; one parameter at a time, since together they are large."""
     norm, largest = _norm([_norm(g) for g in a.values()]), max(float(np.abs(g).max()) for g in a.values())
     each = [
         _error(a[name], b[name], GRADIENT_FLOOR * largest, GRADIENT_FLOOR * norm)
         for name in a
-        if max(_norm(a[name]), _norm(b[name])) > GRADIENT_NOISE * norm
+        if max(_norm(a[name]), _norm(b[name])) > noise * norm
     ]
     differences = [(float(np.abs(d).max()), _norm(d)) for d in (b[n].astype(np.float64) - a[n] for n in a)]
     return {

@@ -71,7 +71,8 @@ def attention(
     """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise."""
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    accumulator = numerics.rounding("attention_logits", q.dtype.name)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=accumulator) * head_dim**-0.5
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, numerics.MASKED_LOGIT)
     probabilities = cast(jax.nn.softmax(logits, axis=-1), "attention_probabilities", v.dtype.name)
