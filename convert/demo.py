@@ -49,7 +49,7 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
 
     say("2. Export it to PyTorch; every byte is read again and compared")
     checkpoint, export = workdir / "checkpoints" / str(config.steps), workdir / "export"
-    result = convert(checkpoint, export, to="pi0_torch")
+    result = convert(checkpoint, export, to="pi0_torch", overwrite=True)
     size = (export / "model.safetensors").stat().st_size / 2**20
     print(f"{len(result.in_layout('pi0_torch'))} tensors, {size:.1f} MiB in {export}")
 

@@ -43,10 +43,15 @@ def abstract_model(config: ModelConfig) -> Pi0:
 
 def with_parameters(config: ModelConfig, params: dict[str, Any]) -> Pi0:
     """The model with `params`, by our dotted names. Raises LayoutError unless exactly all are given."""
-    graphdef, state = nnx.split(abstract_model(config))
-    expected = {name: leaf.shape for name, leaf in flatten(nnx.to_pure_dict(state)).items()}
+    expected = {name: leaf.shape for name, leaf in parameters_of(abstract_model(config)).items()}
     compare_shapes(expected, {name: value.shape for name, value in params.items()}, "the model's parameters")
-    nnx.replace_by_pure_dict(state, unflatten(params))
+    return merge(config, unflatten(params))
+
+
+def merge(config: ModelConfig, params: dict[str, Any]) -> Pi0:
+    """The model with parameters as nested dicts, which are not checked."""
+    graphdef, state = nnx.split(abstract_model(config))
+    nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 

@@ -33,7 +33,7 @@ from pi0.robots import ROBOTS
 from pi0.tokenizers import TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import abstract_model
+from pi0_jax.loading import merge
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
@@ -149,13 +149,6 @@ def init_state(config: ml_collections.ConfigDict, model: ModelConfig, optimizer:
 def inference_params(state: State) -> Any:
     """What is evaluated and exported: the moving average where there is one."""
     return state["params"] if state["ema"] is None else state["ema"]
-
-
-def merge(model: ModelConfig, params: Any) -> Pi0:
-    """The model with parameters as nested dicts."""
-    graphdef, state = nnx.split(abstract_model(model))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
 
 
 def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
