@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 
 from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
-from convert.layouts.layout import infer_sizes
+from convert.layouts.layout import EXPERTS, infer_sizes
 from pi0.assets import Assets
 from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
 from pi0.fetch import fetch
@@ -238,7 +239,7 @@ def open_checkpoint(source: str | Path, config: ModelConfig | None = None) -> Ch
     else:
         raise CheckpointError(f"{folder} holds neither model.safetensors nor an Orbax params folder")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    layout, kind = detect(shapes)
+    layout, kind, lora = detect(shapes)
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point one")
@@ -246,21 +247,28 @@ def open_checkpoint(source: str | Path, config: ModelConfig | None = None) -> Ch
     if config is not None:
         assets = Assets(config) if assets is None else dataclasses.replace(assets, model=config)
     elif assets is None:
-        assets = Assets(infer_config(layout, kind, shapes))
+        assets = Assets(infer_config(layout, kind, shapes, lora))
     return Checkpoint(folder, layout, assets, layout.to_ours(assets.model, tensors))
 
 
-def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str]:
-    """The layout and kind of model whose names fit `shapes` best. Raises LayoutError where none fits at all."""
+_LORA_EXPERTS = (EXPERTS, EXPERTS[:1], EXPERTS[1:])
+
+
+def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[str, ...]]:
+    """The layout, the kind of model and its experts with LoRA whose names fit `shapes` best.
+
+    Raises LayoutError where none fits at all.
+    """
     stem = {name: _stem(name) for name in shapes}
     best, most = None, 0.0
     for layout in LAYOUTS.values():
-        for kind in KINDS:
-            names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind)}
+        has_lora = any(".lora." in rule.ours for rule in layout.rules)
+        for kind, lora in itertools.product(KINDS, ((), *_LORA_EXPERTS) if has_lora else ((),)):
+            names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind, lora)}
             shared = len(names & set(stem.values()))
             score = shared / len(names | set(stem.values()))
             if score > most:
-                best, most = (layout, kind), score
+                best, most = (layout, kind, lora), score
     if best is None:
         raise LayoutError(f"no known layout has tensors like {sorted(shapes)[:5]}; known are {', '.join(LAYOUTS)}")
     return best
@@ -271,9 +279,14 @@ def _stem(name: str) -> str:
     return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
-def infer_config(layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """The model config that the shapes of a checkpoint say. Raises LayoutError where they do not say a size."""
-    sizes = infer_sizes(layout.rules_for(kind), shapes)
+def infer_config(
+    layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]], lora: tuple[str, ...] = ()
+) -> ModelConfig:
+    """The model config that the shapes of a checkpoint say. Raises LayoutError where they do not say a size.
+
+    LoRA's alpha is no shape: it is taken to be the rank, as in all of openpi's variants.
+    """
+    sizes = infer_sizes(layout.rules_for(kind, lora), shapes)
     vision, action = sizes["vision"], sizes["projections"]
 
     def gemma(scope: str) -> GemmaConfig:
@@ -283,7 +296,7 @@ def infer_config(layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]
                 f"the layout {layout.name} does not tell heads from head dim; its config.json is missing: "
                 f"put it beside the weights, or pass config="
             )
-        return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"])
+        return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 
     paligemma, expert = gemma("paligemma"), gemma("action_expert")
     side = math.isqrt(vision["s"])

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts import LAYOUTS
+from convert.report import to_html
 from pi0.config import ModelConfig
 from pi0.observation import Observation, check_actions
 
@@ -118,12 +120,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The comparison of B against A."""
+    """The comparison of B against A, and the actions [B, T, A] that each sampled."""
 
     a: str
     b: str
     dtype: str
     rows: list[Row]
+    actions_a: np.ndarray = dataclasses.field(repr=False, compare=False)
+    actions_b: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     @property
     def first_failure(self) -> Row | None:
@@ -135,7 +139,7 @@ class Report:
         return self.first_failure is None
 
     def to_json(self) -> str:
-        """All of it as JSON, for CI."""
+        """All of it but the actions as JSON, for CI."""
         rows = [dataclasses.asdict(row) | {"passed": row.passed} for row in self.rows]
         first = None if self.passed else self.first_failure.stage  # type: ignore[union-attr]
         values = {"a": self.a, "b": self.b, "dtype": self.dtype, "passed": self.passed, "first_failure": first}
@@ -210,7 +214,7 @@ def compare(
         for stage, error in errors(result_a, result_b, dtype).items()
     ]
     names = [f"{c.folder} ({c.layout.name}, run in {f})" for c, f in zip(checkpoints, frameworks, strict=True)]
-    return Report(names[0], names[1], dtype, rows)
+    return Report(names[0], names[1], dtype, rows, result_a.stages["actions"], result_b.stages["actions"])
 
 
 def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
@@ -386,7 +390,7 @@ def _ordered(stages: dict[str, np.ndarray], actions: np.ndarray) -> dict[str, np
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-parity`; exits with 1 where a stage is out of tolerance, with 2 where nothing was compared."""
+    """The command `pi0-parity`; exits with 1 where a stage is out of tolerance, 2 where nothing was compared or written."""
     parser = argparse.ArgumentParser(
         prog="pi0-parity",
         description="Compare two checkpoints, in either framework, on the same inputs: every layer's output, "
@@ -410,8 +414,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps of sampled actions (default 10)")
     parser.add_argument("--no-gradients", action="store_true", help="leave gradients out: half the memory and time")
     parser.add_argument("--json", type=Path, help="write the report as JSON to this file")
+    parser.add_argument("--html", type=Path, help="write the report as one HTML file, with pictures, to this file")
     args = parser.parse_args(arguments)
     try:
+        for file in filter(None, (args.json, args.html)):  # before the work, not after it
+            file.parent.mkdir(parents=True, exist_ok=True)
         report = compare(
             args.a,
             args.b,
@@ -424,10 +431,22 @@ def main(arguments: list[str] | None = None) -> None:
             num_steps=args.steps,
             gradients=not args.no_gradients,
         )
+        print(report.table())
+        if args.json:
+            _write(args.json, report.to_json() + "\n")
+        if args.html:
+            _write(args.html, to_html(report))
     except (ValueError, OSError) as error:
         print(f"pi0-parity: {error}", file=sys.stderr)
         sys.exit(2)
-    print(report.table())
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
     sys.exit(0 if report.passed else 1)
+
+
+def _write(file: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader finds all of the file or none of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

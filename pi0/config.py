@@ -58,7 +58,11 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """One Gemma expert: `width` W, `depth` L, `mlp_dim` M, `num_heads` N, `num_kv_heads` K, `head_dim` H."""
+    """One Gemma expert: `width` W, `depth` L, `mlp_dim` M, `num_heads` N, `num_kv_heads` K, `head_dim` H.
+
+    With `lora_rank` R every projection has a low-rank update; `lora_alpha` (default: R) scales attention's by alpha/R.
+    openpi does not scale those of the MLP, and nor do we.
+    """
 
     width: int
     depth: int
@@ -66,14 +70,28 @@ class GemmaConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "gemma")
+        _require(self.lora_rank is None or self.lora_rank > 0, f"lora_rank is {self.lora_rank}; it must be positive")
+        _require(
+            self.lora_rank is not None or self.lora_alpha is None,
+            f"lora_alpha is {self.lora_alpha}, but there is no lora_rank",
+        )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of attention's low-rank updates: alpha/rank."""
+        if self.lora_rank is None or self.lora_alpha is None:
+            return 1.0
+        return self.lora_alpha / self.lora_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +197,11 @@ GEMMA_300M = dataclasses.replace(GEMMA_2B, width=1024, mlp_dim=4096)
 
 PI0 = ModelConfig(kind="pi0", vision=SO400M, paligemma=GEMMA_2B, action_expert=GEMMA_300M)
 PI05 = dataclasses.replace(PI0, kind="pi05", max_token_len=200)
+PI0_LORA = dataclasses.replace(
+    PI0,
+    paligemma=dataclasses.replace(GEMMA_2B, lora_rank=16, lora_alpha=16.0),
+    action_expert=dataclasses.replace(GEMMA_300M, lora_rank=32, lora_alpha=32.0),
+)
 PI0_SMALL = dataclasses.replace(
     PI0,
     action_expert=dataclasses.replace(GEMMA_2B, width=512, mlp_dim=2048),
@@ -223,7 +246,13 @@ VARIANTS = {
     "pi0": PI0,
     "pi05": PI05,
     "pi0_small": PI0_SMALL,
+    "pi0_lora": PI0_LORA,
     "tiny": TINY,
+    "tiny_lora": dataclasses.replace(
+        TINY,
+        paligemma=dataclasses.replace(TINY.paligemma, lora_rank=3, lora_alpha=6.0),
+        action_expert=dataclasses.replace(TINY.action_expert, lora_rank=5, lora_alpha=5.0),
+    ),
     "tiny_pi05": dataclasses.replace(TINY, kind="pi05", max_token_len=20),
     "demo": DEMO,
     "demo_pi05": dataclasses.replace(DEMO, kind="pi05", max_token_len=64),

@@ -80,6 +80,19 @@ _GEMMA = {
     "layers.mlp.up.kernel": "l d m",
     "layers.mlp.down.kernel": "l m d",
 }
+# r rank; see `pi0_jax.models.lora`.
+_LORA = {
+    "layers.attention.query.lora.a": "l d n r",
+    "layers.attention.query.lora.b": "l n r h",
+    **{f"layers.attention.{x}.lora.a": "l d k r" for x in ("key", "value")},
+    **{f"layers.attention.{x}.lora.b": "l k r h" for x in ("key", "value")},
+    "layers.attention.out.lora.a": "l n h r",
+    "layers.attention.out.lora.b": "l n r d",
+    **{f"layers.mlp.{x}.lora.a": "l d r" for x in ("gate", "up")},
+    **{f"layers.mlp.{x}.lora.b": "l r m" for x in ("gate", "up")},
+    "layers.mlp.down.lora.a": "l m r",
+    "layers.mlp.down.lora.b": "l r d",
+}
 _PLAIN_NORMS = {**{f"layers.{norm}.scale": "l d" for norm in _NORMS}, "final_norm.scale": "d"}
 _ADAPTIVE_NORMS = {
     **{f"layers.{norm}.modulation.kernel": "l d t" for norm in _NORMS},
@@ -93,8 +106,16 @@ _PROJECTIONS = {
 }
 
 
-def axes_of(kind: str) -> dict[str, tuple[str, ...]]:
-    """Our parameters of a kind of model, and their axes."""
+EXPERTS = ("paligemma", "action_expert")
+
+
+def lora_of(config: ModelConfig) -> tuple[str, ...]:
+    """The experts that have low-rank updates."""
+    return tuple(expert for expert in EXPERTS if getattr(config, expert).lora_rank is not None)
+
+
+def axes_of(kind: str, lora: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """Our parameters of a kind of model, where the experts `lora` have low-rank updates, and their axes."""
     expert_norms = _ADAPTIVE_NORMS if kind == "pi05" else _PLAIN_NORMS
     projections = {"action_in_proj": "a d", **_PROJECTIONS[kind], "action_out_proj": "d a"}
     table = {
@@ -102,6 +123,7 @@ def axes_of(kind: str) -> dict[str, tuple[str, ...]]:
         "paligemma.embedding": "v d",
         **{f"paligemma.{name}": axes for name, axes in (_GEMMA | _PLAIN_NORMS).items()},
         **{f"action_expert.{name}": axes for name, axes in (_GEMMA | expert_norms).items()},
+        **{f"{expert}.{name}": axes for expert in lora for name, axes in _LORA.items()},
         **{f"{name}.kernel": axes for name, axes in projections.items()},
         **{f"{name}.bias": axes.split()[1] for name, axes in projections.items()},
     }
@@ -120,7 +142,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
 
     def gemma(expert: GemmaConfig) -> dict[str, int]:
         sizes = {"l": expert.depth, "d": expert.width, "t": 3 * expert.width, "m": expert.mlp_dim}
-        return sizes | {"n": expert.num_heads, "k": expert.num_kv_heads, "h": expert.head_dim}
+        sizes |= {"n": expert.num_heads, "k": expert.num_kv_heads, "h": expert.head_dim}
+        return sizes if expert.lora_rank is None else sizes | {"r": expert.lora_rank}
 
     return {
         "vision": {
@@ -139,7 +162,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     sizes = axis_sizes(config)
     return {
         name: Parameter(axes, tuple(sizes[scope_of(name)][a] for a in axes))
-        for name, axes in axes_of(config.kind).items()
+        for name, axes in axes_of(config.kind, lora_of(config)).items()
     }
 
 
@@ -180,9 +203,11 @@ class Layout:
     name: str
     rules: tuple[Rule, ...]
 
-    def rules_for(self, kind: str) -> list[Rule]:
+    def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
         """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
-        wanted = axes_of(kind)
+        wanted = axes_of(kind, lora)
+        if lora and not any(".lora." in rule.ours for rule in self.rules):
+            raise LayoutError(f"the layout {self.name} has no place for LoRA; merge it: --lora merge")
         rules = [rule for rule in self.rules if rule.ours in wanted]
         names = [rule.ours for rule in rules]
         wrong = sorted({n for n in names if names.count(n) > 1} | (wanted.keys() - set(names)))
@@ -194,7 +219,7 @@ class Layout:
         """Every tensor of this layout and its shape, in a fixed order; nothing is allocated."""
         sizes = axis_sizes(config)
         shapes: dict[str, list[int]] = {}
-        for rule in self.rules_for(config.kind):
+        for rule in self.rules_for(config.kind, lora_of(config)):
             scope = sizes[scope_of(rule.ours)]
             for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):
                 shape = shapes.setdefault(name, [0] * len(rule.groups))
@@ -211,7 +236,7 @@ class Layout:
         """Our parameters, read lazily from a checkpoint in this layout. Raises LayoutError unless it fits exactly."""
         self.check(config, {name: tensor.shape for name, tensor in source.items()})
         table, sizes = parameters(config), axis_sizes(config)
-        rules = {rule.ours: rule for rule in self.rules_for(config.kind)}
+        rules = {rule.ours: rule for rule in self.rules_for(config.kind, lora_of(config))}
         return {
             name: _ours_from(rules[name], parameter, sizes[scope_of(name)], source) for name, parameter in table.items()
         }
@@ -222,7 +247,7 @@ class Layout:
         compare_shapes({n: p.shape for n, p in table.items()}, {n: t.shape for n, t in ours.items()}, "our parameters")
         sizes = axis_sizes(config)
         parts: dict[str, list[tuple[Rule, int | None]]] = {}
-        for rule in self.rules_for(config.kind):
+        for rule in self.rules_for(config.kind, lora_of(config)):
             stacked = "{l}" in rule.theirs
             names = _names(rule, sizes[scope_of(rule.ours)]["l"] if stacked else 1)
             for layer, name in enumerate(names):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from convert.layouts.layout import Layout, Rule, axes_of
+from convert.layouts.layout import EXPERTS, Layout, Rule, axes_of
 
-_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind).items()}
+_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind, EXPERTS).items()}
 
 LAYOUT = Layout("pi0_jax", tuple(Rule(name, name.replace(".", "/"), " ".join(axes)) for name, axes in _AXES.items()))

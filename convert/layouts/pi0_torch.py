@@ -1,12 +1,12 @@
 """Our PyTorch layout: the names of `pi0_torch` modules.
 
 The same names as in JAX up to three mechanical differences: `kernel` is `weight` with inputs and outputs swapped,
-the stacked layer axis is `.{l}.`, and head axes are flat.
+the stacked layer axis is `.{l}.`, and head axes are flat (not those of LoRA's factors, which are batched over heads).
 """
 
 from __future__ import annotations
 
-from convert.layouts.layout import Layout, Rule, axes_of
+from convert.layouts.layout import EXPERTS, Layout, Rule, axes_of
 
 
 def _rule(name: str, axes: tuple[str, ...]) -> Rule:
@@ -14,6 +14,8 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     rest = [a for a in axes if a != "l"]
     if name == "vision.patch_embedding.kernel":
         return Rule(name, "vision.patch_embedding.weight", "d c p q")
+    if ".lora." in name:  # heads apart, as in JAX
+        return Rule(name, theirs, " ".join(rest))
     heads = "(n h)" if "n" in rest else "(k h)"
     flat = " ".join(a for a in rest if a not in ("n", "k", "h")).split()
     if "h" in rest:
@@ -23,6 +25,6 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     return Rule(name, theirs, " ".join(flat))
 
 
-_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind).items()}
+_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind, EXPERTS).items()}
 
 LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()))

@@ -7,6 +7,7 @@ dim, M mlp, L layers, V vocabulary. Layers are stacked on a leading axis and sca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
+from pi0_jax.models.lora import make_lora
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 
@@ -79,11 +81,13 @@ class Attention(nnx.Module):
     """One expert's projections into and out of the shared attention."""
 
     def __init__(self, config: GemmaConfig, *, dtype: str, rngs: nnx.Rngs):
-        width, head_dim = config.width, config.head_dim
-        self.query = Linear((width,), (config.num_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
-        self.key = Linear((width,), (config.num_kv_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
-        self.value = Linear((width,), (config.num_kv_heads, head_dim), bias=False, dtype=dtype, rngs=rngs)
-        self.out = Linear((config.num_heads, head_dim), (width,), bias=False, dtype=dtype, rngs=rngs)
+        width, heads = config.width, (config.num_heads, config.head_dim)
+        kv_heads = (config.num_kv_heads, config.head_dim)
+        lora = partial(make_lora, config, scale=config.lora_scale, dtype=dtype, rngs=rngs)
+        self.query = Linear((width,), heads, bias=False, dtype=dtype, rngs=rngs, lora=lora("d", "nh"))
+        self.key = Linear((width,), kv_heads, bias=False, dtype=dtype, rngs=rngs, lora=lora("d", "kh"))
+        self.value = Linear((width,), kv_heads, bias=False, dtype=dtype, rngs=rngs, lora=lora("d", "kh"))
+        self.out = Linear(heads, (width,), bias=False, dtype=dtype, rngs=rngs, lora=lora("nh", "d"))
 
     def project(self, x: Float[Array, "B T W"], rotation: Rotation) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
@@ -95,9 +99,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, dtype: str, rngs: nnx.Rngs):
         width, mlp_dim = config.width, config.mlp_dim
-        self.gate = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs)
-        self.up = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs)
-        self.down = Linear((mlp_dim,), (width,), bias=False, dtype=dtype, rngs=rngs)
+        lora = partial(make_lora, config, scale=1.0, dtype=dtype, rngs=rngs)
+        self.gate = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs, lora=lora("d", "m"))
+        self.up = Linear((width,), (mlp_dim,), bias=False, dtype=dtype, rngs=rngs, lora=lora("d", "m"))
+        self.down = Linear((mlp_dim,), (width,), bias=False, dtype=dtype, rngs=rngs, lora=lora("m", "d"))
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
         return self.down(gelu(self.gate(x)) * self.up(x))

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
+from pi0_jax.models.lora import LoRA
 
 
 def cast(x: Array, place: str, dtype: str) -> Array:
@@ -24,10 +25,22 @@ def cast(x: Array, place: str, dtype: str) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; in `dtype`, rounded once at the end."""
+    """y = x·kernel (+ bias): kernel [*in, *out], the axes of heads kept apart; in `dtype`, rounded once at the end.
 
-    def __init__(self, in_axes: tuple[int, ...], out_axes: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs):
-        self.in_ndim, self.dtype = len(in_axes), dtype
+    `lora`, for projections without bias, is added to it.
+    """
+
+    def __init__(
+        self,
+        in_axes: tuple[int, ...],
+        out_axes: tuple[int, ...],
+        *,
+        bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+        lora: LoRA | None = None,
+    ):
+        self.in_ndim, self.dtype, self.lora = len(in_axes), dtype, lora
         scale = 1 / math.sqrt(math.prod(in_axes))
         init = jax.random.truncated_normal(rngs.params(), -2, 2, (*in_axes, *out_axes)) * scale
         self.kernel = nnx.Param(init)
@@ -36,7 +49,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.bias is None:
-            return jnp.tensordot(x, kernel, axes=self.in_ndim)
+            y = jnp.tensordot(x, kernel, axes=self.in_ndim)
+            return y if self.lora is None else y + self.lora(x)
         y = jnp.tensordot(x, kernel, axes=self.in_ndim, preferred_element_type=jnp.float32)
         return (y + self.bias[...].astype(self.dtype)).astype(self.dtype)
 

@@ -7,6 +7,7 @@ dim, M mlp, L layers, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_torch.models.layers import Linear, attention, cast, dtype_name, gelu, remat
+from pi0_torch.models.lora import make_lora
 
 Cache = list[tuple[Float[Tensor, "B S K H"], Float[Tensor, "B S K H"]]]  # one entry per layer
 
@@ -83,10 +85,12 @@ class Attention(nn.Module):
     def __init__(self, config: GemmaConfig, *, dtype: str):
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
-        self.query = Linear(width, config.num_heads * self.head_dim, bias=False, dtype=dtype)
-        self.key = Linear(width, config.num_kv_heads * self.head_dim, bias=False, dtype=dtype)
-        self.value = Linear(width, config.num_kv_heads * self.head_dim, bias=False, dtype=dtype)
-        self.out = Linear(config.num_heads * self.head_dim, width, bias=False, dtype=dtype)
+        heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        lora = partial(make_lora, config, scale=config.lora_scale, dtype=dtype)
+        self.query = Linear(width, heads, bias=False, dtype=dtype, lora=lora("d", "nh"))
+        self.key = Linear(width, kv_heads, bias=False, dtype=dtype, lora=lora("d", "kh"))
+        self.value = Linear(width, kv_heads, bias=False, dtype=dtype, lora=lora("d", "kh"))
+        self.out = Linear(heads, width, bias=False, dtype=dtype, lora=lora("nh", "d"))
 
     def project(self, x: Float[Tensor, "B T W"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
@@ -100,9 +104,10 @@ class MLP(nn.Module):
     def __init__(self, config: GemmaConfig, *, dtype: str):
         super().__init__()
         width, mlp_dim = config.width, config.mlp_dim
-        self.gate = Linear(width, mlp_dim, bias=False, dtype=dtype)
-        self.up = Linear(width, mlp_dim, bias=False, dtype=dtype)
-        self.down = Linear(mlp_dim, width, bias=False, dtype=dtype)
+        lora = partial(make_lora, config, scale=1.0, dtype=dtype)
+        self.gate = Linear(width, mlp_dim, bias=False, dtype=dtype, lora=lora("d", "m"))
+        self.up = Linear(width, mlp_dim, bias=False, dtype=dtype, lora=lora("d", "m"))
+        self.down = Linear(mlp_dim, width, bias=False, dtype=dtype, lora=lora("m", "d"))
 
     def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
         return self.down(gelu(self.gate(x)) * self.up(x))

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0 import numerics
+from pi0_torch.models.lora import LoRA
 
 
 def cast(x: Tensor, place: str, dtype: str) -> Tensor:
@@ -30,11 +31,14 @@ def dtype_name(x: Tensor) -> str:
 
 
 class Linear(nn.Module):
-    """y = x·weightᵀ (+ bias): weight [out, in], the axes of heads flat; in `dtype`, rounded once at the end."""
+    """y = x·weightᵀ (+ bias): weight [out, in], the axes of heads flat; in `dtype`, rounded once at the end.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: str):
+    `lora`, for projections without bias, is added to it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: str, lora: LoRA | None = None):
         super().__init__()
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.lora = getattr(torch, dtype), lora
         scale = 1 / math.sqrt(in_features)
         init = nn.init.trunc_normal_(torch.empty(out_features, in_features), a=-2, b=2) * scale
         self.weight = nn.Parameter(init)
@@ -42,7 +46,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
+        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class LayerNorm(nn.Module):

@@ -48,16 +48,17 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_lora"])
 def test_full_size_openpi_names_and_shapes(kind: str):
     names = json.loads((Path(__file__).parents[1] / "layouts" / f"openpi_jax_{kind}.json").read_text())
     config = ModelConfig.variant(kind)
     assert LAYOUTS["openpi_jax"].shapes(config) == {name: tuple(shape) for name, shape in names.items()}
     for layout in LAYOUTS.values():
-        assert sum(int(np.prod(s)) for s in layout.shapes(config).values()) == COUNTS[kind]
+        if kind in COUNTS:
+            assert sum(int(np.prod(s)) for s in layout.shapes(config).values()) == COUNTS[kind]
 
 
-@pytest.mark.parametrize("variant", ["pi0", "pi05", "pi0_small", "tiny", "tiny_pi05"])
+@pytest.mark.parametrize("variant", ["pi0", "pi05", "pi0_small", "pi0_lora", "tiny", "tiny_pi05", "tiny_lora"])
 def test_tables_are_the_models(variant: str):
     """Names and shapes of the real modules, without allocating a weight."""
     from flax import nnx
@@ -137,8 +138,8 @@ def test_sizes_follow_from_shapes(config: ModelConfig):
     shapes = LAYOUTS["openpi_jax"].shapes(
         ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side], "dtype": "bfloat16"})
     )
-    layout, kind = detect(shapes)
-    found = infer_config(layout, kind, shapes)
+    layout, kind, lora = detect(shapes)
+    found = infer_config(layout, kind, shapes, lora)
     assert (layout.name, found.image_resolution) == ("openpi_jax", (side, side))
     for field in ("kind", "vision", "paligemma", "action_expert", "vocab_size", "action_dim"):
         assert getattr(found, field) == getattr(config, field), field
@@ -154,8 +155,8 @@ def test_sizes_that_do_not_follow_are_asked_for():
 @pytest.mark.parametrize("variant", ["tiny", "tiny_pi05"])
 def test_a_layout_is_found_by_its_names(name: str, variant: str):
     config = ModelConfig.variant(variant)
-    layout, kind = detect(LAYOUTS[name].shapes(config))
-    assert (layout.name, kind) == (name, config.kind)
+    layout, kind, lora = detect(LAYOUTS[name].shapes(config))
+    assert (layout.name, kind, lora) == (name, config.kind, ())
 
 
 def test_foreign_names():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import pi0_jax
+from convert.checkpoints import open_checkpoint
 from convert.layouts import Tensor
-from pi0_jax.loading import parameters_of
-from tests.golden_case import CASES, GoldenCase, check_bfloat16, check_float32, check_gradients
+from convert.lora import merge_lora
+from pi0_jax.loading import parameters_of, with_parameters
+from tests.golden_case import CASES, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -43,4 +45,23 @@ def test_bfloat16(name: str):
     case = GoldenCase(name)
     model = pi0_jax.load(case.checkpoint, config=case.config("float32"), dtype="bfloat16")
     assert {x.dtype.name for x in parameters_of(model).values()} == {"float32"}
+    check_bfloat16(case, run(model, *case.inputs(), gradients=False)[0])
+
+
+def test_lora():
+    """openpi's low-rank updates beside the weights, and merged into them: the same outputs, in float32 to 1e-5."""
+    case = GoldenCase(LORA)
+    config = case.config("float32")
+    model = pi0_jax.load(case.checkpoint, config=config)
+    stages, gradient = run(model, *case.inputs(), gradients=True)
+    check_float32(case, stages)
+    check_gradients(case, {n: Tensor.of(np.asarray(g)) for n, g in parameters_of(gradient).items()}, only="lora")
+    plain, merged = merge_lora(config, open_checkpoint(case.checkpoint, config).ours)
+    model = with_parameters(plain, {name: jax.numpy.asarray(t.read(())) for name, t in merged.items()})
+    check_float32(case, run(model, *case.inputs(), gradients=False)[0])
+
+
+def test_lora_in_bfloat16():
+    case = GoldenCase(LORA)
+    model = pi0_jax.load(case.checkpoint, config=case.config("bfloat16"))
     check_bfloat16(case, run(model, *case.inputs(), gradients=False)[0])

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 import pi0_torch
+from convert.checkpoints import open_checkpoint
 from convert.layouts import LAYOUTS, Tensor
-from pi0_torch.loading import parameters_of
-from tests.golden_case import CASES, GoldenCase, check_bfloat16, check_float32, check_gradients
+from convert.lora import merge_lora
+from pi0_torch.loading import parameters_of, to_torch, with_parameters
+from tests.golden_case import CASES, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 
 
 def run(model: pi0_torch.Pi0, case: GoldenCase) -> dict[str, np.ndarray]:
@@ -39,4 +41,23 @@ def test_bfloat16(name: str):
     case = GoldenCase(name)
     model = pi0_torch.load(case.checkpoint, config=case.config("float32"), dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    check_bfloat16(case, run(model, case))
+
+
+def test_lora():
+    """openpi's low-rank updates beside the weights, and merged into them: the same outputs, in float32 to 1e-5."""
+    case = GoldenCase(LORA)
+    config = case.config("float32")
+    model = pi0_torch.load(case.checkpoint, config=config)
+    check_float32(case, run(model, case))
+    check_gradients(case, gradients(model), only="lora")
+    plain, merged = merge_lora(config, open_checkpoint(case.checkpoint, config).ours)
+    tensors = LAYOUTS["pi0_torch"].from_ours(plain, merged)
+    model = with_parameters(plain, {name: to_torch(t.read(())) for name, t in tensors.items()})
+    check_float32(case, run(model, case))
+
+
+def test_lora_in_bfloat16():
+    case = GoldenCase(LORA)
+    model = pi0_torch.load(case.checkpoint, config=case.config("bfloat16"))
     check_bfloat16(case, run(model, case))

@@ -1,0 +1,106 @@
+"""openpi's PyTorch layout: transformers' names of PaliGemma and Gemma, and openpi's of its projections.
+
+The token embedding is tied to `lm_head`: openpi's files hold it under that name, those of other tools under
+`embed_tokens` or both. The action expert's own `lm_head` is never used. LeRobot's first releases are openpi's files
+as they are, so they are read as this layout too.
+"""
+
+from __future__ import annotations
+
+from convert.layouts.layout import Layout, Rule
+
+_LAYER_NORMS = (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2"))
+_RMS_NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+_HEADS = (("query", "q_proj", "n h"), ("key", "k_proj", "k h"), ("value", "v_proj", "k h"))
+_PROJECTIONS = (
+    ("action_in_proj", "d a"),
+    ("action_out_proj", "a d"),
+    ("state_proj", "d a"),
+    ("action_time_mlp_in", "d u"),
+    ("action_time_mlp_out", "e d"),
+    ("time_mlp_in", "e d"),
+    ("time_mlp_out", "e d"),
+)
+
+
+def _linear(ours: str, theirs: str, axes: str, bias: str) -> tuple[Rule, Rule]:
+    """A linear layer with a bias; `axes` are its weight's."""
+    return Rule(f"{ours}.kernel", f"{theirs}.weight", axes), Rule(f"{ours}.bias", f"{theirs}.bias", bias)
+
+
+def _vision(tower: str) -> tuple[Rule, ...]:
+    ours, layer = "vision.layers", f"{tower}.encoder.layers.{{l}}"
+    return (
+        *_linear("vision.patch_embedding", f"{tower}.embeddings.patch_embedding", "d c p q", "d"),
+        Rule("vision.position_embedding", f"{tower}.embeddings.position_embedding.weight", "s d"),
+        *(
+            Rule(f"{ours}.{norm}.{part}", f"{layer}.{theirs}.{x}", "d")
+            for norm, theirs in _LAYER_NORMS
+            for part, x in (("scale", "weight"), ("bias", "bias"))
+        ),
+        *(
+            rule
+            for part, x, _ in _HEADS
+            for rule in _linear(f"{ours}.attention.{part}", f"{layer}.self_attn.{x}", "(n h) d", "(n h)")
+        ),
+        *_linear(f"{ours}.attention.out", f"{layer}.self_attn.out_proj", "d (n h)", "d"),
+        *_linear(f"{ours}.mlp.up", f"{layer}.mlp.fc1", "m d", "m"),
+        *_linear(f"{ours}.mlp.down", f"{layer}.mlp.fc2", "d m", "d"),
+        Rule("vision.final_norm.scale", f"{tower}.post_layernorm.weight", "d"),
+        Rule("vision.final_norm.bias", f"{tower}.post_layernorm.bias", "d"),
+    )
+
+
+def _gemma(ours: str, theirs: str) -> tuple[Rule, ...]:
+    layer = f"{theirs}.layers.{{l}}"
+    return (
+        *(
+            Rule(f"{ours}.layers.attention.{part}.kernel", f"{layer}.self_attn.{x}.weight", f"({heads}) d")
+            for part, x, heads in _HEADS
+        ),
+        Rule(f"{ours}.layers.attention.out.kernel", f"{layer}.self_attn.o_proj.weight", "d (n h)"),
+        Rule(f"{ours}.layers.mlp.gate.kernel", f"{layer}.mlp.gate_proj.weight", "m d"),
+        Rule(f"{ours}.layers.mlp.up.kernel", f"{layer}.mlp.up_proj.weight", "m d"),
+        Rule(f"{ours}.layers.mlp.down.kernel", f"{layer}.mlp.down_proj.weight", "d m"),
+        *(Rule(f"{ours}.layers.{norm}.scale", f"{layer}.{x}.weight", "d") for norm, x in _RMS_NORMS),
+        *(
+            rule
+            for norm, x in _RMS_NORMS
+            for rule in _linear(f"{ours}.layers.{norm}.modulation", f"{layer}.{x}.dense", "t d", "t")
+        ),
+        Rule(f"{ours}.final_norm.scale", f"{theirs}.norm.weight", "d"),
+        *_linear(f"{ours}.final_norm.modulation", f"{theirs}.norm.dense", "t d", "t"),
+    )
+
+
+def transformers_layout(name: str, prefix: str, tower: str, other_tower: str) -> Layout:
+    """The layout of models built from transformers' modules, whose names all begin with `prefix`.
+
+    `tower` is the vision tower's path as this layout writes it, `other_tower` a pattern for the one it also reads.
+    """
+    paligemma = f"{prefix}paligemma_with_expert.paligemma"
+    expert = f"{prefix}paligemma_with_expert.gemma_expert"
+    return Layout(
+        name,
+        (
+            *_vision(f"{paligemma}.model.{tower}"),
+            *_linear("vision.head", f"{paligemma}.model.multi_modal_projector.linear", "w d", "w"),
+            Rule("paligemma.embedding", f"{paligemma}.lm_head.weight", "v d"),
+            *_gemma("paligemma", f"{paligemma}.model.language_model"),
+            *_gemma("action_expert", f"{expert}.model"),
+            *(
+                rule
+                for projection, axes in _PROJECTIONS
+                for rule in _linear(projection, f"{prefix}{projection}", axes, axes[0])
+            ),
+        ),
+        format="safetensors",
+        spellings=(
+            (r"\.paligemma\.model\.language_model\.embed_tokens\.weight$", ".paligemma.lm_head.weight"),
+            (rf"\.paligemma\.model\.{other_tower}\.", f".paligemma.model.{tower}."),
+        ),
+        unused=(Rule("action_expert.embedding", f"{expert}.lm_head.weight", "v d"),),
+    )
+
+
+LAYOUT = transformers_layout("openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)")

@@ -1,0 +1,60 @@
+"""Merging low-rank updates into the projections they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from convert.layouts import Parameter, Tensor, parameters
+from convert.layouts.layout import Index, lora_of
+from pi0.config import ModelConfig
+
+
+def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and parameters (lazily) of the same model without LoRA: kernel + a·b × scale.
+
+    The product and the sum are float32, rounded once to the kernel's dtype. Does what the forward does: openpi sums the
+    heads of attention's output update in either factor, and does not scale the updates of the MLP.
+    """
+    experts = lora_of(config)
+    table = parameters(config)
+    plain = dataclasses.replace(
+        config,
+        **{e: dataclasses.replace(getattr(config, e), lora_rank=None, lora_alpha=None) for e in experts},
+    )
+    merged = {}
+    for name in parameters(plain):
+        stem = name.removesuffix(".kernel")
+        factors = [f"{stem}.lora.{x}" for x in "ab"]
+        if factors[0] not in table:
+            merged[name] = ours[name]
+            continue
+        scale = getattr(config, name.split(".")[0]).lora_scale if ".attention." in name else 1.0
+        equation = _equation(*(table[n] for n in (*factors, name)))
+        merged[name] = _merged(ours[name], ours[factors[0]], ours[factors[1]], equation, scale)
+    return plain, merged
+
+
+def _equation(a: Parameter, b: Parameter, kernel: Parameter) -> str:
+    """The product of one layer's factors, as an einsum."""
+    a_axes, b_axes, axes = ("".join(p.axes[1:]) for p in (a, b, kernel))  # without l
+    if axes[0] in "nk":  # the output projection: heads are summed in b too
+        b_axes = b_axes.replace(axes[0], "x")
+    return f"{a_axes},{b_axes}->{axes}"
+
+
+def _merged(kernel: Tensor, a: Tensor, b: Tensor, equation: str, scale: float) -> Tensor:
+    def layer(index: int) -> np.ndarray:
+        base, first, second = (t.read((index,)).astype(np.float32) for t in (kernel, a, b))
+        return (base + np.einsum(equation, first, second, optimize=True) * np.float32(scale)).astype(kernel.dtype)
+
+    def read(index: Index) -> np.ndarray:
+        if index:
+            (chosen,) = index
+            assert isinstance(chosen, int), "a merged projection is read whole or by layer"
+            return layer(chosen)
+        return np.stack([layer(i) for i in range(kernel.shape[0])])
+
+    return dataclasses.replace(kernel, read=read)

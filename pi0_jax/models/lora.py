@@ -1,0 +1,44 @@
+"""LoRA: a low-rank update beside a projection, heads kept apart as in openpi's checkpoints.
+
+Axes: d width, n heads, k key/value heads, h head dim, m mlp, r rank.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pi0.config import GemmaConfig
+
+INIT_STDDEV = 0.01  # of both factors, as in openpi
+
+
+class LoRA(nnx.Module):
+    """x·a·b × scale, in `dtype`: a [*in, (heads), r], b [(heads), r, *out]."""
+
+    def __init__(self, in_axes: str, out_axes: str, sizes: dict[str, int], *, scale: float, dtype: str, rngs: nnx.Rngs):
+        heads = "".join(axis for axis in in_axes + out_axes if axis in "nk")
+        a_axes = in_axes + "".join(axis for axis in heads if axis not in in_axes) + "r"
+        b_axes = heads + "r" + out_axes.replace(heads, "")
+        kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
+        self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
+        self.scale, self.dtype = scale, dtype
+        self.a = nnx.Param(jax.random.normal(rngs.params(), [sizes[axis] for axis in a_axes]) * INIT_STDDEV)
+        self.b = nnx.Param(jax.random.normal(rngs.params(), [sizes[axis] for axis in b_axes]) * INIT_STDDEV)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        x = jnp.einsum(self.first, x.astype(self.dtype), self.a[...].astype(self.dtype))
+        return jnp.einsum(self.second, x, self.b[...].astype(self.dtype)) * self.scale
+
+
+def make_lora(
+    config: GemmaConfig, in_axes: str, out_axes: str, *, scale: float, dtype: str, rngs: nnx.Rngs
+) -> LoRA | None:
+    """The update of one of an expert's projections, None where the expert has none."""
+    if config.lora_rank is None:
+        return None
+    sizes = {"d": config.width, "n": config.num_heads, "k": config.num_kv_heads, "h": config.head_dim}
+    sizes |= {"m": config.mlp_dim, "r": config.lora_rank}
+    return LoRA(in_axes, out_axes, sizes, scale=scale, dtype=dtype, rngs=rngs)

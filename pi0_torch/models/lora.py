@@ -1,0 +1,43 @@
+"""LoRA: a low-rank update beside a projection, heads kept apart as in openpi's checkpoints.
+
+Axes: d width, n heads, k key/value heads, h head dim, m mlp, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pi0.config import GemmaConfig
+
+INIT_STDDEV = 0.01  # of both factors, as in openpi
+
+
+class LoRA(nn.Module):
+    """x·a·b × scale, in `dtype`: a [*in, (heads), r], b [(heads), r, *out]; x and the result have flat heads."""
+
+    def __init__(self, in_axes: str, out_axes: str, sizes: dict[str, int], *, scale: float, dtype: str):
+        super().__init__()
+        heads = "".join(axis for axis in in_axes + out_axes if axis in "nk")
+        a_axes = in_axes + "".join(axis for axis in heads if axis not in in_axes) + "r"
+        b_axes = heads + "r" + out_axes.replace(heads, "")
+        kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
+        self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
+        self.scale, self.dtype = scale, getattr(torch, dtype)
+        self.in_sizes, self.out_ndim = tuple(sizes[axis] for axis in in_axes), len(out_axes)
+        self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]) * INIT_STDDEV)
+        self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]) * INIT_STDDEV)
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))
+        return torch.einsum(self.second, x, self.b.to(self.dtype)).flatten(-self.out_ndim) * self.scale
+
+
+def make_lora(config: GemmaConfig, in_axes: str, out_axes: str, *, scale: float, dtype: str) -> LoRA | None:
+    """The update of one of an expert's projections, None where the expert has none."""
+    if config.lora_rank is None:
+        return None
+    sizes = {"d": config.width, "n": config.num_heads, "k": config.num_kv_heads, "h": config.head_dim}
+    sizes |= {"m": config.mlp_dim, "r": config.lora_rank}
+    return LoRA(in_axes, out_axes, sizes, scale=scale, dtype=dtype)
