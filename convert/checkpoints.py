@@ -32,6 +32,20 @@ class CheckpointError(ValueError):
     """A file or folder that is no checkpoint, or a damaged one; the message names it."""
 
 
+# A tensor larger than this many bytes is written slice by slice, and read chunk by chunk.
+PIECE = 256 << 20
+# As many bytes of a stored array are kept decoded while slices are read whose chunks hold more than the slice.
+HELD = 5 << 29
+
+
+def pieces(tensor: Tensor) -> list[tuple[slice, ...]]:
+    """What to read one after the other to have all of a tensor: slices of its first axis where it is large."""
+    if tensor.size <= PIECE or not tensor.sliced:
+        return [()]
+    rows = max(PIECE * tensor.shape[0] // tensor.size, 1)
+    return [(slice(i, min(i + rows, tensor.shape[0])),) for i in range(0, tensor.shape[0], rows)]
+
+
 # ---- Orbax ----------------------------------------------------------------------------------------------------------
 
 
@@ -41,21 +55,27 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names.
     Raises CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
     """
-    metadata_file = folder / "_METADATA"
-    if not metadata_file.exists():
-        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
-    try:
-        metadata = json.loads(metadata_file.read_text())
-        paths = [tuple(k["key"] for k in e["key_metadata"]) for e in metadata["tree_metadata"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
+    metadata, paths = orbax_paths(folder)
     spec = {
         "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
         # Where every part was stored, a missing one is damage; tensorstore would read it as zeros.
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
     stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
-    return {name: _array_tensor(future, folder, name) for name, future in stored.items()}
+    held = _Held()
+    return {name: _array_tensor(future, folder, name, held) for name, future in stored.items()}
+
+
+def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
+    """An Orbax checkpoint's metadata, and the key paths in it."""
+    metadata_file = folder / "_METADATA"
+    if not metadata_file.exists():
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
+    try:
+        metadata = json.loads(metadata_file.read_text())
+        return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in metadata["tree_metadata"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
 
 
 def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -77,7 +97,70 @@ def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
     return ts.open({**spec, "kvstore": _kvstore(folder, key)}, read=True, open=True)
 
 
-def _array_tensor(future: ts.Future, folder: Path, name: str) -> Tensor:
+def _decode(view: ts.TensorStore) -> np.ndarray:
+    """All of an array or a view. Large ones chunk by chunk, since a chunk takes twice its size while it is decoded."""
+    if view.size * view.dtype.numpy_dtype.itemsize <= PIECE:
+        return np.asarray(view.read().result())
+    out = np.empty(view.shape, view.dtype.numpy_dtype)
+    target = ts.array(out, copy=False)[ts.d[:].translate_to[view.origin]]
+    for region in _grid(view.shape, _chunk(view), view.origin):
+        target[region].write(view[region]).result()
+    return out
+
+
+def _chunk(view: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of what can only be decoded together."""
+    shape = view.chunk_layout.read_chunk.shape or view.shape
+    return tuple(chunk or size for chunk, size in zip(shape, view.shape, strict=True))
+
+
+def _grid(
+    shape: tuple[int, ...], chunk: tuple[int, ...], origin: tuple[int, ...] | None = None
+) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array, or of the view of one that begins at `origin`, that lie in one chunk each."""
+    ranges = []
+    for start, length, size in zip(origin or (0,) * len(shape), shape, chunk, strict=True):
+        edges = range(start - start % size, start + length, size)
+        ranges.append([slice(max(edge, start), min(edge + size, start + length)) for edge in edges])
+    return itertools.product(*ranges)
+
+
+@dataclasses.dataclass
+class _Held:
+    """The rows that were decoded last, of one of a checkpoint's arrays.
+
+    A chunk can only be decoded whole, and often holds all layers; this decodes it once, not once for each layer.
+    """
+
+    of: object = None
+    start: int = 0
+    rows: np.ndarray | None = None
+
+    def read(self, array: ts.TensorStore, index: tuple[int | slice, ...]) -> np.ndarray:
+        """`array[index]`."""
+        if not array.rank or not index:
+            return _decode(array)
+        count, per_chunk = array.shape[0], _chunk(array)[0]
+        row = index[0]
+        start, stop = (row, row + 1) if isinstance(row, int) else row.indices(count)[:2]
+        if start % per_chunk == 0 and (stop % per_chunk == 0 or stop == count):
+            return _decode(array[index])
+        itemsize = array.dtype.numpy_dtype.itemsize
+        whole = array.size * itemsize <= HELD
+        rest, within = ((), index[1:]) if whole else (index[1:], ())
+        of = (id(array), rest)
+        if self.rows is None or self.of != of or not self.start <= start <= stop <= self.start + len(self.rows):
+            self.rows = None
+            fitting = max(HELD // (array[(slice(0, 1), *rest)].size * itemsize), 1)
+            fitting -= fitting % per_chunk if fitting > per_chunk else 0
+            begin = start - start % per_chunk if fitting >= per_chunk else start
+            end = min(max(begin + fitting, stop), count)
+            self.of, self.start, self.rows = of, begin, _decode(array[(slice(begin, end), *rest)])
+        chosen = start - self.start if isinstance(row, int) else slice(start - self.start, stop - self.start)
+        return self.rows[(chosen, *within)].copy()  # not a view, which would keep these rows from being released
+
+
+def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held) -> Tensor:
     try:
         array = future.result()
     except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
@@ -85,28 +168,41 @@ def _array_tensor(future: ts.Future, folder: Path, name: str) -> Tensor:
 
     def read(index: tuple[int | slice, ...]) -> np.ndarray:
         try:
-            return np.asarray(array[index].read().result())
+            return held.read(array, index)
         except Exception as error:
             raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
 
     return Tensor(tuple(array.shape), array.dtype.numpy_dtype, read)
 
 
-def write_orbax(folder: Path, tensors: Mapping[str, Tensor], root: tuple[str, ...] = ()) -> None:
-    """Write an Orbax PyTree checkpoint that Orbax and `read_orbax` restore; names are key paths with slashes."""
+def write_orbax(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    root: tuple[str, ...] = (),
+    chunks: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Write an Orbax PyTree checkpoint that Orbax and `read_orbax` restore; names are key paths with slashes.
+
+    An array is stored in one chunk, a large one in several slices of its first axis, or in the `chunks` of these
+    shapes, which need tensors that take any index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context, tree = ts.Context(), {}
     for name, tensor in tensors.items():
-        path = (*root, *name.split("/"))
+        path, parts = (*root, *name.split("/")), pieces(tensor)
+        chunk = (parts[0][0].stop, *tensor.shape[1:]) if parts[0] else tensor.shape
+        if chunks is not None:
+            chunk, parts = chunks[name], list(_grid(tensor.shape, chunks[name]))
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{'.'.join(path)}/"},
-            "metadata": {"compressor": {"id": "zstd", "level": 1}, "chunks": [max(n, 1) for n in tensor.shape]},
+            "metadata": {"compressor": {"id": "zstd", "level": 1}, "chunks": [max(n, 1) for n in chunk]},
         }
         array = ts.open(
             spec, dtype=ts.dtype(tensor.dtype.name), shape=tensor.shape, create=True, context=context
         ).result()
-        array.write(np.ascontiguousarray(tensor.read(()))).result()
+        for part in parts:
+            array[part].write(np.ascontiguousarray(tensor.read(part))).result()
         tree[str(path)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in path],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
@@ -199,7 +295,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors.values():
-            stream.write(np.ascontiguousarray(tensor.read(())).tobytes())
+            for part in pieces(tensor):
+                stream.write(np.ascontiguousarray(tensor.read(part)).reshape(-1).view(np.uint8).data)
 
 
 # ---- whole checkpoints ----------------------------------------------------------------------------------------------
@@ -219,36 +316,76 @@ class Checkpoint:
         return LAYOUTS[layout].from_ours(self.assets.model, self.ours)
 
 
-def open_checkpoint(source: str | Path, config: ModelConfig | None = None) -> Checkpoint:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a checkpoint's file or folder `weights` holds, by the names there; what goes with it lies in `beside`."""
+
+    folder: Path
+    weights: Path
+    beside: Path
+    tensors: dict[str, Tensor]
+
+
+def read_tensors(source: str | Path, *, step: int | None = None, ema: bool = True) -> Stored:
+    """The tensors in a checkpoint's files, whatever they are; see `open_checkpoint`. Raises CheckpointError."""
+    folder = _step_folder(fetch(source), step)
+    if not ema:
+        return Stored(folder, folder / "train_state", folder, _trained(folder))
+    file = folder / "model.safetensors"
+    if file.exists():
+        return Stored(folder, file, folder, read_safetensors(file))
+    for params, beside in ((folder / "params", folder), (folder, folder.parent)):
+        if (params / "_METADATA").exists():
+            return Stored(folder, params, beside, read_orbax(params))
+    raise CheckpointError(f"{folder} holds neither model.safetensors nor an Orbax params folder")
+
+
+def open_checkpoint(
+    source: str | Path, config: ModelConfig | None = None, *, step: int | None = None, ema: bool = True
+) -> Checkpoint:
     """Open a checkpoint of any layout, checked against its table; weights are not read yet.
 
-    `source`: a folder, `gs://` or `hf://`; a folder that holds an Orbax `params` folder, that folder itself, or one
-    with `model.safetensors`. The layout follows from the names of the tensors, the model config from `config.json`;
-    without one, sizes follow from the shapes, and what shapes do not say (horizon, text length, cameras) is that of
-    the released models. `config` overrides both. Raises CheckpointError and LayoutError that name what is wrong.
+    `source`: a folder, `gs://` or `hf://`; a folder that holds an Orbax `params` folder, that folder itself, one with
+    `model.safetensors`, or a training run's (its newest step, or `step`; without `ema`, the parameters that are
+    trained and not their moving average).
+
+    The layout follows from the names of the tensors, the model config from `config.json`; without one, sizes follow
+    from the shapes, and what shapes do not say (horizon, text length, cameras) is that of the released models.
+    `config` overrides both. Raises CheckpointError and LayoutError that name what is wrong.
     """
-    folder = fetch(source)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
-    if (folder / "model.safetensors").exists():
-        tensors, beside = read_safetensors(folder / "model.safetensors"), folder
-    elif (folder / "params" / "_METADATA").exists():
-        tensors, beside = read_orbax(folder / "params"), folder
-    elif (folder / "_METADATA").exists():
-        tensors, beside = read_orbax(folder), folder.parent
-    else:
-        raise CheckpointError(f"{folder} holds neither model.safetensors nor an Orbax params folder")
+    stored = read_tensors(source, step=step, ema=ema)
+    folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout, kind, lora = detect(shapes)
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point one")
-    assets = Assets.load(beside)
+    assets = Assets.load(stored.beside)
     if config is not None:
         assets = Assets(config) if assets is None else dataclasses.replace(assets, model=config)
     elif assets is None:
         assets = Assets(infer_config(layout, kind, shapes, lora))
     return Checkpoint(folder, layout, assets, layout.to_ours(assets.model, tensors))
+
+
+def _step_folder(folder: Path, step: int | None) -> Path:
+    """The checkpoint of a training run's folder; any other folder as it is."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
+    steps = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
+    if not steps:
+        return folder
+    return folder / "checkpoints" / str(steps[-1] if step is None else step)
+
+
+def _trained(folder: Path) -> dict[str, Tensor]:
+    """The parameters in a checkpoint's training state."""
+    if not (folder / "train_state").exists():
+        raise CheckpointError(f"{folder} has no train_state; only a training run's checkpoint has two sets of weights")
+    state = read_orbax(folder / "train_state")
+    return {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
 
 
 _LORA_EXPERTS = (EXPERTS, EXPERTS[:1], EXPERTS[1:])
@@ -259,14 +396,14 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[st
 
     Raises LayoutError where none fits at all.
     """
-    stem = {name: _stem(name) for name in shapes}
     best, most = None, 0.0
     for layout in LAYOUTS.values():
+        unused = {_stem(rule.theirs) for rule in layout.unused}
+        found = {_stem(layout.spell(name)) for name in shapes} - unused
         has_lora = any(".lora." in rule.ours for rule in layout.rules)
         for kind, lora in itertools.product(KINDS, ((), *_LORA_EXPERTS) if has_lora else ((),)):
             names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind, lora)}
-            shared = len(names & set(stem.values()))
-            score = shared / len(names | set(stem.values()))
+            score = len(names & found) / len(names | found)
             if score > most:
                 best, most = (layout, kind, lora), score
     if best is None:
@@ -286,7 +423,7 @@ def infer_config(
 
     LoRA's alpha is no shape: it is taken to be the rank, as in all of openpi's variants.
     """
-    sizes = infer_sizes(layout.rules_for(kind, lora), shapes)
+    sizes = infer_sizes(layout.rules_for(kind, lora), {layout.spell(name): shape for name, shape in shapes.items()})
     vision, action = sizes["vision"], sizes["projections"]
 
     def gemma(scope: str) -> GemmaConfig:
@@ -345,9 +482,9 @@ def _umask() -> int:
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:
     """Write a checkpoint into `folder` in another layout, with its config, norm stats and tokenizer reference."""
     tensors = checkpoint.in_layout(layout)
-    if layout == "pi0_torch":
+    if LAYOUTS[layout].format == "safetensors":
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
         checkpoint.assets.save(folder / "assets", config_folder=folder)
     else:
-        write_orbax(folder / "params", tensors, ("params",) if layout == "openpi_jax" else ())
+        write_orbax(folder / "params", tensors, LAYOUTS[layout].root)
         checkpoint.assets.save(folder / "assets")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, CheckpointError, new_folder, open_checkpoint, write_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts.layout import Index, lora_of, same_bytes
+from convert.lora import merge_lora
 from pi0.config import ModelConfig
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+SMALL = 1_000_000_000  # parameters up to which a conversion is verified unless told otherwise
 
 
 def convert(
@@ -18,35 +28,112 @@ def convert(
     target: str | Path,
     *,
     to: str,
+    dtype: str = "keep",
+    lora: str = "keep",
+    ema: bool = True,
+    step: int | None = None,
+    action_dim: int | None = None,
+    action_horizon: int | None = None,
     config: ModelConfig | None = None,
     overwrite: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
     """Write the checkpoint `source`, of any layout, to the folder `target` in the layout `to`.
 
-    With `verify`, what was written is read again and every byte compared before the folder gets its name. Returns
-    the opened result. Raises CheckpointError or LayoutError, and FileExistsError where `target` exists; then nothing
-    is left behind.
+    `dtype` "keep", "float32" or "bfloat16" (rounded once); `lora` "keep" or "merge"; `ema`, `step` choose what is read
+    of a training run, `config` replaces the model config found. `action_dim` pads the projections of state and actions
+    with zeros or cuts them; `action_horizon` only changes the config. Each change is told to `say`. With `verify`
+    (default: for models up to a billion parameters) what was written is read again and compared byte by byte.
+
+    Returns the opened result. Raises CheckpointError or LayoutError (which NaN and infinite values are too), and
+    FileExistsError where `target` exists; then nothing is left behind.
     """
-    checkpoint = open_checkpoint(source, config)
+    checkpoint = open_checkpoint(source, config, step=step, ema=ema)
+    checkpoint = _changed(checkpoint, dtype, lora, action_dim, action_horizon, say)
+    if verify is None:
+        verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= SMALL
     target = Path(target)
-    with new_folder(target, overwrite) as folder:
-        write_checkpoint(checkpoint, folder, to)
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.ours.values())
+    with (
+        new_folder(target, overwrite) as folder,
+        tqdm(total=size, unit="B", unit_scale=True, desc="converting", delay=2) as bar,
+    ):
+        watched = {name: _watched(name, tensor, bar.update) for name, tensor in checkpoint.ours.items()}
+        write_checkpoint(dataclasses.replace(checkpoint, ours=watched), folder, to)
         if verify:
             verify_equal(checkpoint, open_checkpoint(folder, checkpoint.assets.model))
-    return open_checkpoint(target)
+    return open_checkpoint(target, checkpoint.assets.model)
+
+
+def _changed(
+    checkpoint: Checkpoint,
+    dtype: str,
+    lora: str,
+    action_dim: int | None,
+    action_horizon: int | None,
+    say: Callable[[str], None],
+) -> Checkpoint:
+    """The checkpoint with what was asked for changed, lazily."""
+    model, ours = checkpoint.assets.model, dict(checkpoint.ours)
+    if lora == "merge":
+        if not lora_of(model):
+            raise LayoutError(f"{checkpoint.folder} has no LoRA to merge; leave --lora merge out")
+        say(f"LoRA of {' and '.join(lora_of(model))} merged in float32")
+        model, ours = merge_lora(model, ours)
+    if action_dim is not None and action_dim != model.action_dim:
+        how = "padded with zeros" if action_dim > model.action_dim else "cut"
+        say(f"action_dim {model.action_dim} -> {action_dim}: projections of state and actions {how}")
+        model, ours = _resized(model, ours, action_dim)
+    if action_horizon is not None and action_horizon != model.action_horizon:
+        say(f"action_horizon {model.action_horizon} -> {action_horizon}: no parameter depends on it")
+        model = dataclasses.replace(model, action_horizon=action_horizon)
+    if dtype != "keep":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be keep, {', '.join(DTYPES)}")
+        ours = {name: _cast(tensor, DTYPES[dtype]) for name, tensor in ours.items()}
+    assets = dataclasses.replace(checkpoint.assets, model=model)
+    return dataclasses.replace(checkpoint, assets=assets, ours=ours)
+
+
+def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
+    return dataclasses.replace(tensor, dtype=dtype, read=lambda index: tensor.read(index).astype(dtype))
+
+
+def _resized(model: ModelConfig, ours: Mapping[str, Tensor], action_dim: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The projections with another size of the axis `a`."""
+    model = dataclasses.replace(model, action_dim=action_dim)
+    result = {}
+    for name, parameter in parameters(model).items():
+        if "a" not in parameter.axes:
+            result[name] = ours[name]
+            continue
+        array = ours[name].read(())
+        axis = parameter.axes.index("a")
+        kept = np.take(array, range(min(action_dim, array.shape[axis])), axis)
+        widths = [(0, wanted - found) for wanted, found in zip(parameter.shape, kept.shape, strict=True)]
+        result[name] = Tensor.of(np.pad(kept, widths))
+    return model, result
+
+
+def _watched(name: str, tensor: Tensor, progress: Callable[[int], object]) -> Tensor:
+    """The tensor, refusing values that are not finite, and telling `progress` the bytes read."""
+
+    def read(index: Index) -> np.ndarray:
+        array = tensor.read(index)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{name} has NaN or infinite values; the source is damaged, or its training diverged")
+        progress(array.nbytes)
+        return array
+
+    return dataclasses.replace(tensor, read=read)
 
 
 def verify_equal(a: Checkpoint, b: Checkpoint) -> None:
     """Raise CheckpointError that names the first parameter whose bytes differ between two checkpoints."""
     for name, tensor in a.ours.items():
-        one, other = tensor.read(()), b.ours[name].read(())
-        if one.dtype != other.dtype or not np.array_equal(_bytes(one), _bytes(other)):
+        if not same_bytes(tensor.read(()), b.ours[name].read(())):
             raise CheckpointError(f"{b.folder}: {name} was not written as it was read from {a.folder}")
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,25 +141,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="pi0-convert",
         description="Convert a checkpoint to another layout. The layout of the source is found by its tensors' names; "
-        "every tensor must fit, none may be missing or left over, and what was written is read again and compared "
-        "byte by byte.",
+        "every tensor must fit, none may be missing, left over, NaN or infinite, and what was written is read again "
+        "and compared byte by byte.",
         epilog="examples:\n"
-        "  pi0-convert runs/demo/checkpoints/400 exported --to pi0_torch     a training run to PyTorch\n"
-        "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch   an openpi checkpoint to PyTorch\n"
+        "  pi0-convert runs/demo exported --to pi0_torch                      a training run's newest checkpoint\n"
+        "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch    an openpi checkpoint to PyTorch\n"
+        "  pi0-convert lora_run/params exported --to pi0_torch --lora merge   a LoRA fine-tuning, merged\n"
         "  pi0-convert exported back --to openpi_jax                          and back, the same bytes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="a checkpoint's folder, gs:// or hf://")
+    parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
     parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=list(LAYOUTS), help="the layout to write")
+    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of all tensors (default keep)")
+    parser.add_argument("--lora", choices=("keep", "merge"), default="keep", help="what to do with LoRA (default keep)")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="of a run: the moving average, or not"
+    )
+    parser.add_argument("--step", type=int, help="of a run: this step (default: the newest)")
+    parser.add_argument("--action-dim", type=int, metavar="N", help="pad or cut the action projections to N dimensions")
+    parser.add_argument("--action-horizon", type=int, metavar="N", help="the horizon to write into the config")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
-    parser.add_argument("--no-verify", action="store_true", help="do not read and compare what was written")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, help="read and compare what was written (default: if small)"
+    )
     args = parser.parse_args(arguments)
+    options = {name: value for name, value in vars(args).items() if name not in ("source", "target")}
     try:
-        result = convert(args.source, args.target, to=args.to, overwrite=args.overwrite, verify=not args.no_verify)
+        result = convert(args.source, args.target, **options, say=print)
     except (ValueError, OSError) as error:
         print(f"pi0-convert: {error}", file=sys.stderr)
         sys.exit(1)
-    count = sum(int(np.prod(t.shape)) for t in result.ours.values())
-    model = result.assets.model
-    print(f"{args.target}: {model.kind}, {count:,} parameters in {len(result.ours)} arrays, layout {args.to}")
+    count = sum(math.prod(t.shape) for t in result.ours.values())
+    print(f"{args.target}: {result.assets.model.kind}, {count:,} parameters, layout {args.to}")

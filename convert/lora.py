@@ -51,10 +51,9 @@ def _merged(kernel: Tensor, a: Tensor, b: Tensor, equation: str, scale: float) -
         return (base + np.einsum(equation, first, second, optimize=True) * np.float32(scale)).astype(kernel.dtype)
 
     def read(index: Index) -> np.ndarray:
-        if index:
-            (chosen,) = index
-            assert isinstance(chosen, int), "a merged projection is read whole or by layer"
+        chosen = index[0] if index else slice(None)
+        if isinstance(chosen, int):
             return layer(chosen)
-        return np.stack([layer(i) for i in range(kernel.shape[0])])
+        return np.stack([layer(i) for i in range(kernel.shape[0])[chosen]])
 
     return dataclasses.replace(kernel, read=read)

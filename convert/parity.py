@@ -286,7 +286,7 @@ def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
 
 
 def _framework_of(checkpoint: Checkpoint) -> str:
-    return "torch" if "torch" in checkpoint.layout.name else "jax"
+    return "torch" if checkpoint.layout.format == "safetensors" else "jax"
 
 
 @contextlib.contextmanager
@@ -390,7 +390,7 @@ def _ordered(stages: dict[str, np.ndarray], actions: np.ndarray) -> dict[str, np
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-parity`; exits with 1 where a stage is out of tolerance, 2 where nothing was compared or written."""
+    """The command `pi0-parity`; exits with 1 where a stage is out of tolerance, with 2 where there is no report."""
     parser = argparse.ArgumentParser(
         prog="pi0-parity",
         description="Compare two checkpoints, in either framework, on the same inputs: every layer's output, "

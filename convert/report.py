@@ -190,9 +190,10 @@ def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
         points = np.stack([x, height - (values - low) / (high - low) * height], axis=1)
         for run in _finite_runs(points):
             if len(run) == 1:  # a line of one point would not be seen
-                run = np.concatenate([run - [2, 0], run + [2, 0]])
+                run = run + np.array([[-2.0, 0.0], [2.0, 0.0]])
             lines.append(f'<polyline class="{line}" points="{" ".join(f"{u:.1f},{v:.1f}" for u, v in run)}"/>')
-    difference = np.abs(b - a)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        difference = np.abs(b - a)
     largest = f"{difference.max():.1e}" if np.isfinite(difference).all() else "not a number"
     note = f", {lost} not finite" if lost else ""
     label = f"dim {dim}: largest difference {largest}{note}"

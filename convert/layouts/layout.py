@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -27,12 +28,19 @@ Index = tuple[int | slice, ...]
 class Tensor:
     """A named array that is read only when asked: `read(())` gives all of it, `read(index)` a part.
 
-    Stored tensors take any basic index; tensors that a table makes take `()` or `(layer,)`.
+    Stored tensors take any basic index; tensors that a table makes take `()` and, where they are `sliced`, an index or
+    a slice of the first axis alone.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
+    sliced: bool = True
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
@@ -152,7 +160,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
             **{"m": vision.mlp_dim, "w": config.paligemma.width},
         },
         "paligemma": {**gemma(config.paligemma), "v": config.vocab_size},
-        "action_expert": gemma(config.action_expert),
+        "action_expert": {**gemma(config.action_expert), "v": config.vocab_size},
         "projections": {"a": config.action_dim, "d": width, "e": width, "u": 2 * width},
     }
 
@@ -185,11 +193,11 @@ class Rule:
         return [tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\S+", self.axes)]
 
 
-def _layer(index: Index) -> int:
-    """The layer that a table's tensor is asked for."""
-    if len(index) != 1 or not isinstance(index[0], int):
-        raise IndexError(f"{index} is not one layer's number")
-    return index[0]
+def _row(index: Index, name: str, sliced: bool) -> int | slice | None:
+    """What of its first axis a table's tensor is asked for; None for all of it."""
+    if len(index) > 1 or (index and not sliced):
+        raise IndexError(f"{name} cannot be read by {index}")
+    return index[0] if index else None
 
 
 def _is_index(group: tuple[str, ...]) -> bool:
@@ -198,10 +206,20 @@ def _is_index(group: tuple[str, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A named table of rules. Rules for parameters that a model does not have are passed over."""
+    """A named table of rules. Rules for parameters that a model does not have are passed over.
+
+    `format` is that of its files, "orbax" or "safetensors"; `root` the keys around an Orbax tree. `spellings` are
+    patterns of other names for its tensors, each with its replacement: they are read, not written, and a tensor that
+    is there under several names must be the same in all. `unused` are tensors that no model of ours has (`ours` says
+    where they would be): they may be there, in that shape, and are not written.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    format: str = "orbax"
+    root: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    unused: tuple[Rule, ...] = ()
 
     def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
         """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
@@ -217,24 +235,33 @@ class Layout:
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor of this layout and its shape, in a fixed order; nothing is allocated."""
-        sizes = axis_sizes(config)
-        shapes: dict[str, list[int]] = {}
-        for rule in self.rules_for(config.kind, lora_of(config)):
-            scope = sizes[scope_of(rule.ours)]
-            for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):
-                shape = shapes.setdefault(name, [0] * len(rule.groups))
-                for i, group in enumerate(rule.groups):
-                    size = int(group[0]) + 1 if _is_index(group) else int(np.prod([scope[a] for a in group]))
-                    shape[i] = max(shape[i], size)
-        return {name: tuple(shape) for name, shape in shapes.items()}
+        return _shapes(self.rules_for(config.kind, lora_of(config)), config)
+
+    def spell(self, name: str) -> str:
+        """The name that this layout writes for a tensor found as `name`."""
+        for pattern, written in self.spellings:
+            name = re.sub(pattern, written, name)
+        return name
 
     def check(self, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
         """Raise LayoutError unless `found` has exactly this layout's tensors, in these shapes."""
-        compare_shapes(self.shapes(config), found, f"a {config.kind} checkpoint in the layout {self.name}")
+        shapes, spelled = self.shapes(config), {name: self.spell(name) for name in found}
+        known = shapes | _shapes(self.unused, config)
+        expected = {name: shape for name, shape in shapes.items() if name not in spelled.values()}
+        expected |= {name: known[written] for name, written in spelled.items() if written in known}
+        compare_shapes(expected, found, f"a {config.kind} checkpoint in the layout {self.name}")
+
+    def respelled(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by the names that this layout writes."""
+        names: dict[str, list[str]] = {}
+        for name in source:
+            names.setdefault(self.spell(name), []).append(name)
+        return {name: _one_of({n: source[n] for n in found}) for name, found in names.items()}
 
     def to_ours(self, config: ModelConfig, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our parameters, read lazily from a checkpoint in this layout. Raises LayoutError unless it fits exactly."""
         self.check(config, {name: tensor.shape for name, tensor in source.items()})
+        source = self.respelled(source)
         table, sizes = parameters(config), axis_sizes(config)
         rules = {rule.ours: rule for rule in self.rules_for(config.kind, lora_of(config))}
         return {
@@ -254,6 +281,43 @@ class Layout:
                 parts.setdefault(name, []).append((rule, layer if stacked else None))
         shapes = self.shapes(config)
         return {name: _theirs_from(name, shapes[name], parts[name], table, ours) for name in shapes}
+
+
+def _shapes(rules: Iterable[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of some rules and its shape."""
+    sizes = axis_sizes(config)
+    shapes: dict[str, list[int]] = {}
+    for rule in rules:
+        scope = sizes[scope_of(rule.ours)]
+        for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):
+            shape = shapes.setdefault(name, [0] * len(rule.groups))
+            for i, group in enumerate(rule.groups):
+                size = int(group[0]) + 1 if _is_index(group) else int(np.prod([scope[a] for a in group]))
+                shape[i] = max(shape[i], size)
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _one_of(copies: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that is stored under all of these names; LayoutError names two that differ, once they are read."""
+    (first, tensor), *others = copies.items()
+    if not others:
+        return tensor
+
+    def read(index: Index) -> np.ndarray:
+        array = tensor.read(index)
+        for name, other in others:
+            copy = other.read(index)
+            if not same_bytes(copy, array):
+                raise LayoutError(f"{first} and {name} are one tensor in this layout, but their values differ")
+        return array
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are equal in dtype, shape and every bit."""
+    bits_a, bits_b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits_a, bits_b)
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -278,29 +342,32 @@ def _names(rule: Rule, layers: int) -> list[str]:
 
 
 def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: Mapping[str, Tensor]) -> Tensor:
-    names = _names(rule, parameter.shape[0])
+    names, first = _names(rule, parameter.shape[0]), parameter.axes[0]
+    sliced = "{l}" in rule.theirs or (first,) in rule.groups
     dtypes = {source[name].dtype for name in names}
     if len(dtypes) > 1:
         raise LayoutError(f"{rule.theirs}: layers have different dtypes {sorted(str(d) for d in dtypes)}")
 
-    def one(name: str, layer: int | None) -> np.ndarray:
-        """Their tensor `name`, as ours; only one layer of it where `layer` is given."""
+    def one(name: str, row: int | slice | None) -> np.ndarray:
+        """Their tensor `name`, as ours; only a part of our first axis where `row` is given."""
         index: Index = tuple(
-            int(g[0]) if _is_index(g) else layer if layer is not None and g == ("l",) else slice(None)
+            int(g[0]) if _is_index(g) else row if row is not None and g == (first,) else slice(None)
             for g in rule.groups
         )
         letters = [a for g, i in zip(rule.groups, index, strict=True) if isinstance(i, slice) for a in g]
-        array = source[name].read(index).reshape([sizes[a] for a in letters])
+        rows = {first: len(range(parameter.shape[0])[row])} if isinstance(row, slice) else {}
+        array = source[name].read(index).reshape([(sizes | rows)[a] for a in letters])
         return array.transpose([letters.index(a) for a in parameter.axes if a in letters])
 
     def read(index: Index) -> np.ndarray:
-        if "{l}" in rule.theirs:
-            chosen = [names[_layer(index)]] if index else names
-            arrays = [one(name, None) for name in chosen]
-            return arrays[0] if index else np.stack(arrays)
-        return one(names[0], _layer(index) if index else None)
+        row = _row(index, rule.ours, sliced)
+        if "{l}" not in rule.theirs:
+            return one(names[0], row)
+        if isinstance(row, int):
+            return one(names[row], None)
+        return np.stack([one(name, None) for name in names[row or slice(None)]])
 
-    return Tensor(parameter.shape, dtypes.pop(), read)
+    return Tensor(parameter.shape, dtypes.pop(), read, sliced)
 
 
 def _theirs_from(
@@ -314,31 +381,35 @@ def _theirs_from(
     if len(dtypes) > 1:
         raise LayoutError(f"{name}: its parts have different dtypes {sorted(str(d) for d in dtypes)}")
     dtype = dtypes.pop()
+    # Where their first axis is that of all our parameters in it, a part of it is a part of those.
+    sliced = all(
+        layer is None and rule.groups[0] == table[rule.ours].axes[:1] and ours[rule.ours].sliced
+        for rule, layer in parts
+    )
 
-    def part(rule: Rule, layer: int | None) -> np.ndarray:
+    def part(rule: Rule, row: int | slice | None) -> np.ndarray:
         """Our parameter with their order and flattening of axes, digits left out."""
-        axes = [a for a in table[rule.ours].axes if layer is None or a != "l"]
-        array = ours[rule.ours].read(() if layer is None else (layer,))
+        axes = table[rule.ours].axes[1:] if isinstance(row, int) else table[rule.ours].axes
+        array = ours[rule.ours].read(() if row is None else (row,))
         groups = [[a for a in g if a in axes] for g in rule.groups if not _is_index(g)]
         array = array.transpose([axes.index(a) for g in groups for a in g])
         lengths = iter(array.shape)
         return array.reshape([int(np.prod(list(itertools.islice(lengths, len(g))))) for g in groups if g])
 
     def read(index: Index) -> np.ndarray:
-        layer = _layer(index) if index else None
-        if layer is not None and parts[0][0].groups[0] != ("l",):
-            raise IndexError(f"{name} is not stacked by layer")
+        row = _row(index, name, sliced)
         if not any(_is_index(g) for g in parts[0][0].groups):
-            rule, fixed = parts[0]
-            return part(rule, layer if fixed is None else fixed)
-        out = np.empty(shape if layer is None else shape[1:], dtype)
-        for rule, fixed in parts:
-            groups = rule.groups if layer is None else rule.groups[1:]
+            rule, layer = parts[0]
+            return part(rule, row if layer is None else layer)
+        rows = (len(range(shape[0])[row]),) if isinstance(row, slice) else () if isinstance(row, int) else shape[:1]
+        out = np.empty((*rows, *shape[1:]), dtype)
+        for rule, layer in parts:
+            groups = rule.groups[1:] if isinstance(row, int) else rule.groups
             where = tuple(int(g[0]) if _is_index(g) else slice(None) for g in groups)
-            out[where] = part(rule, layer if fixed is None else fixed)
+            out[where] = part(rule, row if layer is None else layer)
         return out
 
-    return Tensor(shape, dtype, read)
+    return Tensor(shape, dtype, read, sliced)
 
 
 def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:

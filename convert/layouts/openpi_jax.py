@@ -95,4 +95,5 @@ LAYOUT = Layout(
         *(Rule(f"{name}.kernel", f"{name}/kernel", axes) for name, axes in _PROJECTIONS),
         *(Rule(f"{name}.bias", f"{name}/bias", axes.split()[1]) for name, axes in _PROJECTIONS),
     ),
+    root=("params",),
 )

@@ -27,4 +27,4 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
 
 _AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind, EXPERTS).items()}
 
-LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()))
+LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()), format="safetensors")

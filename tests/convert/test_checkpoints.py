@@ -155,6 +155,63 @@ def test_we_read_what_the_safetensors_library_writes(tmp_path):
     )
 
 
+# ---- large tensors, in slices
+
+
+def test_orbax_reads_what_we_write_in_slices(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    monkeypatch.setattr(checkpoints, "PIECE", 50)
+    arrays = {name: np.arange(n * 5, dtype=np.float32).reshape(n, 5) for name, n in (("a", 7), ("b", 2), ("c", 8))}
+    write_orbax(tmp_path / "params", {name: Tensor.of(array) for name, array in arrays.items()})
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "params")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(restored[name], array)
+    assert_same(read_orbax(tmp_path / "params"), {name: Tensor.of(array) for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+def test_large_tensors_are_written_as_small_ones(layout: str, dtype, stored, tmp_path, monkeypatch):
+    checkpoint = random_checkpoint(dtype=dtype)
+    whole = write(checkpoint, tmp_path / "whole", layout)
+    monkeypatch.setattr(checkpoints, "PIECE", 1000)
+    monkeypatch.setattr(checkpoints, "HELD", 5000)
+    sliced = write(open_checkpoint(write(checkpoint, tmp_path / "jax", "openpi_jax")), tmp_path / "sliced", layout)
+    assert_same(open_checkpoint(sliced).ours, checkpoint.ours)
+    if (whole / "model.safetensors").exists():
+        assert (sliced / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("held", [1, 60, 1 << 20])
+@pytest.mark.parametrize("chunk", [(7, 2, 5), (7, 2, 2), (3, 1, 5), (1, 2, 5), (2, 2, 3)])
+def test_any_part_of_any_chunks(chunk: tuple[int, ...], held: int, tmp_path, monkeypatch):
+    """Slices that fit the chunks and that do not, read back and forth, of which none changes another."""
+    monkeypatch.setattr(checkpoints, "PIECE", 8)
+    monkeypatch.setattr(checkpoints, "HELD", held)
+    array = np.arange(70, dtype=np.float32).reshape(7, 2, 5)
+    write_orbax(tmp_path, {"a": Tensor.of(array), "b": Tensor.of(-array)}, chunks={"a": chunk, "b": chunk})
+    stored = read_orbax(tmp_path)
+    for index in [(), (3,), (slice(2, 5),), (slice(None), 1), (6, 0), (0, 1, slice(None)), (slice(1, 7), 0), (1, 1)]:
+        for name, whole in (("a", array), ("b", -array)):
+            part = stored[name].read(index)
+            np.testing.assert_array_equal(part, whole[index])
+            part[...] = 0
+
+
+def test_each_chunk_is_decoded_once(tmp_path, monkeypatch):
+    """All layers in one chunk, as Orbax stores them: reading layer by layer decodes it once, not once for each."""
+    array = np.arange(70, dtype=np.float32).reshape(7, 2, 5)
+    write_orbax(tmp_path, {"a": Tensor.of(array)})
+    decode, calls = checkpoints._decode, []
+    monkeypatch.setattr(checkpoints, "_decode", lambda view: calls.append(view) or decode(view))
+    tensor = read_orbax(tmp_path)["a"]
+    for part in (0, 1):
+        for layer in range(7):
+            np.testing.assert_array_equal(tensor.read((layer, part)), array[layer, part])
+    assert len(calls) == 1
+
+
 # ---- anything wrong with any one tensor
 
 Damage = Callable[[dict[str, Tensor], str], None]
@@ -187,8 +244,9 @@ def _transpose(tensors: dict[str, Tensor], name: str) -> None:
 def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stored, tmp_path, monkeypatch):
     """Every tensor in turn; the files are those in `stored`, what is read from them is damaged on the way."""
     folder = stored[layout]
-    reader = "read_safetensors" if layout == "pi0_torch" else "read_orbax"
-    file = folder / ("model.safetensors" if layout == "pi0_torch" else "params")
+    safetensors = LAYOUTS[layout].format == "safetensors"
+    reader = "read_safetensors" if safetensors else "read_orbax"
+    file = folder / ("model.safetensors" if safetensors else "params")
     intact = {n: Tensor.of(np.array(t.read(()))) for n, t in getattr(checkpoints, reader)(file).items()}
     for name in intact:
         damaged = dict(intact)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import hypothesis
@@ -127,8 +128,16 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
         for layer in range(parameter.shape[0]) if parameter.axes[0] == "l" else ():  # alone, or part of the whole
             assert same_bytes(back[n].read((layer,)), whole[layer]), n
     for n, rule in ((r.theirs, r) for r in layout.rules_for(config.kind)):
-        for layer in range(theirs[n].shape[0]) if rule.groups[0] == ("l",) else ():
-            assert same_bytes(theirs[n].read((layer,)), stored[n].read((layer,))), n
+        assert rule.groups[0] != ("l",) or theirs[n].sliced, n
+    for tensors, wholes in ((theirs, stored), (back, ours)):
+        for n, tensor in tensors.items():
+            for i in range(tensor.shape[0]):
+                for index in ((i,), (slice(i, i + 2),)):
+                    if tensor.sliced:
+                        assert same_bytes(tensor.read(index), wholes[n].read(index)), (n, index)
+                    else:
+                        with pytest.raises(IndexError, match=re.escape(n)):
+                            tensor.read(index)
 
 
 @hypothesis.given(config=configs())
@@ -145,10 +154,11 @@ def test_sizes_follow_from_shapes(config: ModelConfig):
         assert getattr(found, field) == getattr(config, field), field
 
 
-def test_sizes_that_do_not_follow_are_asked_for():
-    shapes = LAYOUTS["pi0_torch"].shapes(ModelConfig.variant("tiny"))
+@pytest.mark.parametrize("name", ["pi0_torch", "openpi_torch", "lerobot"])
+def test_sizes_that_do_not_follow_are_asked_for(name: str):
+    shapes = LAYOUTS[name].shapes(ModelConfig.variant("tiny"))
     with pytest.raises(LayoutError, match="config"):
-        infer_config(LAYOUTS["pi0_torch"], "pi0", shapes)
+        infer_config(LAYOUTS[name], "pi0", shapes)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
@@ -157,6 +167,152 @@ def test_a_layout_is_found_by_its_names(name: str, variant: str):
     config = ModelConfig.variant(variant)
     layout, kind, lora = detect(LAYOUTS[name].shapes(config))
     assert (layout.name, kind, lora) == (name, config.kind, ())
+
+
+# ---- openpi's and LeRobot's PyTorch
+
+PALIGEMMA = {
+    "openpi_torch": "paligemma_with_expert.paligemma",
+    "lerobot": "model.paligemma_with_expert.paligemma",
+}
+
+
+def pytorch_checkpoint(name: str, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our parameters, and a model in a PyTorch layout: every name it has, with the copy and the unused tensor."""
+    rng, layout = np.random.default_rng(0), LAYOUTS[name]
+    ours = {n: Tensor.of(random_bytes(p.shape, np.dtype("float32"), rng)) for n, p in parameters(config).items()}
+    theirs = layout.from_ours(config, ours)
+    head, embedding = names_of_the_embedding(name)
+    unused = Tensor.of(np.zeros((config.vocab_size, config.action_expert.width), np.float32))
+    everything = theirs | {embedding: theirs[head], layout.unused[0].theirs: unused}
+    return ours, {n: Tensor.of(t.read(())) for n, t in everything.items()}
+
+
+def names_of_the_embedding(name: str) -> tuple[str, str]:
+    """The one that is written, and the other."""
+    return f"{PALIGEMMA[name]}.lm_head.weight", f"{PALIGEMMA[name]}.model.language_model.embed_tokens.weight"
+
+
+def assert_read_as(ours: dict[str, Tensor], layout: Layout, config: ModelConfig, stored: dict[str, Tensor]) -> None:
+    found, kind, lora = detect({n: t.shape for n, t in stored.items()})
+    assert (found.name, kind, lora) == (layout.name, config.kind, ())
+    read = layout.to_ours(config, stored)
+    assert read.keys() == ours.keys()
+    assert all(same_bytes(read[n].read(()), ours[n].read(())) for n in ours)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize(("name", "file"), [("openpi_torch", "openpi_pytorch"), ("lerobot", "lerobot")])
+def test_full_size_pytorch_names_and_shapes(name: str, file: str, kind: str):
+    """Read off the public implementations: all that we write is there, and all that we leave out is known."""
+    listed = json.loads((Path(__file__).parents[1] / "layouts" / f"{file}_{kind}.json").read_text())
+    shapes, layout, config = {n: tuple(s) for n, (s, _) in listed.items()}, LAYOUTS[name], ModelConfig.variant(kind)
+    written = layout.shapes(config)
+    assert written.items() <= shapes.items()
+    assert shapes.keys() - written.keys() == {names_of_the_embedding(name)[1], layout.unused[0].theirs}
+    layout.check(config, shapes)
+    assert detect(shapes) == (layout, kind, ())
+
+
+@pytest.mark.parametrize("name", list(PALIGEMMA))
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_pytorch_weights_are_as_openpi_converts_them(name: str, kind: str):
+    """openpi's `examples/convert_jax_model_to_pytorch.py`, with its reshapes written for any sizes."""
+    config = ModelConfig.variant("tiny" if kind == "pi0" else "tiny_pi05")
+    ours, stored = pytorch_checkpoint(name, config)
+    jax = {n: t.read(()) for n, t in LAYOUTS["openpi_jax"].from_ours(config, ours).items()}
+    n, width, image, layers = config.paligemma, config.vision.width, "PaliGemma/img", "PaliGemma/llm/layers"
+    heads = f"{image}/Transformer/encoderblock/MultiHeadDotProductAttention_0"
+    language, expert = "paligemma.model.language_model.layers.1", "gemma_expert.model.layers.1"
+    tower = "paligemma.model.vision_tower" + (".vision_model" if name == "openpi_torch" else "")
+    query, (key, value), out = (jax[f"{layers}/attn/{x}/w"][1] for x in ("q_einsum", "kv_einsum", "attn_vec_einsum"))
+    expected = {
+        f"{language}.self_attn.q_proj.weight": query.transpose(0, 2, 1).reshape(n.num_heads * n.head_dim, n.width),
+        f"{language}.self_attn.k_proj.weight": key.transpose(0, 2, 1).reshape(n.num_kv_heads * n.head_dim, n.width),
+        f"{language}.self_attn.v_proj.weight": value.transpose(0, 2, 1).reshape(n.num_kv_heads * n.head_dim, n.width),
+        f"{language}.self_attn.o_proj.weight": out.reshape(n.num_heads * n.head_dim, n.width).T,
+        f"{language}.mlp.gate_proj.weight": jax[f"{layers}/mlp/gating_einsum"][1, 0].T,
+        f"{language}.mlp.up_proj.weight": jax[f"{layers}/mlp/gating_einsum"][1, 1].T,
+        f"{language}.mlp.down_proj.weight": jax[f"{layers}/mlp/linear"][1].T,
+        f"{language}.input_layernorm.weight": jax[f"{layers}/pre_attention_norm/scale"][1],
+        f"{language}.post_attention_layernorm.weight": jax[f"{layers}/pre_ffw_norm/scale"][1],
+        f"{expert}.mlp.up_proj.weight": jax[f"{layers}/mlp_1/gating_einsum"][1, 1].T,
+        f"{tower}.embeddings.patch_embedding.weight": jax[f"{image}/embedding/kernel"].transpose(3, 2, 0, 1),
+        f"{tower}.embeddings.position_embedding.weight": jax[f"{image}/pos_embedding"].reshape(-1, width),
+        f"{tower}.encoder.layers.1.self_attn.k_proj.weight": jax[f"{heads}/key/kernel"][1].reshape(width, -1).T,
+        f"{tower}.encoder.layers.1.self_attn.q_proj.bias": jax[f"{heads}/query/bias"][1].reshape(-1),
+        f"{tower}.encoder.layers.1.self_attn.out_proj.weight": jax[f"{heads}/out/kernel"][1].reshape(-1, width).T,
+        "paligemma.model.multi_modal_projector.linear.weight": jax[f"{image}/head/kernel"].T,
+        "paligemma.lm_head.weight": jax["PaliGemma/llm/embedder/input_embedding"],
+    }
+    if kind == "pi05":
+        expected[f"{expert}.input_layernorm.dense.weight"] = jax[f"{layers}/pre_attention_norm_1/Dense_0/kernel"][1].T
+    for suffix, array in expected.items():
+        full = PALIGEMMA[name].removesuffix("paligemma") + suffix
+        assert same_bytes(stored[full].read(()), array), full
+
+
+@pytest.mark.parametrize("name", list(PALIGEMMA))
+@pytest.mark.parametrize("variant", ["tiny", "tiny_pi05"])
+def test_either_copy_or_both_are_read_and_what_is_unused_may_be_there(name: str, variant: str):
+    config, layout = ModelConfig.variant(variant), LAYOUTS[name]
+    ours, stored = pytorch_checkpoint(name, config)
+    for left_out in ((), *((copy,) for copy in names_of_the_embedding(name)), (layout.unused[0].theirs,)):
+        assert_read_as(ours, layout, config, {n: t for n, t in stored.items() if n not in left_out})
+    for copy in names_of_the_embedding(name):
+        del stored[copy]
+    with pytest.raises(LayoutError, match=r"missing .*paligemma\.lm_head\.weight"):
+        layout.to_ours(config, stored)
+
+
+@pytest.mark.parametrize("name", list(PALIGEMMA))
+def test_copies_that_differ_are_refused_by_both_names(name: str):
+    """Before anything is made of them: by a zero's sign, a dtype, a shape."""
+    config, layout, (one, other) = ModelConfig.variant("tiny"), LAYOUTS[name], names_of_the_embedding(name)
+    _, stored = pytorch_checkpoint(name, config)
+    zeros = np.zeros(stored[one].shape, np.float32)
+    stored[one] = Tensor.of(zeros)
+    for array in (-zeros, zeros.astype(np.float64)):
+        ours = layout.to_ours(config, stored | {other: Tensor.of(array)})
+        with pytest.raises(LayoutError) as error:
+            ours["paligemma.embedding"].read(())
+        assert one in str(error.value) and other in str(error.value)
+    with pytest.raises(LayoutError, match=re.escape(other)):
+        layout.to_ours(config, stored | {other: Tensor.of(zeros[1:])})
+
+
+@pytest.mark.parametrize("name", list(PALIGEMMA))
+def test_an_unused_tensor_of_another_shape_is_refused(name: str):
+    config, layout = ModelConfig.variant("tiny"), LAYOUTS[name]
+    _, stored = pytorch_checkpoint(name, config)
+    unused = layout.unused[0].theirs
+    with pytest.raises(LayoutError, match=re.escape(unused)):
+        layout.to_ours(config, stored | {unused: Tensor.of(stored[unused].read(())[1:])})
+
+
+@pytest.mark.parametrize("name", list(PALIGEMMA))
+def test_both_names_of_the_vision_tower_are_read(name: str):
+    """That of the other version of transformers; the prefix `model.` is what tells LeRobot from openpi."""
+    config, layout = ModelConfig.variant("tiny"), LAYOUTS[name]
+    ours, stored = pytorch_checkpoint(name, config)
+    old, new = ".vision_tower.vision_model.", ".vision_tower."
+    names = {n: n.replace(old, new) if old in n else n.replace(new, old) for n in stored}
+    assert all(names[n] != n for n in names if "vision_tower" in n)
+    respelled = {names[n]: t for n, t in stored.items()}
+    assert_read_as(ours, layout, config, respelled)
+    twice = next(n for n in names if n != names[n])
+    assert_read_as(ours, layout, config, stored | {names[twice]: stored[twice]})  # equal copies, as above
+    respelled[f"{names[twice]}_copy"] = respelled.pop(names[twice])
+    with pytest.raises(LayoutError) as error:
+        layout.to_ours(config, respelled)
+    assert f"missing {twice}" in str(error.value) and f"unknown {names[twice]}_copy" in str(error.value)
+
+
+def test_lerobots_names_without_its_prefix_are_openpis():
+    """LeRobot's first releases are openpi's files."""
+    config = ModelConfig.variant("tiny")
+    ours, stored = pytorch_checkpoint("lerobot", config)
+    assert_read_as(ours, LAYOUTS["openpi_torch"], config, {n.removeprefix("model."): t for n, t in stored.items()})
 
 
 def test_foreign_names():

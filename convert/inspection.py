@@ -1,0 +1,129 @@
+"""What a checkpoint is, from names, shapes and metadata alone: `inspect`, `pi0-inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+from convert.checkpoints import CheckpointError, detect, infer_config, orbax_paths, read_tensors
+from convert.layouts import LayoutError
+from pi0.assets import Assets
+from pi0.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found: `config` is None where the shapes do not say all sizes, `problems` is empty where all fits."""
+
+    folder: Path
+    layout: str
+    style: str
+    kind: str
+    config: ModelConfig | None
+    lora_experts: tuple[str, ...]
+    dtypes: dict[str, dict[str, int]]  # by group of parameters: tensors of each dtype
+    parameters: int
+    norm_stats: list[str]
+    step: int | None
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values that JSON can hold."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"folder": str(self.folder), "config": self.config and self.config.to_dict()}
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.folder}",
+            f"layout       {self.layout}, {self.style}",
+            f"model        {self.kind}{', LoRA on ' + ' and '.join(self.lora_experts) if self.lora_experts else ''}",
+            f"parameters   {self.parameters:,}",
+        ]
+        lines += [
+            f"{group:<12} {', '.join(f'{count} x {dtype}' for dtype, count in counts.items())}"
+            for group, counts in self.dtypes.items()
+        ]
+        for name, value in (self.config.to_dict() if self.config else {}).items():
+            lines.append(f"  {name:<17} {value}")
+        lines.append(f"norm stats   {', '.join(self.norm_stats) or 'none'}")
+        lines.append(f"step         {'unknown' if self.step is None else self.step}")
+        lines += ["fits         yes"] if not self.problems else ["fits         NO", *self.problems]
+        return "\n".join(lines)
+
+
+def inspect(source: str | Path, *, step: int | None = None) -> Inspection:
+    """Look at a checkpoint without reading its weights. Raises CheckpointError or LayoutError for what is none."""
+    stored = read_tensors(source, step=step)
+    shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
+    layout, kind, lora = detect(shapes)
+    assets, problems = Assets.load(stored.beside), []
+    config = assets.model if assets is not None else None
+    try:
+        config = config or infer_config(layout, kind, shapes, lora)
+        layout.check(config, shapes)
+    except LayoutError as error:
+        problems.append(str(error))
+    dtypes: dict[str, collections.Counter[str]] = {}
+    for name, tensor in stored.tensors.items():
+        dtypes.setdefault(_group(name), collections.Counter())[tensor.dtype.name] += 1
+    return Inspection(
+        folder=stored.folder,
+        layout=layout.name,
+        style=_style(stored.weights),
+        kind=kind,
+        config=config,
+        lora_experts=lora,
+        dtypes={group: dict(counts) for group, counts in dtypes.items()},
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        norm_stats=sorted(f.parent.name for f in (stored.beside / "assets").rglob("norm_stats.json")),
+        step=assets.step if assets is not None else None,
+        problems=problems,
+    )
+
+
+def _style(weights: Path) -> str:
+    """How the tensors are stored; openpi's training runs write leaves named `value`, its releases do not."""
+    if weights.is_file():
+        return "safetensors"
+    leaves = {path[-1] for path in orbax_paths(weights)[1]}
+    return "Orbax, training style" if leaves == {"value"} else "Orbax"
+
+
+def _group(name: str) -> str:
+    """The part of the model that a tensor of any layout belongs to, by what its name says."""
+    groups = (
+        ("LoRA", ("lora_a", "lora_b", "lora/", "lora.")),
+        ("vision", ("vision", "/img/", "multi_modal_projector")),
+        ("expert", ("action_expert", "gemma_expert", "_1/")),
+        ("PaliGemma", ("paligemma", "PaliGemma")),
+    )
+    return next((group for group, parts in groups if any(part in name for part in parts)), "projections")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-inspect`; exits with 1 where the checkpoint fits no layout."""
+    parser = argparse.ArgumentParser(
+        prog="pi0-inspect",
+        description="Say what a checkpoint is, from the names and shapes of its tensors and the metadata beside them, "
+        "never from its path: layout and style, model, sizes, dtypes, parameters, LoRA, norm stats, step, and "
+        "anything that does not fit. Weights are not read.",
+        epilog="examples:\n  pi0-inspect runs/demo\n  pi0-inspect gs://openpi-assets/checkpoints/pi05_base --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
+    parser.add_argument("--step", type=int, help="of a training run: this step (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(arguments)
+    try:
+        found = inspect(args.source, step=args.step)
+    except (CheckpointError, LayoutError, OSError, ValueError) as error:
+        print(f"pi0-inspect: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.text())
+    sys.exit(1 if found.problems else 0)
