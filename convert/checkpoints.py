@@ -156,8 +156,9 @@ class _Held:
             begin = start - start % per_chunk if fitting >= per_chunk else start
             end = min(max(begin + fitting, stop), count)
             self.of, self.start, self.rows = of, begin, _decode(array[(slice(begin, end), *rest)])
+            self.rows.flags.writeable = False
         chosen = start - self.start if isinstance(row, int) else slice(start - self.start, stop - self.start)
-        return self.rows[(chosen, *within)].copy()  # not a view, which would keep these rows from being released
+        return self.rows[(chosen, *within)]  # a view: keeping it would keep all of these rows in memory
 
 
 def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held) -> Tensor:
@@ -430,8 +431,8 @@ def infer_config(
         s = sizes[scope]
         if not {"n", "k", "h"} <= s.keys():
             raise LayoutError(
-                f"the layout {layout.name} does not tell heads from head dim; its config.json is missing: "
-                f"put it beside the weights, or pass config="
+                f"the layout {layout.name} does not tell heads from head dim; a config.json of ours is "
+                f"missing beside the weights: pass --model (config= in Python), for instance --model {kind}"
             )
         return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 

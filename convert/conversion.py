@@ -161,14 +161,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="of a run: this step (default: the newest)")
     parser.add_argument("--action-dim", type=int, metavar="N", help="pad or cut the action projections to N dimensions")
     parser.add_argument("--action-horizon", type=int, metavar="N", help="the horizon to write into the config")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the model, where neither a config.json of ours nor the shapes say it (flat layouts do not tell heads "
+        "from head dim): a variant of pi0.config, such as pi0 or pi05, or a JSON file of its fields",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="read and compare what was written (default: if small)"
     )
     args = parser.parse_args(arguments)
-    options = {name: value for name, value in vars(args).items() if name not in ("source", "target")}
+    options = {name: value for name, value in vars(args).items() if name not in ("source", "target", "model")}
     try:
-        result = convert(args.source, args.target, **options, say=print)
+        config = None if args.model is None else ModelConfig.named(args.model)
+        result = convert(args.source, args.target, config=config, **options, say=print)
     except (ValueError, OSError) as error:
         print(f"pi0-convert: {error}", file=sys.stderr)
         sys.exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 KINDS = ("pi0", "pi05")
@@ -164,6 +165,13 @@ class ModelConfig:
         """The named variant, with fields replaced. Raises ConfigError for an unknown name."""
         _require(name in VARIANTS, f"unknown model variant {name!r}; known variants are {', '.join(VARIANTS)}")
         return dataclasses.replace(VARIANTS[name], **changes)
+
+    @classmethod
+    def named(cls, name: str) -> ModelConfig:
+        """A variant by its name, or the config in a JSON file. Raises ConfigError, or OSError for a missing file."""
+        if not name.endswith(".json"):
+            return cls.variant(name)
+        return cls.from_dict(json.loads(Path(name).read_text()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` reads them back to an equal config."""

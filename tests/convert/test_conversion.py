@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -190,3 +191,19 @@ def test_unknown_dtype(source, tmp_path):
     with pytest.raises(ValueError, match="float16"):
         convert(source, tmp_path / "out", to="pi0_torch", dtype="float16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.format == "safetensors"])
+def test_a_flat_layout_without_a_config_is_told_its_model(layout: str, tmp_path, capsys):
+    folder = write(random_checkpoint(), tmp_path / "x", layout)
+    (folder / "config.json").unlink()
+    with pytest.raises(SystemExit):
+        main([str(folder), str(tmp_path / "out"), "--to", "pi0_jax"])
+    assert "--model pi0" in capsys.readouterr().err
+    (tmp_path / "model.json").write_text(json.dumps(ModelConfig.variant("tiny").to_dict()))
+    for model in ("tiny", str(tmp_path / "model.json")):
+        main([str(folder), str(tmp_path / "out"), "--to", "pi0_jax", "--model", model, "--overwrite"])
+        assert open_checkpoint(tmp_path / "out").assets.model == ModelConfig.variant("tiny")
+    with pytest.raises(SystemExit):
+        main([str(folder), str(tmp_path / "out2"), "--to", "pi0_jax", "--model", "pi1"])
+    assert "pi1" in capsys.readouterr().err
