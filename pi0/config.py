@@ -76,10 +76,13 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "gemma")
-        _require(self.lora_rank is None or self.lora_rank > 0, f"lora_rank is {self.lora_rank}; it must be positive")
         _require(
-            self.lora_rank is not None or self.lora_alpha is None,
-            f"lora_alpha is {self.lora_alpha}, but there is no lora_rank",
+            self.lora_rank is None or (type(self.lora_rank) is int and self.lora_rank > 0),
+            f"lora_rank is {self.lora_rank!r}; it must be a positive whole number, or None for no LoRA",
+        )
+        _require(
+            self.lora_alpha is None or (type(self.lora_alpha) in (int, float) and self.lora_rank is not None),
+            f"lora_alpha is {self.lora_alpha!r} and lora_rank {self.lora_rank}; alpha is a number, and needs a rank",
         )
         _require(
             self.num_heads % self.num_kv_heads == 0,
