@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import Checkpoint, CheckpointError, new_folder, open_checkpoint, write_checkpoint
+from convert.checkpoints import Checkpoint, CheckpointError, new_folder, open_checkpoint, pieces, write_checkpoint
 from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
 from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
@@ -132,8 +132,9 @@ def _watched(name: str, tensor: Tensor, progress: Callable[[int], object]) -> Te
 def verify_equal(a: Checkpoint, b: Checkpoint) -> None:
     """Raise CheckpointError that names the first parameter whose bytes differ between two checkpoints."""
     for name, tensor in a.ours.items():
-        if not same_bytes(tensor.read(()), b.ours[name].read(())):
-            raise CheckpointError(f"{b.folder}: {name} was not written as it was read from {a.folder}")
+        for part in pieces(tensor) if b.ours[name].sliced else [()]:
+            if not same_bytes(tensor.read(part), b.ours[name].read(part)):
+                raise CheckpointError(f"{b.folder}: {name} was not written as it was read from {a.folder}")
 
 
 def main(arguments: list[str] | None = None) -> None:
