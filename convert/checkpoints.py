@@ -5,7 +5,6 @@ Nothing is read before it is asked for, and nothing is written before the whole 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -15,7 +14,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -23,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 
 from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
-from convert.layouts.layout import EXPERTS, Index, infer_sizes
+from convert.layouts.layout import EXPERTS, infer_sizes
 from pi0.assets import Assets
 from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
 from pi0.fetch import fetch
@@ -296,26 +295,9 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for array in _ahead(tensors.values()):
-            stream.write(array.reshape(-1).view(np.uint8).data)
-
-
-def _ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The pieces of tensors in order; while one is used, the next is read in a thread."""
-
-    def read(tensor: Tensor, part: Index) -> np.ndarray:
-        return np.ascontiguousarray(tensor.read(part))
-
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: concurrent.futures.Future[np.ndarray] | None = None
-        for tensor in tensors:
+        for tensor in tensors.values():
             for part in pieces(tensor):
-                following = pool.submit(read, tensor, part)
-                if waiting is not None:
-                    yield waiting.result()
-                waiting = following
-        if waiting is not None:
-            yield waiting.result()
+                stream.write(np.ascontiguousarray(tensor.read(part)).reshape(-1).view(np.uint8).data)
 
 
 # ---- whole checkpoints ----------------------------------------------------------------------------------------------
