@@ -288,9 +288,9 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * tensor.dtype.itemsize
-        entry = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        header[name], offset = entry, offset + size
+        end = offset + tensor.size
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:
@@ -401,8 +401,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[st
     for layout in LAYOUTS.values():
         unused = {_stem(rule.theirs) for rule in layout.unused}
         found = {_stem(layout.spell(name)) for name in shapes} - unused
-        has_lora = any(".lora." in rule.ours for rule in layout.rules)
-        for kind, lora in itertools.product(KINDS, ((), *_LORA_EXPERTS) if has_lora else ((),)):
+        for kind, lora in itertools.product(KINDS, ((), *_LORA_EXPERTS) if layout.has_lora else ((),)):
             names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind, lora)}
             score = len(names & found) / len(names | found)
             if score > most:

@@ -54,7 +54,7 @@ def convert(
     if verify is None:
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= SMALL
     target = Path(target)
-    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.ours.values())
+    size = sum(tensor.size for tensor in checkpoint.ours.values())
     with (
         new_folder(target, overwrite) as folder,
         tqdm(total=size, unit="B", unit_scale=True, desc="converting", delay=2) as bar,

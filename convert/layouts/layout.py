@@ -221,10 +221,15 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     unused: tuple[Rule, ...] = ()
 
+    @property
+    def has_lora(self) -> bool:
+        """Whether low-rank updates have a place in it."""
+        return any(".lora." in rule.ours for rule in self.rules)
+
     def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
         """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
         wanted = axes_of(kind, lora)
-        if lora and not any(".lora." in rule.ours for rule in self.rules):
+        if lora and not self.has_lora:
             raise LayoutError(f"the layout {self.name} has no place for LoRA; merge it: --lora merge")
         rules = [rule for rule in self.rules if rule.ours in wanted]
         names = [rule.ours for rule in rules]
