@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoints import write_orbax
 from convert.conversion import convert
+from convert.formats import write_orbax
 from convert.layouts import LAYOUTS, Tensor
 from pi0.assets import Assets
 from pi0.config import ModelConfig

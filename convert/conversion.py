@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import Checkpoint, CheckpointError, new_folder, open_checkpoint, pieces, write_checkpoint
+from convert.beside import WRITERS, variants_of
+from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
+from convert.formats import CheckpointError, pieces
 from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
 from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
@@ -35,6 +37,7 @@ def convert(
     action_dim: int | None = None,
     action_horizon: int | None = None,
     config: ModelConfig | None = None,
+    asset_id: str | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -42,15 +45,18 @@ def convert(
     """Write the checkpoint `source`, of any layout, to the folder `target` in the layout `to`.
 
     `dtype` "keep", "float32" or "bfloat16" (rounded once); `lora` "keep" or "merge"; `ema`, `step` choose what is read
-    of a training run, `config` replaces the model config found. `action_dim` pads the projections of state and actions
-    with zeros or cuts them; `action_horizon` only changes the config. Each change is told to `say`. With `verify`
-    (default: for models up to a billion parameters) what was written is read again and compared byte by byte.
+    of a training run, `config` replaces the model config found, `asset_id` chooses among norm stats. `action_dim` pads
+    the projections of state and actions with zeros or cuts them; `action_horizon` only changes the config. Each change
+    is told to `say`. With `verify` (default: for models up to a billion parameters) what was written is read again and
+    compared byte by byte.
 
     Returns the opened result. Raises CheckpointError or LayoutError (which NaN and infinite values are too), and
     FileExistsError where `target` exists; then nothing is left behind.
     """
-    checkpoint = open_checkpoint(source, config, step=step, ema=ema)
+    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id)
     checkpoint = _changed(checkpoint, dtype, lora, action_dim, action_horizon, say)
+    if to in WRITERS and variants_of(checkpoint.assets.model) is None:
+        say(f"these sizes have no name in the layout {to}: its own config.json is not written")
     if verify is None:
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= SMALL
     target = Path(target)
@@ -168,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the model, where neither a config.json of ours nor the shapes say it (flat layouts do not tell heads "
         "from head dim): a variant of pi0.config, such as pi0 or pi05, or a JSON file of its fields",
     )
+    parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="read and compare what was written (default: if small)"

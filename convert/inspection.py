@@ -10,9 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-from convert.checkpoints import CheckpointError, detect, infer_config, orbax_paths, read_tensors
+from convert.beside import norm_stats_files
+from convert.checkpoints import detect, find_assets, read_tensors
+from convert.formats import CheckpointError, orbax_paths
 from convert.layouts import LayoutError
-from pi0.assets import Assets
 from pi0.config import ModelConfig
 
 
@@ -62,11 +63,10 @@ def inspect(source: str | Path, *, step: int | None = None) -> Inspection:
     stored = read_tensors(source, step=step)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     layout, kind, lora = detect(shapes)
-    assets, problems = Assets.load(stored.beside), []
-    config = assets.model if assets is not None else None
+    assets, problems = None, []
     try:
-        config = config or infer_config(layout, kind, shapes, lora)
-        layout.check(config, shapes)
+        assets = find_assets(stored, layout, kind, lora)
+        layout.check(assets.model, shapes)
     except LayoutError as error:
         problems.append(str(error))
     dtypes: dict[str, collections.Counter[str]] = {}
@@ -77,11 +77,11 @@ def inspect(source: str | Path, *, step: int | None = None) -> Inspection:
         layout=layout.name,
         style=_style(stored.weights),
         kind=kind,
-        config=config,
+        config=assets.model if assets else None,
         lora_experts=lora,
         dtypes={group: dict(counts) for group, counts in dtypes.items()},
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        norm_stats=sorted(f.parent.name for f in (stored.beside / "assets").rglob("norm_stats.json")),
+        norm_stats=list(norm_stats_files(stored.beside)) or ([assets.asset_id] if assets and assets.asset_id else []),
         step=assets.step if assets is not None else None,
         problems=problems,
     )

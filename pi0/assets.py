@@ -1,7 +1,7 @@
 """What a checkpoint carries besides its weights: model config, norm stats, tokenizer reference, robot, version.
 
-`config.json` lies beside the weights (in `assets/` inside a JAX checkpoint), norm stats in
-`assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints.
+`config.json` lies beside the weights (in `assets/` in a JAX checkpoint, and in layouts whose own config has that
+name), norm stats in `assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Assets:
     """A model's config, and what turns a robot's data into its inputs.
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
-    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step.
+    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step,
+    and `training` the config of the experiment.
     """
 
     model: ModelConfig
@@ -37,6 +38,7 @@ class Assets:
     tokenizer: dict[str, Any] | None = None
     robot: str | None = None
     step: int | None = None
+    training: dict[str, Any] | None = None
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -58,15 +60,10 @@ class Assets:
     def load(cls, folder: Path) -> Assets | None:
         """The assets in a checkpoint's folder; None without a config of ours, AssetsError for a bad one."""
         for path in (folder / "config.json", folder / "assets" / "config.json"):
-            if path.exists():
+            values = read_json(path)
+            if values is not None and values.pop("format", None) == FORMAT:
                 break
         else:
-            return None
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise AssetsError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             return None
         unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
         if unknown or "model" not in values:
@@ -79,3 +76,16 @@ class Assets:
         if values.get("asset_id") is not None:
             values["norm_stats"] = load_norm_stats(folder / "assets" / values["asset_id"] / "norm_stats.json")
         return cls(**values)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file. Raises AssetsError for anything else in it."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise AssetsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AssetsError(f"{path} holds {type(values).__name__}; expected an object")
+    return values

@@ -13,25 +13,27 @@ import numpy as np
 
 EPSILON = 1e-6  # added to the divisor by "zscore" and "quantile" (openpi `transforms.Normalize`)
 MODES = ("zscore", "quantile", "quantile01")
-REQUIRED = ("mean", "std", "q01", "q99")
+MODE_OF = {"pi0": "zscore", "pi05": "quantile", "pi0_fast": "quantile"}  # what the released models use
+REQUIRED = ("mean", "std")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
     """Statistics of D dimensions over many frames: each field float64 [D], in the data's own units.
 
-    `min` and `max` are for people to read; no mode uses them. Raises ValueError for lengths that differ or NaN.
+    `q01` and `q99` may be missing where "zscore" is all that is asked of them; `min` and `max` are for people to read,
+    and no mode uses them. Raises ValueError for lengths that differ or NaN.
     """
 
     mean: np.ndarray
     std: np.ndarray
-    q01: np.ndarray
-    q99: np.ndarray
+    q01: np.ndarray | None = None
+    q99: np.ndarray | None = None
     min: np.ndarray | None = None
     max: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, value in self._present().items():
+        for name, value in self.present().items():
             array = np.asarray(value, np.float64)
             if array.ndim != 1 or len(array) != np.size(self.mean):
                 raise ValueError(
@@ -41,7 +43,10 @@ class NormStats:
                 dim = int(np.argmin(np.isfinite(array)))
                 raise ValueError(f"norm stats: {name}[{dim}] is {array[dim]}; expected finite numbers")
             object.__setattr__(self, name, array)
-        for name, wrong in {"std < 0": self.std < 0, "q01 > q99": self.q01 > self.q99}.items():
+        if (self.q01 is None) != (self.q99 is None):
+            raise ValueError("norm stats: q01 and q99 go together; one of them is missing")
+        crossed = np.zeros(0) if self.q01 is None or self.q99 is None else self.q01 > self.q99
+        for name, wrong in {"std < 0": self.std < 0, "q01 > q99": crossed}.items():
             if wrong.any():
                 raise ValueError(f"norm stats: {name} in dimensions {np.flatnonzero(wrong).tolist()}")
 
@@ -83,19 +88,22 @@ class NormStats:
 
     def _affine(self, mode: str, dims: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Offset [D], scale [D] and shift such that normalized = (x - offset) / scale - shift."""
-        mean, std, q01, q99 = (v[:dims] for v in (self.mean, self.std, self.q01, self.q99))
+        if mode not in MODES:
+            raise ValueError(f"unknown normalization mode {mode!r}; choose one of {list(MODES)}")
         if mode == "zscore":
-            return mean, std + EPSILON, 0.0
+            return self.mean[:dims], self.std[:dims] + EPSILON, 0.0
+        if self.q01 is None or self.q99 is None:
+            raise ValueError(f"mode {mode!r} needs q01 and q99, which these norm stats do not have")
+        q01, q99 = self.q01[:dims], self.q99[:dims]
         if mode == "quantile":
             return q01, (q99 - q01 + EPSILON) / 2, 1.0
-        if mode != "quantile01":
-            raise ValueError(f"unknown normalization mode {mode!r}; choose one of {list(MODES)}")
         constant = np.flatnonzero(q99 == q01).tolist()
         if constant:
             raise ValueError(f"mode 'quantile01' divides by q99 - q01, which is 0 in dimensions {constant}")
         return q01, q99 - q01, 0.0
 
-    def _present(self) -> dict[str, np.ndarray]:
+    def present(self) -> dict[str, np.ndarray]:
+        """The statistics that there are, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 
@@ -117,7 +125,7 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
     """Write what `load_norm_stats` reads, whole or not at all: under a temporary name, then renamed."""
     path = pathlib.Path(path)
-    entries = {key: {k: v.tolist() for k, v in value._present().items()} for key, value in stats.items()}
+    entries = {key: {k: v.tolist() for k, v in value.present().items()} for key, value in stats.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"norm_stats": entries}, indent=2))
     os.replace(temporary, path)

@@ -211,7 +211,8 @@ class Layout:
     `format` is that of its files, "orbax" or "safetensors"; `root` the keys around an Orbax tree. `spellings` are
     patterns of other names for its tensors, each with its replacement: they are read, not written, and a tensor that
     is there under several names must be the same in all. `unused` are tensors that no model of ours has (`ours` says
-    where they would be): they may be there, in that shape, and are not written.
+    where they would be) and none uses: they may be there, in that shape; the strict loaders of such a layout want
+    them, so they are written, as zeros.
     """
 
     name: str
@@ -247,6 +248,15 @@ class Layout:
         for pattern, written in self.spellings:
             name = re.sub(pattern, written, name)
         return name
+
+    def unused_tensors(self, config: ModelConfig, dtype: np.dtype) -> dict[str, Tensor]:
+        """Zeros for the tensors that its own models have and never use."""
+        shapes = _shapes((rule for rule in self.unused if axis_sizes(config).get(scope_of(rule.ours))), config)
+
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return Tensor(shape, dtype, lambda index: np.broadcast_to(np.zeros((), dtype), shape)[index])
+
+        return {name: zeros(shape) for name, shape in shapes.items()}
 
     def check(self, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
         """Raise LayoutError unless `found` has exactly this layout's tensors, in these shapes."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoints import Checkpoint, new_folder, read_safetensors, write_checkpoint, write_safetensors
+from convert.checkpoints import Checkpoint, new_folder, write_checkpoint
+from convert.formats import read_safetensors, write_safetensors
 from convert.inspection import inspect, main
 from convert.layouts import LAYOUTS, Tensor, parameters
 from pi0.assets import Assets
