@@ -36,6 +36,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "weight_decay": 1e-4,
                 "clip_norm": 1.0,
             },
+            "freeze": "",
             "ema_decay": 0.98,
             "batch_size": 32,
             "steps": 300,

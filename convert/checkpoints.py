@@ -141,11 +141,12 @@ def _step_folder(folder: Path, step: int | None) -> Path:
 
 
 def _trained(folder: Path) -> dict[str, Tensor]:
-    """The parameters in a checkpoint's training state."""
+    """The parameters in a checkpoint's training state, and those that were frozen, which are in `params` alone."""
     if not (folder / "train_state").exists():
         raise CheckpointError(f"{folder} has no train_state; only a training run's checkpoint has two sets of weights")
     state = read_orbax(folder / "train_state")
-    return {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
+    trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
+    return read_orbax(folder / "params") | trained
 
 
 _LORA_EXPERTS = (EXPERTS, EXPERTS[:1], EXPERTS[1:])

@@ -67,7 +67,10 @@ def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
     try:
         metadata = json.loads(metadata_file.read_text())
-        return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in metadata["tree_metadata"].values()]
+        entries = metadata["tree_metadata"].values()
+        # Empty nodes, such as those of an optimizer's state, are listed too; nothing is stored for them.
+        entries = [e for e in entries if not e["value_metadata"].get("skip_deserialize")]
+        return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
 

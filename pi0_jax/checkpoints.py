@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training run: parameters for inference, the training state, and the assets beside them.
 
 checkpoints/<step>/params        what is evaluated and exported: the moving average where there is one
-checkpoints/<step>/train_state   what training goes on from
+checkpoints/<step>/train_state   what training goes on from, but for what is frozen, which `params` has
 checkpoints/<step>/assets        config.json, norm stats
 """
 
@@ -62,19 +62,25 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params),
-                train_state=ocp.args.PyTreeSave(train_state),
+                train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
                 assets=AssetsSave(dataclasses.replace(assets, step=step)),
             ),
         )
 
     def restore(self, step: int, train_state: Any) -> Any:
         """The training state at `step`, with the structure and shardings of `train_state`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, train_state)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(train_state=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
-        )
-        return restored["train_state"]
+
+        def wanted(tree: Any) -> ocp.args.PyTreeRestore:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+
+        frozen = train_state["frozen"]
+        items = {"train_state": wanted({k: v for k, v in train_state.items() if k != "frozen"})}
+        if frozen:
+            items["params"] = wanted(frozen)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {**restored["train_state"], "frozen": restored["params"] if frozen else {}}
 
     def close(self) -> None:
         """Wait until everything is written."""

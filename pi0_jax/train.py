@@ -37,8 +37,9 @@ from pi0_jax.loading import merge
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+from pi0_jax.trainable import freeze_pattern, join, split, table
 
-State = dict[str, Any]  # params, ema (or None), opt_state: plain nested dicts of arrays
+State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -53,6 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     model_config = ModelConfig.from_dict(config.model.to_dict())
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
+    freeze = freeze_pattern(model_config, config.freeze)
 
     # mesh
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -61,14 +63,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     # data
-    assets, training, validation = load_data(config.data, model_config)
+    assets, training, validation = load_data(config.data, model_config, config.to_dict())
     batch_indices(len(training), config.batch_size, config.seed, 0)  # refuses a batch larger than the data
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    state = jax.jit(functools.partial(init_state, config, model_config, optimizer), out_shardings=replicated)()
+    state = jax.jit(functools.partial(init_state, config, model_config, optimizer, freeze), out_shardings=replicated)()
+    print(table(state["params"], state["frozen"]))
     start = checkpoints.latest_step or 0
     if start:
         state = checkpoints.restore(start, state)
@@ -111,7 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     return last
 
 
-def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[Assets, FrameData, FrameData | None]:
+def load_data(
+    config: ml_collections.ConfigDict, model: ModelConfig, training: dict[str, Any]
+) -> tuple[Assets, FrameData, FrameData | None]:
     """The run's assets, with norm stats of the training episodes, and its training and validation frames."""
     root, held_out = fetch(config.root), set(config.validation_episodes)
     if config.robot not in ROBOTS:
@@ -130,6 +135,7 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
         normalization=config.normalization,
         tokenizer=TextTokenizer(config.tokenizer).reference(),
         robot=config.robot,
+        training=training,
     )
     pipeline = Pipeline.from_assets(assets)
     validation = None
@@ -139,16 +145,18 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
     return assets, FrameData(kept, pipeline, model), validation
 
 
-def init_state(config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
-    """Freshly initialized parameters, their moving average, and the optimizer's state."""
-    params = nnx.to_pure_dict(nnx.state(Pi0(model, rngs=nnx.Rngs(config.seed))))
+def init_state(
+    config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, freeze: str
+) -> State:
+    """Freshly initialized parameters; for those that train, their moving average and the optimizer's state."""
+    params, frozen = split(nnx.to_pure_dict(nnx.state(Pi0(model, rngs=nnx.Rngs(config.seed)))), freeze)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return {"params": params, "ema": ema, "opt_state": optimizer.init(params)}
+    return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
 
 
 def inference_params(state: State) -> Any:
-    """What is evaluated and exported: the moving average where there is one."""
-    return state["params"] if state["ema"] is None else state["ema"]
+    """What is evaluated and exported: the moving average where there is one, and what is frozen."""
+    return join(state["params"] if state["ema"] is None else state["ema"], state["frozen"])
 
 
 def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,6 +179,7 @@ def train_step(
     noise, flow_time = noise_and_time(key, actions)
 
     def mean_loss(params: Any) -> jax.Array:
+        params = join(params, state["frozen"])
         return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
 
     loss, grads = jax.value_and_grad(mean_loss)(state["params"])
@@ -178,7 +187,7 @@ def train_step(
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
     scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    return {"params": params, "ema": ema, "opt_state": opt_state}, scalars
+    return {"params": params, "frozen": state["frozen"], "ema": ema, "opt_state": opt_state}, scalars
 
 
 def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
