@@ -1,7 +1,7 @@
 """What a checkpoint carries besides its weights: model config, norm stats, tokenizer reference, robot, version.
 
 `config.json` lies beside the weights (in `assets/` inside a JAX checkpoint), norm stats in
-`assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints.
+`assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints, π0-FAST's action tokenizer in `assets/fast_tokenizer`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 from pi0 import __version__
 from pi0.config import ConfigError, ModelConfig
 from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
+from pi0.tokenizers import FASTTokenizer
 
 FORMAT = "pi0"
+FAST_FOLDER = "assets/fast_tokenizer"
 
 
 class AssetsError(ValueError):
@@ -27,7 +29,8 @@ class Assets:
     """A model's config, and what turns a robot's data into its inputs.
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
-    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step.
+    `tokenizer` is `TextTokenizer.reference()`; `action_tokenizer`, π0-FAST's, is `FASTTokenizer.reference()`, whose
+    files `save` copies; `robot` names an adapter of `pi0.robots`; `step` is the training step.
     """
 
     model: ModelConfig
@@ -37,6 +40,7 @@ class Assets:
     tokenizer: dict[str, Any] | None = None
     robot: str | None = None
     step: int | None = None
+    action_tokenizer: dict[str, Any] | None = None
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -46,6 +50,9 @@ class Assets:
         values = {"format": FORMAT, **fields, "model": self.model.to_dict()}
         if (self.norm_stats is None) != (self.asset_id is None):
             raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/, and it needs them")
+        if self.action_tokenizer is not None:
+            FASTTokenizer.from_reference(self.action_tokenizer).save(folder / "fast_tokenizer", overwrite=True)
+            values["action_tokenizer"] = self.action_tokenizer | {"source": FAST_FOLDER}
         if self.norm_stats is not None and self.asset_id is not None:
             path = folder / self.asset_id / "norm_stats.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,4 +85,6 @@ class Assets:
             raise AssetsError(f"{path}: {error}") from error
         if values.get("asset_id") is not None:
             values["norm_stats"] = load_norm_stats(folder / "assets" / values["asset_id"] / "norm_stats.json")
+        if values.get("action_tokenizer") is not None:
+            values["action_tokenizer"] |= {"source": str(folder / values["action_tokenizer"]["source"])}
         return cls(**values)

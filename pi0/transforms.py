@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pi0.normalize import MODES, NormStats
+from pi0.tokenizers import FASTPromptTokenizer
 
 Data = dict[str, Any]
 
@@ -85,17 +86,21 @@ class Normalize:
 class CameraMasks:
     """Mark the model's cameras `image_keys` that the robot does not have as missing.
 
-    Raises ValueError if the robot has a camera that the model does not look at.
+    With `black` (π0-FAST, which knows no missing camera) they are black pictures that are there. Raises ValueError if
+    the robot has a camera that the model does not look at.
     """
 
     image_keys: tuple[str, ...]
+    black: bool = False
 
     def __call__(self, data: Data) -> Data:
         own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
         unknown = sorted(own - set(self.image_keys))
         if unknown:
             raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
-        return data | {f"image_mask/{key}": np.bool_(False) for key in self.image_keys if key not in own}
+        missing = [key for key in self.image_keys if key not in own]
+        pictures = {f"image/{key}": np.zeros((1, 1, 3), np.uint8) for key in missing if self.black}
+        return data | pictures | {f"image_mask/{key}": np.bool_(self.black) for key in missing}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +140,39 @@ class TokenizePrompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenizeFASTPrompt:
+    """TokenizePrompt of π0-FAST: state and, to train on, `actions` are in the text, with masks for attention and loss.
+
+    Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` turns
+    generated `tokens` [N], where present, into `actions` [action_horizon, action_dim], in the robot's own
+    dims: put it after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that
+    are no actions.
+    """
+
+    tokenizer: FASTPromptTokenizer
+    max_token_len: int
+    action_horizon: int
+    action_dim: int
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        prompt = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], data.get("actions"))
+        return {key: value for key, value in data.items() if key != "prompt"} | prompt
+
+    def inverse(self, data: Data) -> Data:
+        if "tokens" not in data:
+            return data
+        actions, _ = self.tokenizer.extract_actions(data["tokens"], self.action_horizon, self.action_dim)
+        return {key: value for key, value in data.items() if key != "tokens"} | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
 class PadDims:
     """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
 
-    `inverse` cuts `actions` back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
+    `inverse` cuts `actions`, where present, back to `robot_action_dim`.
+    Raises ValueError if there are more dims than the model takes.
     """
 
     action_dim: int
@@ -152,7 +186,7 @@ class PadDims:
         return data | {key: self._pad(key, data[key]) for key in ("state", "actions") if key in data}
 
     def inverse(self, data: Data) -> Data:
-        return data | {"actions": data["actions"][..., : self.robot_action_dim]}
+        return data | {k: data[k][..., : self.robot_action_dim] for k in ("actions",) if k in data}
 
     def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, np.float32)

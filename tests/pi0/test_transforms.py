@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from pi0.normalize import MODES, NormStats
+from pi0.tokenizers import BUNDLED, FASTError, FASTPromptTokenizer, FASTTokenizer, TextTokenizer
 from pi0.transforms import (
     CameraMasks,
     Normalize,
     PadDims,
     ResizeImages,
+    TokenizeFASTPrompt,
     TokenizePrompt,
     Transforms,
     resize_with_pad,
@@ -19,6 +21,7 @@ STATS = {
     "state": NormStats.from_data(RNG.normal(size=(50, 4))),
     "actions": NormStats.from_data(RNG.normal(size=(50, 4))),
 }
+FAST = FASTTokenizer.fit(list(np.random.default_rng(1).normal(size=(50, 5, 4))), vocab_size=300)
 
 
 class Recorder:
@@ -86,6 +89,33 @@ def test_state_stays_out_of_a_pi0_prompt():
     assert tokenizer.state is None
 
 
+def test_missing_cameras_of_pi0_fast_are_black_pictures():
+    steps = Transforms((CameraMasks(("base_0_rgb", "wrist_0_rgb"), black=True), ResizeImages(28, 42)))
+    row = steps(sample())
+    assert row["image/wrist_0_rgb"].shape == (28, 42, 3) and not row["image/wrist_0_rgb"].any()
+    assert row["image_mask/wrist_0_rgb"] and row["image/base_0_rgb"].any() and "image_mask/base_0_rgb" not in row
+
+
+def test_fast_text_holds_the_robots_actions_and_gives_them_back():
+    """The actions of the text are normalized, and in the robot's own dims however wide the model is."""
+    tokenizer = FASTPromptTokenizer(TextTokenizer(BUNDLED), FAST, 512 + 128 + FAST.vocab_size)
+    steps = Transforms((Normalize(STATS, "quantile"), TokenizeFASTPrompt(tokenizer, 120, 5, 4), PadDims(7, 4)))
+    data = sample()
+    row = steps(data)
+    assert "prompt" not in row and row["actions"].shape == (5, 7) and row["state"].shape == (7,)
+    answer = row["tokenized_prompt"][row["token_loss_mask"]]
+    normalized = Normalize(STATS, "quantile")(data)["actions"]
+    np.testing.assert_array_equal(tokenizer.extract_actions(answer, 5, 4)[0], FAST.decode(FAST.encode(normalized))[0])
+    back = steps.inverse({"tokens": answer})
+    assert set(back) == {"actions"}
+    # Off by 0.05 at most in each of the 5 coefficients, in units of half the quantiles' range.
+    limit = 0.05 * np.sqrt(5) * (STATS["actions"].q99 - STATS["actions"].q01) / 2
+    assert (np.abs(back["actions"] - data["actions"]) <= limit * (1 + 1e-5)).all()
+    np.testing.assert_allclose(steps.inverse(row)["actions"], data["actions"], atol=1e-6)  # no tokens: the row's own
+    with pytest.raises(FASTError, match="no 'Action: '"):
+        steps.inverse({"tokens": answer[1:]})
+
+
 @pytest.mark.parametrize(
     ("step", "named"),
     [
@@ -95,6 +125,7 @@ def test_state_stays_out_of_a_pi0_prompt():
         (lambda: PadDims(3, 3)(sample()), "state"),
         (lambda: ResizeImages(28, 28)({"image/a": np.zeros((3, 20, 20))}), "image/a"),
         (lambda: TokenizePrompt(Recorder(), 8, state_in_prompt=False)({}), "prompt"),
+        (lambda: TokenizeFASTPrompt(Recorder(), 8, 5, 4)({}), "prompt"),
         (lambda: CameraMasks(("left_wrist_0_rgb",))(sample()), "base_0_rgb"),
     ],
 )
