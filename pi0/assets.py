@@ -27,7 +27,8 @@ class Assets:
     """A model's config, and what turns a robot's data into its inputs.
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
-    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step.
+    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`, by its name or as {"name":
+    name, **options}; `step` is the training step.
     """
 
     model: ModelConfig
@@ -35,7 +36,7 @@ class Assets:
     asset_id: str | None = None
     normalization: str | None = None
     tokenizer: dict[str, Any] | None = None
-    robot: str | None = None
+    robot: str | dict[str, Any] | None = None
     step: int | None = None
     version: str = __version__
 
