@@ -30,7 +30,8 @@ class Assets:
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
     `tokenizer` is `TextTokenizer.reference()`; `action_tokenizer`, π0-FAST's, is `FASTTokenizer.reference()`, whose
-    files `save` copies; `robot` names an adapter of `pi0.robots`; `step` is the training step.
+    files `save` copies; `robot` names an adapter of `pi0.robots`, by its name or as {"name": name, **options};
+    `step` is the training step.
     """
 
     model: ModelConfig
@@ -38,7 +39,7 @@ class Assets:
     asset_id: str | None = None
     normalization: str | None = None
     tokenizer: dict[str, Any] | None = None
-    robot: str | None = None
+    robot: str | dict[str, Any] | None = None
     step: int | None = None
     action_tokenizer: dict[str, Any] | None = None
     version: str = __version__

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy as np
 from pi0.datasets import LeRobotDataset
 from pi0.fetch import fetch
 from pi0.normalize import MODES, NormStats
-from pi0.robots import ROBOTS
+from pi0.robots import Robot, make_robot
 from pi0.tokenizers import FASTTokenizer
+from pi0.transforms import DeltaActions, Transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +60,15 @@ HEAD = f"{'':10}{'chunks':>8}{'tokens mean':>12}{'tokens max':>12}{'binning':>10
 )
 
 
-def action_chunks(root: Path, robot: str, action_horizon: int, episodes: Sequence[int] | None = None) -> np.ndarray:
-    """The action chunks [N, T, A] that start at every frame, as the robot's adapter gives them, not normalized.
+def action_chunks(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
+    """The action chunks [N, T, A] that start at every frame as the model has them, not normalized yet.
 
-    No video is decoded: black pictures stand for the cameras. Raises ValueError for an unknown robot.
+    No picture is looked at. Raises ValueError where the dataset is not the robot's.
     """
-    if robot not in ROBOTS:
-        raise ValueError(f"unknown robot {robot!r}; known are {', '.join(ROBOTS)}")
-    dataset, adapter = (
-        LeRobotDataset(root, action_horizon=action_horizon, episodes=episodes, cameras=[]),
-        ROBOTS[robot](),
-    )
-    pictures = {k: np.zeros((1, 1, 3), np.uint8) for k, f in dataset.features.items() if f["dtype"] == "video"}
-    return np.stack([adapter.to_model(dataset[i] | pictures)["actions"] for i in range(len(dataset))])
+    if robot.action_key(dataset.features) is None:
+        raise ValueError(f"the dataset has no actions; it has {sorted(dataset.features)}")
+    delta = Transforms(() if robot.delta_mask is None else (DeltaActions(robot.delta_mask),))
+    return np.stack([delta(robot.numbers(dataset[i]))["actions"] for i in range(len(dataset))])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("dataset", help="a LeRobot dataset's folder, gs://, hf:// or bundled://")
     parser.add_argument("output", type=Path, help="the tokenizer's folder, in the layout of physical-intelligence/fast")
-    parser.add_argument("--robot", required=True, help=f"whose recordings these are: {', '.join(ROBOTS)}")
+    parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
     parser.add_argument("--action-horizon", type=int, default=50, help="actions of a chunk (default: 50)")
     parser.add_argument("--scale", type=float, default=10.0, help="steps per unit of a DCT coefficient (default: 10)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="tokens at most, 256 or more (default: 1024)")
@@ -110,14 +107,21 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--held-out {sorted(held_out)} must leave some of the episodes {every}")
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists already: choose another folder, or --overwrite it")
-    fitted = action_chunks(root, args.robot, args.action_horizon, [e for e in every if e not in held_out])
-    stats = NormStats.from_data(fitted[:, 0])  # every frame once: chunks repeat them
+    robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
+
+    def chunks_of(episodes: list[int]) -> np.ndarray:
+        return action_chunks(
+            LeRobotDataset(root, action_horizon=args.action_horizon, episodes=episodes, cameras=[]), robot
+        )
+
+    fitted = chunks_of([e for e in every if e not in held_out])
+    stats = NormStats.from_data(fitted.reshape(-1, fitted.shape[-1]))
     chunks = stats.apply(fitted, args.normalization)
     tokenizer = FASTTokenizer.fit(list(chunks), args.scale, args.vocab_size)
     lines = [HEAD, Report.measure(tokenizer, chunks).row("fitted")]
     if held_out:
-        others = action_chunks(root, args.robot, args.action_horizon, sorted(held_out))
-        lines.append(Report.measure(tokenizer, stats.apply(others, args.normalization)).row("held out"))
+        others = stats.apply(chunks_of(sorted(held_out)), args.normalization)
+        lines.append(Report.measure(tokenizer, others).row("held out"))
     tokenizer.save(args.output, args.overwrite)
     print("\n".join(lines))
     print(f"\n{tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256}: {args.output}")

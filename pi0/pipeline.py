@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from pi0.assets import Assets, AssetsError
-from pi0.robots import ROBOTS, Robot
+from pi0.robots import Robot, make_robot
 from pi0.tokenizers import FASTPromptTokenizer, FASTTokenizer, TextTokenizer
 from pi0.transforms import (
     CameraMasks,
+    DefaultPrompt,
+    DeltaActions,
     Normalize,
     PadDims,
     ResizeImages,
@@ -38,38 +40,44 @@ class Pipeline:
         missing = [name for name in needed if getattr(assets, name) is None]
         if missing:
             raise AssetsError(f"the checkpoint's config.json has no {', '.join(missing)}, which a robot's data needs")
-        if assets.robot not in ROBOTS:
-            raise AssetsError(f"unknown robot {assets.robot!r}; known are {', '.join(ROBOTS)}")
         model, stats = assets.model, assets.norm_stats
-        assert stats is not None and assets.normalization is not None and assets.tokenizer is not None
+        assert assets.robot is not None and stats is not None
+        assert assets.normalization is not None and assets.tokenizer is not None
+        try:
+            robot = make_robot(assets.robot)
+        except ValueError as error:
+            raise AssetsError(str(error)) from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-        robot_dim = len(stats["actions"].mean)
         tokenize: Step = TokenizePrompt(tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05")
         if model.kind == "pi0_fast":
             assert assets.action_tokenizer is not None
             fast = FASTTokenizer.from_reference(assets.action_tokenizer)
             whole = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
-            tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot_dim)
-        steps = (
-            Normalize(stats, assets.normalization),
+            tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot.action_dim)
+        steps: list[Step] = [] if robot.delta_mask is None else [DeltaActions(robot.delta_mask)]
+        steps += [Normalize(stats, assets.normalization)]
+        steps += [] if robot.default_prompt is None else [DefaultPrompt(robot.default_prompt)]
+        steps += [
             CameraMasks(model.image_keys, black=model.kind == "pi0_fast"),
             ResizeImages(*model.image_resolution),
             tokenize,
-            PadDims(model.action_dim, robot_dim),
-        )
-        return cls(ROBOTS[assets.robot](), Transforms(steps))
+            PadDims(model.action_dim, robot.action_dim),
+        ]
+        return cls(robot, Transforms(steps))
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any."""
         return self.transforms(self.robot.to_model(item))
 
-    def actions(self, output: np.ndarray) -> np.ndarray:
+    def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].
 
-        Raises FASTError for tokens that are no actions.
+        `state` [A] is the row's, as the model saw it. Raises ValueError without it where actions are relative to it,
+        and FASTError for tokens that are no actions.
         """
         output = np.asarray(output)
         data = {"tokens" if output.ndim == 1 else "actions": output}
+        data |= {} if state is None else {"state": np.asarray(state)}
         return self.robot.from_model(self.transforms.inverse(data))["action"]

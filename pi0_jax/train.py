@@ -33,9 +33,9 @@ from pi0.robots import ROBOTS
 from pi0.tokenizers import TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import merge
+from pi0_jax.loading import Model, make_model, merge
 from pi0_jax.metrics import Metrics
-from pi0_jax.models.pi0 import Pi0
+from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
 
 State = dict[str, Any]  # params, ema (or None), opt_state: plain nested dicts of arrays
@@ -141,7 +141,7 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
 
 def init_state(config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
     """Freshly initialized parameters, their moving average, and the optimizer's state."""
-    params = nnx.to_pure_dict(nnx.state(Pi0(model, rngs=nnx.Rngs(config.seed))))
+    params = nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed))))
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return {"params": params, "ema": ema, "opt_state": optimizer.init(params)}
 
@@ -158,6 +158,15 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
+def mean_loss(model: Model, batch: tuple[Observation, jax.Array], key: jax.Array) -> jax.Array:
+    """The mean loss of a batch, with the noise and times that `key` draws where the model flows."""
+    observation, actions = batch
+    if isinstance(model, Pi0Fast):
+        return model.compute_loss(observation).mean()
+    noise, flow_time = noise_and_time(key, actions)
+    return model.compute_loss(observation, actions, noise, flow_time).mean()
+
+
 def train_step(
     config: ml_collections.ConfigDict,
     model: ModelConfig,
@@ -167,13 +176,7 @@ def train_step(
     key: jax.Array,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
-    observation, actions = batch
-    noise, flow_time = noise_and_time(key, actions)
-
-    def mean_loss(params: Any) -> jax.Array:
-        return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
-
-    loss, grads = jax.value_and_grad(mean_loss)(state["params"])
+    loss, grads = jax.value_and_grad(lambda params: mean_loss(merge(model, params), batch, key))(state["params"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
@@ -183,9 +186,7 @@ def train_step(
 
 def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    observation, actions = batch
-    noise, flow_time = noise_and_time(jax.random.key(0), actions)
-    return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
+    return mean_loss(merge(model, params), batch, jax.random.key(0))
 
 
 def main(arguments: list[str] | None = None) -> None:

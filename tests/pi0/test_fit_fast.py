@@ -11,6 +11,7 @@ import pytest
 from pi0.datasets import LeRobotDataset
 from pi0.fit_fast import Report, action_chunks, main
 from pi0.normalize import NormStats
+from pi0.robots import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.tokenizers import FASTTokenizer
 
@@ -19,7 +20,7 @@ ARGUMENTS = ["bundled://metaworld_v30", "--robot", "metaworld", "--action-horizo
 
 def test_chunks_are_the_datasets_without_its_pictures() -> None:
     dataset = LeRobotDataset(METAWORLD, action_horizon=10, episodes=[3, 7])
-    chunks = action_chunks(METAWORLD, "metaworld", 10, [3, 7])
+    chunks = action_chunks(dataset, MetaWorld())
     assert chunks.shape == (len(dataset), 10, 4)
     np.testing.assert_array_equal(chunks[-3], dataset[len(dataset) - 3]["action"])
 
@@ -28,9 +29,12 @@ def test_fits_on_the_bundled_recordings(tmp_path: Path, capsys: pytest.CaptureFi
     main([*ARGUMENTS, str(tmp_path / "fast"), "--held-out", "3", "7", "11", "15"])
     tokenizer = FASTTokenizer(tmp_path / "fast")
     assert (tokenizer.time_horizon, tokenizer.action_dim, tokenizer.scale) == (10, 4, 10)
-    chunks = action_chunks(METAWORLD, "metaworld", 10, [3, 7, 11, 15])
-    kept = action_chunks(METAWORLD, "metaworld", 10, [e for e in range(16) if e not in (3, 7, 11, 15)])
-    stats = NormStats.from_data(kept[:, 0])
+    held_out = [3, 7, 11, 15]
+    kept, chunks = (
+        action_chunks(LeRobotDataset(METAWORLD, action_horizon=10, episodes=episodes, cameras=[]), MetaWorld())
+        for episodes in ([e for e in range(16) if e not in held_out], held_out)
+    )
+    stats = NormStats.from_data(kept.reshape(-1, 4))
     report = Report.measure(tokenizer, stats.apply(chunks, "quantile"))
     printed = capsys.readouterr().out
     assert report.row("held out") in printed and tokenizer.sha256 in printed

@@ -14,6 +14,7 @@ from pi0.fit_fast import action_chunks
 from pi0.normalize import EPSILON, NormStats
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
+from pi0.robots import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.tokenizers import BUNDLED, FASTError, FASTTokenizer, TextTokenizer
 
@@ -59,7 +60,7 @@ def test_pi05_reads_the_state_in_its_prompt():
 
 def fast_assets(folder: Path) -> Assets:
     """Assets of a π0-FAST with an action tokenizer fitted on the recordings, saved in `folder`."""
-    chunks = action_chunks(METAWORLD, "metaworld", 5, [0])
+    chunks = action_chunks(DATASET, MetaWorld())
     fast = FASTTokenizer.fit(list(NormStats.from_data(chunks[:, 0]).apply(chunks, "quantile")), vocab_size=300)
     fast.save(folder)
     model = ModelConfig.variant("tiny_pi0_fast", vocab_size=512 + 128 + 300, max_token_len=90)
