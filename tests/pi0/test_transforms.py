@@ -178,6 +178,17 @@ def test_state_stays_out_of_a_pi0_prompt():
     assert tokenizer.state is None
 
 
+def test_relative_actions_come_back_from_fast_tokens():
+    tokenizer = FASTPromptTokenizer(TextTokenizer(BUNDLED), FAST, 512 + 128 + FAST.vocab_size)
+    delta, data = DeltaActions((True, True, True, False)), sample()
+    steps = Transforms((delta, Normalize(STATS, "zscore"), TokenizeFASTPrompt(tokenizer, 120, 5, 4), PadDims(7, 4)))
+    row = steps(data)
+    answer = row["tokenized_prompt"][row["token_loss_mask"]]
+    back = steps.inverse({"tokens": answer, "state": row["state"]})["actions"]
+    # Off by 0.05 at most in each of the 5 coefficients, in units of std; the state went through float32.
+    assert (np.abs(back - data["actions"]) <= 0.05 * np.sqrt(5) * STATS["actions"].std + 1e-5).all()
+
+
 def test_missing_cameras_of_pi0_fast_are_black_pictures():
     steps = Transforms((CameraMasks(("base_0_rgb", "wrist_0_rgb"), black=True), ResizeImages(28, 42)))
     row = steps(sample())
