@@ -13,6 +13,7 @@ from typing import Any
 
 from pi0 import __version__
 from pi0.config import ConfigError, ModelConfig
+from pi0.fetch import fetch
 from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
 from pi0.tokenizers import FASTTokenizer
 
@@ -89,3 +90,12 @@ class Assets:
         if values.get("action_tokenizer") is not None:
             values["action_tokenizer"] |= {"source": str(folder / values["action_tokenizer"]["source"])}
         return cls(**values)
+
+
+def fetch_norm_stats(checkpoint: str | Path, asset_id: str) -> dict[str, NormStats]:
+    """The norm stats that a base checkpoint has under `asset_id`, to fine-tune a robot that it knows.
+
+    `checkpoint` is any address of `pi0.fetch`; nothing but the stats is downloaded: fetch_norm_stats(
+    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises what `fetch` and `load_norm_stats` do.
+    """
+    return load_norm_stats(fetch(f"{str(checkpoint).rstrip('/')}/assets/{asset_id}/norm_stats.json"))

@@ -22,14 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from pi0 import numerics
-from pi0.assets import Assets
+from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset
 from pi0.fetch import fetch
-from pi0.normalize import NormStats
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
-from pi0.robots import ROBOTS
+from pi0.robots import make_robot
+from pi0.statistics import dataset_statistics
 from pi0.tokenizers import TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
@@ -112,24 +112,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
 
 def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[Assets, FrameData, FrameData | None]:
-    """The run's assets, with norm stats of the training episodes, and its training and validation frames."""
+    """The run's assets and its training and validation frames.
+
+    Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
+    given, those of the training episodes.
+    """
     root, held_out = fetch(config.root), set(config.validation_episodes)
-    if config.robot not in ROBOTS:
-        raise ValueError(f"data.robot is {config.robot!r}; known robots are {', '.join(ROBOTS)}")
+    reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
+    robot = make_robot(reference)
     every = [episode.index for episode in LeRobotDataset(root).episodes]
     if not held_out < set(every):
         raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
     kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
+    if config.get("norm_stats_from"):
+        norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
+    else:
+        norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
     assets = Assets(
         model,
-        norm_stats={
-            "state": NormStats.from_data(kept.table("observation.state")),
-            "actions": NormStats.from_data(kept.table("action")),
-        },
+        norm_stats=norm_stats,
         asset_id=config.asset_id,
         normalization=config.normalization,
         tokenizer=TextTokenizer(config.tokenizer).reference(),
-        robot=config.robot,
+        robot=reference,
     )
     pipeline = Pipeline.from_assets(assets)
     validation = None
