@@ -12,8 +12,9 @@ import numpy as np
 
 from pi0.datasets import LeRobotDataset
 from pi0.fetch import fetch
-from pi0.normalize import MODES, NormStats
+from pi0.normalize import MODES
 from pi0.robots import Robot, make_robot
+from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer
 from pi0.transforms import DeltaActions, Transforms
 
@@ -65,8 +66,6 @@ def action_chunks(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
 
     No picture is looked at. Raises ValueError where the dataset is not the robot's.
     """
-    if robot.action_key(dataset.features) is None:
-        raise ValueError(f"the dataset has no actions; it has {sorted(dataset.features)}")
     delta = Transforms(() if robot.delta_mask is None else (DeltaActions(robot.delta_mask),))
     return np.stack([delta(robot.numbers(dataset[i]))["actions"] for i in range(len(dataset))])
 
@@ -109,18 +108,16 @@ def _run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.output} exists already: choose another folder, or --overwrite it")
     robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
 
-    def chunks_of(episodes: list[int]) -> np.ndarray:
-        return action_chunks(
-            LeRobotDataset(root, action_horizon=args.action_horizon, episodes=episodes, cameras=[]), robot
-        )
+    def dataset_of(episodes: list[int]) -> LeRobotDataset:
+        return LeRobotDataset(root, action_horizon=args.action_horizon, episodes=episodes, cameras=[])
 
-    fitted = chunks_of([e for e in every if e not in held_out])
-    stats = NormStats.from_data(fitted.reshape(-1, fitted.shape[-1]))
-    chunks = stats.apply(fitted, args.normalization)
+    fitted = dataset_of([e for e in every if e not in held_out])
+    stats = dataset_statistics(fitted, robot)["actions"].norm_stats()
+    chunks = stats.apply(action_chunks(fitted, robot), args.normalization)
     tokenizer = FASTTokenizer.fit(list(chunks), args.scale, args.vocab_size)
     lines = [HEAD, Report.measure(tokenizer, chunks).row("fitted")]
     if held_out:
-        others = stats.apply(chunks_of(sorted(held_out)), args.normalization)
+        others = stats.apply(action_chunks(dataset_of(sorted(held_out)), robot), args.normalization)
         lines.append(Report.measure(tokenizer, others).row("held out"))
     tokenizer.save(args.output, args.overwrite)
     print("\n".join(lines))

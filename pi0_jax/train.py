@@ -30,7 +30,7 @@ from pi0.observation import Observation
 from pi0.pipeline import Pipeline
 from pi0.robots import make_robot
 from pi0.statistics import dataset_statistics
-from pi0.tokenizers import TextTokenizer
+from pi0.tokenizers import FASTTokenizer, TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
 from pi0_jax.loading import Model, make_model, merge
@@ -128,6 +128,7 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
         norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
     else:
         norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
+    fast = config.get("action_tokenizer")
     assets = Assets(
         model,
         norm_stats=norm_stats,
@@ -135,6 +136,7 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
         normalization=config.normalization,
         tokenizer=TextTokenizer(config.tokenizer).reference(),
         robot=reference,
+        action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
     )
     pipeline = Pipeline.from_assets(assets)
     validation = None

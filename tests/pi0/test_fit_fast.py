@@ -10,9 +10,9 @@ import pytest
 
 from pi0.datasets import LeRobotDataset
 from pi0.fit_fast import Report, action_chunks, main
-from pi0.normalize import NormStats
 from pi0.robots import MetaWorld
 from pi0.sample import METAWORLD
+from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer
 
 ARGUMENTS = ["bundled://metaworld_v30", "--robot", "metaworld", "--action-horizon", "10", "--vocab-size", "512"]
@@ -30,11 +30,11 @@ def test_fits_on_the_bundled_recordings(tmp_path: Path, capsys: pytest.CaptureFi
     tokenizer = FASTTokenizer(tmp_path / "fast")
     assert (tokenizer.time_horizon, tokenizer.action_dim, tokenizer.scale) == (10, 4, 10)
     held_out = [3, 7, 11, 15]
-    kept, chunks = (
-        action_chunks(LeRobotDataset(METAWORLD, action_horizon=10, episodes=episodes, cameras=[]), MetaWorld())
+    kept, others = (
+        LeRobotDataset(METAWORLD, action_horizon=10, episodes=episodes, cameras=[])
         for episodes in ([e for e in range(16) if e not in held_out], held_out)
     )
-    stats = NormStats.from_data(kept.reshape(-1, 4))
+    stats, chunks = dataset_statistics(kept, MetaWorld())["actions"].norm_stats(), action_chunks(others, MetaWorld())
     report = Report.measure(tokenizer, stats.apply(chunks, "quantile"))
     printed = capsys.readouterr().out
     assert report.row("held out") in printed and tokenizer.sha256 in printed
