@@ -27,7 +27,7 @@ from convert.conversion import convert
 from convert.formats import write_orbax
 from convert.layouts import LAYOUTS, Tensor
 from pi0.assets import Assets
-from pi0.config import ModelConfig
+from pi0.config import GEMMA_300M, ModelConfig
 
 # Orbax's default for what it stores in one chunk (`ocdbt_target_data_file_size`).
 ORBAX_CHUNK = 2**31
@@ -44,7 +44,7 @@ def model(scale: float) -> ModelConfig:
         released,
         vision=dataclasses.replace(released.vision, depth=scaled(released.vision.depth)),
         paligemma=dataclasses.replace(released.paligemma, depth=scaled(released.paligemma.depth)),
-        action_expert=dataclasses.replace(released.action_expert, depth=scaled(released.action_expert.depth)),
+        action_expert=dataclasses.replace(GEMMA_300M, depth=scaled(GEMMA_300M.depth)),
         vocab_size=scaled(released.vocab_size),
     )
 

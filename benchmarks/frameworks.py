@@ -96,6 +96,7 @@ def main() -> None:
     ours = {name: Tensor.of(np.asarray(value)) for name, value in parameters_of(in_jax).items()}
     theirs = LAYOUTS["pi0_torch"].from_ours(config, ours)
     in_torch = with_parameters(config, {name: to_torch(tensor.read(())) for name, tensor in theirs.items()})
+    assert isinstance(in_torch, pi0_torch.Pi0)
     count = sum(p.numel() for p in in_torch.parameters())
     cores = torch.get_num_threads()
     print(f"{config.kind}, {count / 1e6:.0f} M parameters, {args.dtype}, {len(config.image_keys)} cameras of ", end="")

@@ -29,9 +29,9 @@ from convert.formats import (
     write_safetensors,
 )
 from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
-from convert.layouts.layout import EXPERTS, infer_sizes
+from convert.layouts.layout import experts_of, infer_sizes
 from pi0.assets import Assets
-from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
+from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.fetch import fetch
 
 
@@ -149,9 +149,6 @@ def _trained(folder: Path) -> dict[str, Tensor]:
     return read_orbax(folder / "params") | trained
 
 
-_LORA_EXPERTS = (EXPERTS, EXPERTS[:1], EXPERTS[1:])
-
-
 def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[str, ...]]:
     """The layout, the kind of model and its experts with LoRA whose names fit `shapes` best.
 
@@ -161,7 +158,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[st
     for layout in LAYOUTS.values():
         unused = {_stem(rule.theirs) for rule in layout.unused}
         found = {_stem(layout.spell(name)) for name in shapes} - unused
-        for kind, lora in itertools.product(KINDS, ((), *_LORA_EXPERTS) if layout.has_lora else ((),)):
+        for kind, lora in ((k, lora) for k in layout.kinds for lora in _lora_choices(layout, k)):
             names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind, lora)}
             score = len(names & found) / len(names | found)
             if score > most:
@@ -169,6 +166,14 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[st
     if best is None:
         raise LayoutError(f"no known layout has tensors like {sorted(shapes)[:5]}; known are {', '.join(LAYOUTS)}")
     return best
+
+
+def _lora_choices(layout: Layout, kind: str) -> Iterator[tuple[str, ...]]:
+    """The experts that may have low-rank updates, together: none first, then all of them."""
+    yield ()
+    if layout.has_lora:
+        for count in range(len(experts_of(kind)), 0, -1):
+            yield from itertools.combinations(experts_of(kind), count)
 
 
 def _stem(name: str) -> str:
@@ -184,7 +189,7 @@ def infer_config(
     LoRA's alpha is no shape: it is taken to be the rank, as in all of openpi's variants.
     """
     sizes = infer_sizes(layout.rules_for(kind, lora), {layout.spell(name): shape for name, shape in shapes.items()})
-    vision, action = sizes["vision"], sizes["projections"]
+    vision, released = sizes["vision"], ModelConfig.variant(kind)
 
     def gemma(scope: str) -> GemmaConfig:
         s = sizes[scope]
@@ -195,21 +200,20 @@ def infer_config(
             )
         return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 
-    paligemma, expert = gemma("paligemma"), gemma("action_expert")
+    experts = {name: gemma(name) for name in experts_of(kind)}
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
         (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
         raise LayoutError(f"{name} holds {vision['s']} positions, which are not a square image's; pass config=")
-    released = ModelConfig.variant(kind)
     resolution = (side * vision["p"], side * vision["p"])
     return dataclasses.replace(
         released,
         vision=VisionConfig(vision["d"], vision["l"], vision["m"], vision["n"], vision["p"]),
-        paligemma=paligemma,
-        action_expert=expert,
+        paligemma=experts["paligemma"],
+        action_expert=experts.get("action_expert"),
         vocab_size=sizes["paligemma"]["v"],
         image_resolution=resolution,
-        action_dim=action["a"],
+        action_dim=sizes["projections"]["a"] if "projections" in sizes else released.action_dim,
     )
 
 

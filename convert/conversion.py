@@ -88,8 +88,10 @@ def _changed(
         say(f"LoRA of {' and '.join(lora_of(model))} merged in float32")
         model, ours = merge_lora(model, ours)
     if action_dim is not None and action_dim != model.action_dim:
-        how = "padded with zeros" if action_dim > model.action_dim else "cut"
-        say(f"action_dim {model.action_dim} -> {action_dim}: projections of state and actions {how}")
+        how = "projections of state and actions " + ("padded with zeros" if action_dim > model.action_dim else "cut")
+        if model.action_expert is None:
+            how = "no parameter depends on it"
+        say(f"action_dim {model.action_dim} -> {action_dim}: {how}")
         model, ours = _resized(model, ours, action_dim)
     if action_horizon is not None and action_horizon != model.action_horizon:
         say(f"action_horizon {model.action_horizon} -> {action_horizon}: no parameter depends on it")

@@ -160,6 +160,7 @@ def sample_torch(path: Path, observation: Observation, noise: np.ndarray) -> np.
     import pi0_torch
 
     model = pi0_torch.load(path)
+    assert isinstance(model, pi0_torch.Pi0)
     return model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(noise)).numpy()
 
 

@@ -1,7 +1,7 @@
 """Compare two checkpoints stage by stage on the same inputs, in either framework: `compare`, `pi0-parity`.
 
 Stages follow the computation, so that the first one out of tolerance is where the two part. Axes: B batch, L layers,
-T action horizon, A action dim.
+T action horizon, A action dim, D decoded tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FRAMEWORKS = ("jax", "torch")
 
 # float32: relative L2 error by stage. Two correct implementations differ by rounding, about 1e-6 after a whole model;
 # a wrong operation shows as 1e-3 or more. Actions accumulate over the steps but start from shared noise.
-FLOAT32_TOLERANCE = {"stage": 1e-5, "gradients": 1e-5, "actions": 3e-6}
+# Tokens are equal or not: the error is the share of them that differ.
+FLOAT32_TOLERANCE = {"stage": 1e-5, "gradients": 1e-5, "actions": 3e-6, "tokens": 0.0}
 # A gradient whose norm is under this share of the whole gradient's is measured against that share of it.
 GRADIENT_FLOOR = 1e-4
 # Under this share, in both, it is nothing but rounding, of which only the size can be compared: SigLIP's key bias has
@@ -46,7 +47,10 @@ class ParityError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """One batch that both models get: observation, actions and noise [B, T, A], flow time [B]."""
+    """One batch that both models get: observation, actions and noise [B, T, A], flow time [B].
+
+    π0-FAST reads the observation alone.
+    """
 
     observation: Observation
     actions: np.ndarray
@@ -55,7 +59,10 @@ class Inputs:
 
     @classmethod
     def random(cls, config: ModelConfig, batch: int = 2, seed: int = 0) -> Inputs:
-        """Random images, prompts of different lengths and, from the second row on, now and then a missing camera."""
+        """Random images, prompts of different lengths and, from the second row on, now and then a missing camera.
+
+        π0-FAST misses no camera, and is to predict the end of each text.
+        """
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, config.max_token_len + 1, batch)
         data: dict[str, np.ndarray] = {
@@ -66,6 +73,12 @@ class Inputs:
         for i, key in enumerate(config.image_keys):
             data[f"image/{key}"] = rng.integers(0, 256, (batch, *config.image_resolution, 3), np.uint8)
             data[f"image_mask/{key}"] = (np.arange(batch) == 0) | (rng.random(batch) < 0.5) | (i == 0)
+        if config.kind == "pi0_fast":
+            for key in config.image_keys:
+                data[f"image_mask/{key}"] = np.ones(batch, bool)
+            wanted = np.arange(config.max_token_len) >= rng.integers(0, lengths)[:, None]
+            data["token_loss_mask"] = wanted & data["tokenized_prompt_mask"]
+            data["token_ar_mask"] = data["token_loss_mask"].astype(int)
         shape = (batch, config.action_horizon, config.action_dim)
         actions, noise = rng.normal(size=shape), rng.normal(size=shape)
         return cls(
@@ -95,6 +108,11 @@ class Inputs:
             time.astype(np.float32),
         )
 
+    def of_loss(self, config: ModelConfig) -> dict[str, np.ndarray]:
+        """What the loss takes beside the observation."""
+        names = () if config.kind == "pi0_fast" else ("actions", "noise", "time")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -120,14 +138,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The comparison of B against A, and the actions [B, T, A] that each sampled."""
+    """The comparison of B against A, and the actions [B, T, A] that each sampled; None where they wrote tokens."""
 
     a: str
     b: str
     dtype: str
     rows: list[Row]
-    actions_a: np.ndarray = dataclasses.field(repr=False, compare=False)
-    actions_b: np.ndarray = dataclasses.field(repr=False, compare=False)
+    actions_a: np.ndarray | None = dataclasses.field(repr=False, compare=False)
+    actions_b: np.ndarray | None = dataclasses.field(repr=False, compare=False)
 
     @property
     def first_failure(self) -> Row | None:
@@ -180,8 +198,8 @@ def compare(
 
     Each runs in its layout's framework, or in the one given. In float32 the tolerances are `FLOAT32_TOLERANCE`. In
     bfloat16 both also run in float32, and the two may be no further apart than independent rounding errors of the
-    size of their own distances from float32 would put them: √(dA² + dB²). Raises ParityError for models of different
-    sizes.
+    size of their own distances from float32 would put them: √(dA² + dB²). `num_steps` are Euler steps, or the tokens
+    that π0-FAST decodes, which are compared in float32 only. Raises ParityError for models of different sizes.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
@@ -214,7 +232,7 @@ def compare(
         for stage, error in errors(result_a, result_b, dtype).items()
     ]
     names = [f"{c.folder} ({c.layout.name}, run in {f})" for c, f in zip(checkpoints, frameworks, strict=True)]
-    return Report(names[0], names[1], dtype, rows, result_a.stages["actions"], result_b.stages["actions"])
+    return Report(names[0], names[1], dtype, rows, result_a.stages.get("actions"), result_b.stages.get("actions"))
 
 
 def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
@@ -225,14 +243,21 @@ def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
 
 
 def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, tuple[float, float]]:
-    """Largest and relative L2 error of B against A: one entry per stage and layer, then gradients, then actions."""
+    """Largest and relative L2 error of B against A: one entry per stage and layer, then gradients, then actions.
+
+    Tokens are compared in float32 only: in bfloat16 a near tie may fall either way, and with it all that follows.
+    """
     result = {}
     for stage, reference in a.stages.items():
-        if stage != "actions":
+        if stage not in ("actions", "tokens"):
             result[stage] = _error(reference, b.stages[stage])
     if a.gradients:
         result |= _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
-    result["actions"] = _error(a.stages["actions"], b.stages["actions"])
+    if "actions" in a.stages:
+        result["actions"] = _error(a.stages["actions"], b.stages["actions"])
+    elif dtype == "float32":
+        different = float((a.stages["tokens"] != b.stages["tokens"]).mean())
+        result["tokens"] = (different, different)
     return result
 
 
@@ -273,7 +298,8 @@ def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     """The config both share; where one of them has none of its own, the other's."""
     ours = a.assets.model
     theirs = b.assets.model
-    theirs = dataclasses.replace(theirs, dtype=ours.dtype, remat=ours.remat, num_steps=ours.num_steps)
+    free = ("dtype", "remat", "num_steps", "max_decoding_steps")
+    theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in free})
     if ours != theirs:
         ours_fields, theirs_fields = dataclasses.asdict(ours), dataclasses.asdict(theirs)
         different = [
@@ -317,67 +343,82 @@ def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_ste
     import jax
     import jax.numpy as jnp
 
-    import pi0_jax  # noqa: F401  (makes Observation a pytree)
-    from pi0_jax.loading import parameters_of, with_parameters
-    from pi0_jax.models.pi0 import Pi0
+    import pi0_jax
+    from pi0_jax.loading import Model, parameters_of, with_parameters
 
     # XLA may leave out a rounding to bfloat16 and back; here it is to compute what the model says.
     @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-    def stages_of(model: Pi0, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array) -> Any:
-        def mean_loss(model: Pi0) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def stages_of(model: Model, observation: Observation, noise: jax.Array, of_loss: dict[str, Any]) -> Any:
+        def mean_loss(model: Model) -> tuple[jax.Array, dict[str, jax.Array]]:
             stages: dict[str, jax.Array] = {}
-            return model.compute_loss(observation, actions, noise, time, stages).mean(), stages
+            return model.compute_loss(observation, stages=stages, **of_loss).mean(), stages
 
         if gradients:
             gradient, stages = jax.grad(mean_loss, has_aux=True)(model)
         else:
             gradient, stages = None, mean_loss(model)[1]
+        if isinstance(model, pi0_jax.Pi0Fast):
+            return stages, gradient, model.sample_tokens(observation.prompt_only(), num_steps)
         return stages, gradient, model.sample_actions(observation, noise, num_steps)
 
     model = with_parameters(config, {name: jnp.asarray(t.read(())) for name, t in checkpoint.ours.items()})
-    stages, gradient, actions = stages_of(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
+    stages, gradient, sampled = stages_of(model, inputs.observation, inputs.noise, inputs.of_loss(config))
     gradients_by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
-    return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(actions)), gradients_by_name)
+    return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), gradients_by_name)
 
 
 def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
     """All stages of a checkpoint in PyTorch."""
     import torch
 
-    from pi0_torch import to_device
+    from pi0_torch import Pi0Fast, to_device
     from pi0_torch.loading import parameters_of, to_numpy, to_torch, with_parameters
 
     tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("pi0_torch").items()}
     model = with_parameters(config, tensors)
     observation, noise = to_device(inputs.observation), torch.from_numpy(inputs.noise)
+    of_loss: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.of_loss(config).items()}
     stages: dict[str, torch.Tensor] = {}
     by_name: dict[str, np.ndarray] = {}
     with torch.set_grad_enabled(gradients):
-        loss = model.compute_loss(
-            observation, torch.from_numpy(inputs.actions), noise, torch.from_numpy(inputs.time), stages
-        )
+        loss = model.compute_loss(observation, stages=stages, **of_loss)
     if gradients:
         names, params = zip(*model.named_parameters(), strict=True)
         values = torch.autograd.grad(loss.mean(), params, materialize_grads=True)
         theirs = parameters_of(dict(zip(names, values, strict=True)))
         ours = LAYOUTS["pi0_torch"].to_ours(config, theirs)
         by_name = {name: tensor.read(()) for name, tensor in ours.items()}
-    actions = model.sample_actions(observation, noise, num_steps)
+    if isinstance(model, Pi0Fast):
+        sampled = model.sample_tokens(observation.prompt_only(), num_steps)
+    else:
+        sampled = model.sample_actions(observation, noise, num_steps)
     arrays = {name: to_numpy(x) for name, x in stages.items()}
-    return Results(_ordered(arrays, to_numpy(actions)), by_name)
+    return Results(_ordered(arrays, to_numpy(sampled)), by_name)
 
 
-def _ordered(stages: dict[str, np.ndarray], actions: np.ndarray) -> dict[str, np.ndarray]:
+def _ordered(stages: dict[str, np.ndarray], sampled: np.ndarray) -> dict[str, np.ndarray]:
     """The stages in the order of computation, layers apart, and of the prefix only what is valid."""
     valid = stages["prefix_valid"]
 
     def layers(name: str, key: str, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
         return {f"{name} {i}": x if mask is None else x[mask] for i, x in enumerate(stages[key])}
 
-    return {
+    seen = {
         **layers("vision layer", "vision.layers"),
         "image tokens": stages["image_tokens"],
         "prefix tokens": stages["prefix_tokens"][valid],
+    }
+    if "logits" in stages:
+        return {
+            **seen,
+            **layers("prefix layer", "prefix_layers", valid),
+            "pre-logits": stages["pre_logits"][valid],
+            "logits": stages["logits"][valid[:, -stages["logits"].shape[1] :]],
+            "loss": stages["loss"],
+            "tokens": sampled,
+        }
+    return {
+        **seen,
         "suffix tokens": stages["suffix_tokens"],
         **layers("prefix layer", "prefix_layers", valid),
         **layers("suffix layer", "suffix_layers"),
@@ -385,7 +426,7 @@ def _ordered(stages: dict[str, np.ndarray], actions: np.ndarray) -> dict[str, np
         "suffix out": stages["suffix_out"],
         "velocity": stages["velocity"],
         "loss": stages["loss"],
-        "actions": actions,
+        "actions": sampled,
     }
 
 
@@ -394,7 +435,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="pi0-parity",
         description="Compare two checkpoints, in either framework, on the same inputs: every layer's output, "
-        "velocity, loss, gradients and sampled actions. Names the first stage that is out of tolerance.",
+        "velocity or logits, loss, gradients, and sampled actions or tokens. Names the first stage that is out of "
+        "tolerance.",
         epilog="examples:\n"
         "  pi0-parity run/checkpoints/400 exported                 JAX against its PyTorch export\n"
         "  pi0-parity exported exported --framework-b jax          one checkpoint in both frameworks\n"
@@ -411,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--inputs", type=Path, help="npz with an observation's keys, actions, noise, time")
     parser.add_argument("--batch", type=int, default=2, help="rows of random inputs (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of random inputs (default 0)")
-    parser.add_argument("--steps", type=int, default=10, help="Euler steps of sampled actions (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps, or tokens to decode (default 10)")
     parser.add_argument("--no-gradients", action="store_true", help="leave gradients out: half the memory and time")
     parser.add_argument("--json", type=Path, help="write the report as JSON to this file")
     parser.add_argument("--html", type=Path, help="write the report as one HTML file, with pictures, to this file")

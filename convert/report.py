@@ -89,9 +89,6 @@ def to_html(report: Report) -> str:
 <p>Relative L2 error of B against A. The number in a cell is its power of ten; the colour is its distance from the
 stage's tolerance. Point at a cell for the exact number.</p>
 {_heat_map(report.rows)}
-<h2>Sampled actions</h2>
-<p>First row of the batch, over the horizon, as the model gives them (normalized); the labels are the lower and upper
-end of the axis.</p>
 {_plots(report.actions_a, report.actions_b)}
 <h2>All numbers</h2>
 <p>The largest error is relative to the largest value of A.</p>
@@ -161,8 +158,10 @@ def _numbers(row: Row) -> str:
     return f"{row.l2_error:.2e}, allowed {row.tolerance:.2e}"
 
 
-def _plots(a: np.ndarray, b: np.ndarray) -> str:
-    """One plot for each action dim of the first row of actions [B, T, A]."""
+def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
+    """One plot for each action dim of the first row of actions [B, T, A]; nothing of models that wrote tokens."""
+    if a is None or b is None:
+        return ""
     first, second = (np.asarray(x)[0].astype(np.float64) for x in (a, b))
     plots = "\n".join(_plot(i, first[:, i], second[:, i]) for i in range(first.shape[1]))
     key = " ".join(
@@ -170,7 +169,13 @@ def _plots(a: np.ndarray, b: np.ndarray) -> str:
         f'<polyline class="{line}" points="0,7 44,7"/><text x="52" y="11">{line.upper()}</text></svg>'
         for line in "ab"
     )
-    return f'<p>{key}</p>\n<div class="plots">\n{plots}\n</div>'
+    return f"""<h2>Sampled actions</h2>
+<p>First row of the batch, over the horizon, as the model gives them (normalized); the labels are the lower and upper
+end of the axis.</p>
+<p>{key}</p>
+<div class="plots">
+{plots}
+</div>"""
 
 
 def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:

@@ -1,7 +1,8 @@
 """What a checkpoint carries besides its weights: model config, norm stats, tokenizer reference, robot, version.
 
 `config.json` lies beside the weights (in `assets/` in a JAX checkpoint, and in layouts whose own config has that
-name), norm stats in `assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints.
+name), norm stats in `assets/<asset_id>/norm_stats.json`, as in openpi's checkpoints, π0-FAST's action tokenizer in
+`assets/fast_tokenizer`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import Any
 
 from pi0 import __version__
 from pi0.config import ConfigError, ModelConfig
+from pi0.fetch import fetch
 from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
+from pi0.tokenizers import FASTTokenizer
 
 FORMAT = "pi0"
+FAST_FOLDER = "assets/fast_tokenizer"
 
 
 class AssetsError(ValueError):
@@ -27,8 +31,9 @@ class Assets:
     """A model's config, and what turns a robot's data into its inputs.
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
-    `tokenizer` is `TextTokenizer.reference()`; `robot` names an adapter of `pi0.robots`; `step` is the training step,
-    and `training` the config of the experiment.
+    `tokenizer` is `TextTokenizer.reference()`; `action_tokenizer`, π0-FAST's, is `FASTTokenizer.reference()`, whose
+    files `save` copies; `robot` names an adapter of `pi0.robots`, by its name or as {"name": name, **options};
+    `step` is the training step, and `training` the config of the experiment.
     """
 
     model: ModelConfig
@@ -36,9 +41,10 @@ class Assets:
     asset_id: str | None = None
     normalization: str | None = None
     tokenizer: dict[str, Any] | None = None
-    robot: str | None = None
+    robot: str | dict[str, Any] | None = None
     step: int | None = None
     training: dict[str, Any] | None = None
+    action_tokenizer: dict[str, Any] | None = None
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -48,6 +54,9 @@ class Assets:
         values = {"format": FORMAT, **fields, "model": self.model.to_dict()}
         if (self.norm_stats is None) != (self.asset_id is None):
             raise AssetsError("norm_stats need an asset_id, the name of their folder below assets/, and it needs them")
+        if self.action_tokenizer is not None:
+            FASTTokenizer.from_reference(self.action_tokenizer).save(folder / "fast_tokenizer", overwrite=True)
+            values["action_tokenizer"] = self.action_tokenizer | {"source": FAST_FOLDER}
         if self.norm_stats is not None and self.asset_id is not None:
             path = folder / self.asset_id / "norm_stats.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +84,8 @@ class Assets:
             raise AssetsError(f"{path}: {error}") from error
         if values.get("asset_id") is not None:
             values["norm_stats"] = load_norm_stats(folder / "assets" / values["asset_id"] / "norm_stats.json")
+        if values.get("action_tokenizer") is not None:
+            values["action_tokenizer"] |= {"source": str(folder / values["action_tokenizer"]["source"])}
         return cls(**values)
 
 
@@ -89,3 +100,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise AssetsError(f"{path} holds {type(values).__name__}; expected an object")
     return values
+
+
+def fetch_norm_stats(checkpoint: str | Path, asset_id: str) -> dict[str, NormStats]:
+    """The norm stats that a base checkpoint has under `asset_id`, to fine-tune a robot that it knows.
+
+    `checkpoint` is any address of `pi0.fetch`; nothing but the stats is downloaded: fetch_norm_stats(
+    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises what `fetch` and `load_norm_stats` do.
+    """
+    return load_norm_stats(fetch(f"{str(checkpoint).rstrip('/')}/assets/{asset_id}/norm_stats.json"))

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-KINDS = ("pi0", "pi05")
+KINDS = ("pi0", "pi05", "pi0_fast")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full")
 
@@ -98,20 +98,36 @@ class GemmaConfig:
         return self.lora_alpha / self.lora_rank
 
 
+def _require_shared_attention(paligemma: GemmaConfig, action_expert: GemmaConfig) -> None:
+    for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+        ours, theirs = getattr(paligemma, name), getattr(action_expert, name)
+        _require(
+            ours == theirs,
+            f"paligemma.{name} is {ours} and action_expert.{name} is {theirs}; the two experts share one "
+            f"attention in every layer, so these must be equal",
+        )
+    _require(
+        action_expert.width % 2 == 0,
+        f"action_expert.width {action_expert.width} is odd; the time embedding is half sine, half cosine",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and inputs of one π model.
 
-    `kind` is "pi0" or "pi05". `image_resolution` is (height, width) in pixels; `action_dim` A and
-    `action_horizon` T are the padded action chunk's; `max_token_len` the prompt's length in tokens;
-    `num_steps` the Euler steps of sampling; `dtype` the compute dtype; `remat` what the backward pass recomputes:
-    "none", or "full" (all of a layer, the least memory). Raises ConfigError for impossible sizes.
+    `kind` is "pi0", "pi05" or "pi0_fast", which has no `action_expert`: it is None there, and only there.
+    `image_resolution` is (height, width) in pixels; `action_dim` A and `action_horizon` T are the padded action
+    chunk's; `max_token_len` the text's length in tokens, π0-FAST's action tokens included; `num_steps` the Euler steps
+    of sampling, `max_decoding_steps` the most tokens that π0-FAST decodes; `dtype` the compute dtype; `remat` what the
+    backward pass recomputes: "none", or "full" (all of a layer, the least memory). Raises ConfigError for impossible
+    sizes.
     """
 
     kind: str
     vision: VisionConfig
     paligemma: GemmaConfig
-    action_expert: GemmaConfig
+    action_expert: GemmaConfig | None
     vocab_size: int = 257_152
     image_resolution: tuple[int, int] = (224, 224)
     image_keys: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -119,6 +135,7 @@ class ModelConfig:
     action_horizon: int = 50
     max_token_len: int = 48
     num_steps: int = 10
+    max_decoding_steps: int = 256
     dtype: str = "bfloat16"
     remat: str = "full"
 
@@ -127,16 +144,12 @@ class ModelConfig:
         _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
         _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         _require(self.remat in REMATS, f"remat is {self.remat!r}; it must be one of {', '.join(REMATS)}")
-        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
-            ours, theirs = getattr(self.paligemma, name), getattr(self.action_expert, name)
-            _require(
-                ours == theirs,
-                f"paligemma.{name} is {ours} and action_expert.{name} is {theirs}; the two experts share one "
-                f"attention in every layer, so these must be equal",
-            )
+        if self.action_expert is not None:
+            _require_shared_attention(self.paligemma, self.action_expert)
         _require(
-            self.action_expert.width % 2 == 0,
-            f"action_expert.width {self.action_expert.width} is odd; the time embedding is half sine, half cosine",
+            (self.action_expert is None) == (self.kind == "pi0_fast"),
+            f"kind is {self.kind} and action_expert {'None' if self.action_expert is None else 'given'}; pi0_fast has "
+            f"none (null in JSON), every other kind has one",
         )
         patch = self.vision.patch_size
         _require(
@@ -185,7 +198,8 @@ class ModelConfig:
         """The config of `to_dict`'s values. Raises ConfigError for missing or unknown fields."""
         values = dict(_checked(cls, values, "model"))
         for name, part in (("vision", VisionConfig), ("paligemma", GemmaConfig), ("action_expert", GemmaConfig)):
-            values[name] = part(**_checked(part, values[name], name))
+            if name != "action_expert" or values[name] is not None:
+                values[name] = part(**_checked(part, values[name], name))
         for name in ("image_resolution", "image_keys"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
@@ -220,13 +234,22 @@ PI0_SMALL = dataclasses.replace(
     max_token_len=32,
     num_steps=5,
 )
+PI0_FAST = dataclasses.replace(
+    PI0,
+    kind="pi0_fast",
+    action_expert=None,
+    image_keys=("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
+    action_horizon=32,
+    max_token_len=250,
+)
 
 # For tests: every axis has another size where the architecture allows it, so that a swapped axis cannot pass.
+TINY_EXPERT = GemmaConfig(width=20, depth=3, mlp_dim=36, num_heads=4, num_kv_heads=2, head_dim=16)
 TINY = ModelConfig(
     kind="pi0",
     vision=VisionConfig(width=24, depth=2, mlp_dim=40, num_heads=3),
     paligemma=GemmaConfig(width=32, depth=3, mlp_dim=56, num_heads=4, num_kv_heads=2, head_dim=16),
-    action_expert=GemmaConfig(width=20, depth=3, mlp_dim=36, num_heads=4, num_kv_heads=2, head_dim=16),
+    action_expert=TINY_EXPERT,
     vocab_size=512,
     image_resolution=(28, 42),
     image_keys=("base_0_rgb", "left_wrist_0_rgb"),
@@ -235,6 +258,19 @@ TINY = ModelConfig(
     max_token_len=8,
     num_steps=3,
     dtype="float32",
+)
+TINY_LORA = dataclasses.replace(
+    TINY,
+    paligemma=dataclasses.replace(TINY.paligemma, lora_rank=3, lora_alpha=6.0),
+    action_expert=dataclasses.replace(TINY_EXPERT, lora_rank=5, lora_alpha=5.0),
+)
+TINY_FAST = dataclasses.replace(
+    TINY,
+    kind="pi0_fast",
+    action_expert=None,
+    image_keys=("base_0_rgb", "wrist_0_rgb"),
+    max_token_len=14,
+    max_decoding_steps=6,
 )
 
 # For the demo: learns the bundled recordings on two CPU cores in minutes.
@@ -252,19 +288,28 @@ DEMO = ModelConfig(
     dtype="float32",
     remat="none",
 )
+DEMO_FAST = dataclasses.replace(
+    DEMO,
+    kind="pi0_fast",
+    action_expert=None,
+    vocab_size=1280,  # 512 of text, 128 that are kept free, and room for action tokens
+    max_token_len=128,
+    max_decoding_steps=64,
+)
 
 VARIANTS = {
     "pi0": PI0,
     "pi05": PI05,
     "pi0_small": PI0_SMALL,
     "pi0_lora": PI0_LORA,
+    "pi0_fast": PI0_FAST,
+    "pi0_fast_lora": dataclasses.replace(PI0_FAST, paligemma=PI0_LORA.paligemma),
     "tiny": TINY,
-    "tiny_lora": dataclasses.replace(
-        TINY,
-        paligemma=dataclasses.replace(TINY.paligemma, lora_rank=3, lora_alpha=6.0),
-        action_expert=dataclasses.replace(TINY.action_expert, lora_rank=5, lora_alpha=5.0),
-    ),
+    "tiny_lora": TINY_LORA,
     "tiny_pi05": dataclasses.replace(TINY, kind="pi05", max_token_len=20),
+    "tiny_pi0_fast": TINY_FAST,
+    "tiny_pi0_fast_lora": dataclasses.replace(TINY_FAST, paligemma=TINY_LORA.paligemma),
     "demo": DEMO,
     "demo_pi05": dataclasses.replace(DEMO, kind="pi05", max_token_len=64),
+    "demo_pi0_fast": DEMO_FAST,
 }

@@ -15,6 +15,7 @@ ROPE_BASE = 10_000.0
 TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the flow time's embedding
 TIME_BETA = (1.5, 1.0)  # training draws t = Beta(1.5, 1)·0.999 + 0.001
 TIME_SCALE, TIME_OFFSET = 0.999, 0.001
+EOS_TOKEN = 1  # ends a text: PaliGemma's vocabulary
 
 FLOAT32 = "float32"
 COMPUTE = "compute"
@@ -24,6 +25,8 @@ ROUNDING = {
     "patches": FLOAT32,  # patch convolution + position embedding; rounded after their sum
     "norm": FLOAT32,  # statistics, scale and shift of every norm; rounded after them
     "rope": FLOAT32,  # rotation of queries and keys; rounded after it
+    "queries": COMPUTE,  # rotated, of π0 and π0.5
+    "fast_queries": FLOAT32,  # rotated, of π0-FAST, whose keys are rounded nevertheless
     "attention_logits": FLOAT32,  # accumulated, masked and put through the softmax
     "attention_probabilities": COMPUTE,  # rounded before they weigh the values
     "activation": FLOAT32,  # inside GELU; rounded after it

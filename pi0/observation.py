@@ -25,7 +25,9 @@ class Observation:
 
     `images[key]` [B, height, width, 3], uint8 or float32 in [−1, 1]; `image_masks[key]` [B] bool, False where the
     camera is missing; `state` [B, A] float32, normalized and padded; `tokenized_prompt` [B, L] int32 and
-    `tokenized_prompt_mask` [B, L] bool.
+    `tokenized_prompt_mask` [B, L] bool. π0-FAST trains on two more: `token_ar_mask` [B, L] int32, 1 where a token may
+    only be seen from itself on (0: together with the token before it), and `token_loss_mask` [B, L] bool, True where
+    a token is to be predicted.
     """
 
     images: dict[str, Any]
@@ -33,14 +35,19 @@ class Observation:
     state: Any
     tokenized_prompt: Any
     tokenized_prompt_mask: Any
+    token_ar_mask: Any = None
+    token_loss_mask: Any = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], config: ModelConfig) -> Observation:
         """The observation in flat keys: `image/<key>`, `image_mask/<key>`, `state`, `tokenized_prompt(_mask)`.
 
-        A camera's mask may be left out (all True), and its image if the mask is all False. Raises ObservationError.
+        A camera's mask may be left out (all True), and its image if the mask is all False. π0-FAST's `token_ar_mask`
+        and `token_loss_mask` are both there, to train, or both left out. Raises ObservationError.
         """
         known = {"state", "tokenized_prompt", "tokenized_prompt_mask"}
+        if config.kind == "pi0_fast":
+            known |= {"token_ar_mask", "token_loss_mask"}
         known |= {f"{part}/{key}" for part in ("image", "image_mask") for key in config.image_keys}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -56,12 +63,22 @@ class Observation:
         images, masks = {}, {}
         for key in config.image_keys:
             images[key], masks[key] = _camera(data, key, batch, config)
+        prompt_mask = _array(data, "tokenized_prompt_mask", (batch, config.max_token_len), "bool")
+        if config.kind == "pi0_fast":
+            _refuse_holes(masks, prompt_mask)
+        training = {}
+        if {"token_ar_mask", "token_loss_mask"} & set(data):
+            training = {
+                "token_ar_mask": _flags(data, "token_ar_mask", prompt.shape).astype(np.int32),
+                "token_loss_mask": _array(data, "token_loss_mask", prompt.shape, "bool"),
+            }
         return cls(
             images=images,
             image_masks=masks,
             state=state,
             tokenized_prompt=prompt.astype(np.int32, copy=False),
-            tokenized_prompt_mask=_array(data, "tokenized_prompt_mask", (batch, config.max_token_len), "bool"),
+            tokenized_prompt_mask=prompt_mask,
+            **training,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +89,16 @@ class Observation:
             "state": self.state,
             "tokenized_prompt": self.tokenized_prompt,
             "tokenized_prompt_mask": self.tokenized_prompt_mask,
+            **({} if self.token_ar_mask is None else {"token_ar_mask": self.token_ar_mask}),
+            **({} if self.token_loss_mask is None else {"token_loss_mask": self.token_loss_mask}),
         }
+
+    def prompt_only(self) -> Observation:
+        """What a training example of π0-FAST asks: without the tokens that are to be predicted."""
+        if self.token_loss_mask is None:
+            return self
+        mask = self.tokenized_prompt_mask & ~self.token_loss_mask
+        return dataclasses.replace(self, tokenized_prompt_mask=mask, token_ar_mask=None, token_loss_mask=None)
 
 
 def check_actions(actions: Any, config: ModelConfig, batch: int | None = None) -> np.ndarray:
@@ -99,6 +125,31 @@ def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) 
             f"Pass 0..255 as uint8, or scale by x / 255 * 2 - 1"
         )
     return image, mask
+
+
+def _refuse_holes(image_masks: Mapping[str, np.ndarray], prompt_mask: np.ndarray) -> None:
+    """Raise ObservationError unless what is valid is one run: π0-FAST's released decoder takes that for granted."""
+    for key, mask in image_masks.items():
+        if not mask.all():
+            raise ObservationError(
+                f"image_mask/{key}: False in row {int(np.argmin(mask))}; pi0_fast has no masked cameras. For a robot "
+                f"without this camera pass black images, as the released models were trained, and leave the mask out"
+            )
+    holes = np.argwhere(prompt_mask[:, 1:] & ~prompt_mask[:, :-1])
+    if len(holes):
+        row, token = holes[0]
+        raise ObservationError(
+            f"tokenized_prompt_mask: False at index {[int(row), int(token)]} and True after it; expected padding only "
+            f"at the end"
+        )
+
+
+def _flags(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of 0 and 1."""
+    array = _array(data, name, shape, "int")
+    if not np.isin(array, (0, 1)).all():
+        raise ObservationError(f"{name}: values from {array.min()} to {array.max()}; expected 0 and 1")
+    return array
 
 
 _KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8 or float": "f"}

@@ -9,9 +9,20 @@ from typing import Any
 import numpy as np
 
 from pi0.assets import Assets, AssetsError
-from pi0.robots import ROBOTS, Robot
-from pi0.tokenizers import TextTokenizer
-from pi0.transforms import CameraMasks, Normalize, PadDims, ResizeImages, TokenizePrompt, Transforms
+from pi0.robots import Robot, make_robot
+from pi0.tokenizers import FASTPromptTokenizer, FASTTokenizer, TextTokenizer
+from pi0.transforms import (
+    CameraMasks,
+    DefaultPrompt,
+    DeltaActions,
+    Normalize,
+    PadDims,
+    ResizeImages,
+    Step,
+    TokenizeFASTPrompt,
+    TokenizePrompt,
+    Transforms,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,30 +35,49 @@ class Pipeline:
     @classmethod
     def from_assets(cls, assets: Assets) -> Pipeline:
         """The pipeline that a model was trained with. Raises AssetsError where the assets do not say it."""
-        needed = ("robot", "norm_stats", "normalization", "tokenizer")
+        needed = ["robot", "norm_stats", "normalization", "tokenizer"]
+        needed += ["action_tokenizer"] if assets.model.kind == "pi0_fast" else []
         missing = [name for name in needed if getattr(assets, name) is None]
         if missing:
             raise AssetsError(f"the checkpoint's config.json has no {', '.join(missing)}, which a robot's data needs")
-        if assets.robot not in ROBOTS:
-            raise AssetsError(f"unknown robot {assets.robot!r}; known are {', '.join(ROBOTS)}")
         model, stats = assets.model, assets.norm_stats
-        assert stats is not None and assets.normalization is not None and assets.tokenizer is not None
+        assert assets.robot is not None and stats is not None
+        assert assets.normalization is not None and assets.tokenizer is not None
+        try:
+            robot = make_robot(assets.robot)
+        except ValueError as error:
+            raise AssetsError(str(error)) from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-        steps = (
-            Normalize(stats, assets.normalization),
-            CameraMasks(model.image_keys),
+        tokenize: Step = TokenizePrompt(tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05")
+        if model.kind == "pi0_fast":
+            assert assets.action_tokenizer is not None
+            fast = FASTTokenizer.from_reference(assets.action_tokenizer)
+            whole = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
+            tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot.action_dim)
+        steps: list[Step] = [] if robot.delta_mask is None else [DeltaActions(robot.delta_mask)]
+        steps += [Normalize(stats, assets.normalization)]
+        steps += [] if robot.default_prompt is None else [DefaultPrompt(robot.default_prompt)]
+        steps += [
+            CameraMasks(model.image_keys, black=model.kind == "pi0_fast"),
             ResizeImages(*model.image_resolution),
-            TokenizePrompt(tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05"),
-            PadDims(model.action_dim, len(stats["actions"].mean)),
-        )
-        return cls(ROBOTS[assets.robot](), Transforms(steps))
+            tokenize,
+            PadDims(model.action_dim, robot.action_dim),
+        ]
+        return cls(robot, Transforms(steps))
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any."""
         return self.transforms(self.robot.to_model(item))
 
-    def actions(self, actions: np.ndarray) -> np.ndarray:
-        """The model's actions [T, A] in the robot's own dimensions and units, [T, robot dims]."""
-        return self.robot.from_model(self.transforms.inverse({"actions": np.asarray(actions)}))["action"]
+    def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].
+
+        `state` [A] is the row's, as the model saw it. Raises ValueError without it where actions are relative to it,
+        and FASTError for tokens that are no actions.
+        """
+        output = np.asarray(output)
+        data = {"tokens" if output.ndim == 1 else "actions": output}
+        data |= {} if state is None else {"state": np.asarray(state)}
+        return self.robot.from_model(self.transforms.inverse(data))["action"]

@@ -1,16 +1,20 @@
-"""Pictures of a run: the loss curve, and predicted against recorded actions."""
+"""Pictures of a run: the loss curve, predicted against recorded actions, and what the data look like."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from pi0.statistics import RunningStats
 
 _COLORS = ("#4c72b0", "#dd8452", "#55a868")
 
@@ -45,6 +49,24 @@ def plot_actions(
     axes[0, 0].legend(loc="upper right", ncols=1 + len(predicted))
     axes[0, 0].set_title(title)
     axes[-1, 0].set_xlabel("frame")
+    _save(figure, target)
+
+
+def plot_distributions(stats: Mapping[str, RunningStats], target: Path) -> None:
+    """The distribution of each dimension of each key, one panel each, with q01 and q99."""
+    panels = [(key, dim) for key, running in stats.items() for dim in range(len(running.mean))]
+    rows = -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(12, 2.2 * rows), squeeze=False)
+    quantiles = {key: (running.quantile(0.01), running.quantile(0.99)) for key, running in stats.items()}
+    for axis, (key, dim) in zip(axes.flat, panels, strict=False):
+        edges, counts = stats[key].histogram(dim)
+        axis.stairs(counts / counts.sum(), edges, fill=True, color=_COLORS[0])
+        for quantile in quantiles[key]:
+            axis.axvline(quantile[dim], color=_COLORS[1], linestyle="--")
+        axis.set_title(f"{key}[{dim}]", fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     _save(figure, target)
 
 

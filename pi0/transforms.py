@@ -3,9 +3,11 @@
 Between the robot's adapter and the model a sample is one dict with flat keys: `image/<camera>` uint8 [H,W,3],
 `image_mask/<camera>` bool, `state` [S], `actions` [T,A] (training only), `prompt` str. The order is openpi's:
 
-    Transforms((Normalize(...), CameraMasks(...), ResizeImages(...), TokenizePrompt(...), PadDims(...)))
+    Transforms((DeltaActions(...), Normalize(...), DefaultPrompt(...), CameraMasks(...), ResizeImages(...),
+                TokenizePrompt(...), PadDims(...)))
 
 so the state that is written into a π0.5 prompt is normalized and has the robot's own dimensions, not the model's.
+Training may then `augment_images`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pi0.normalize import MODES, NormStats
+from pi0.tokenizers import FASTPromptTokenizer
 
 Data = dict[str, Any]
 
@@ -56,6 +59,34 @@ class Transforms:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaActions:
+    """Make `actions` [..., T, A] relative to `state` [..., S] where `mask` is true; `inverse` makes them absolute.
+
+    The mask may be shorter than the dimensions; the rest stay as they are. In float64, so that the inverse is exact to
+    rounding. Raises ValueError for actions without a state, and a mask longer than either. Source: openpi
+    `transforms.DeltaActions`, `AbsoluteActions`.
+    """
+
+    mask: tuple[bool, ...]
+
+    def __call__(self, data: Data) -> Data:
+        return self._shift(data, -1) if "actions" in data else data
+
+    def inverse(self, data: Data) -> Data:
+        """Needs the `state` that the actions are relative to."""
+        return self._shift(data, 1)
+
+    def _shift(self, data: Data, sign: int) -> Data:
+        if "state" not in data:
+            raise ValueError(f"actions relative to the state need 'state'; the keys that came are {sorted(data)}")
+        actions, state, dims = np.array(data["actions"], np.float64), np.asarray(data["state"]), len(self.mask)
+        if dims > min(actions.shape[-1], state.shape[-1]):
+            raise ValueError(f"a mask of {dims} dims; actions have {actions.shape[-1]}, the state {state.shape[-1]}")
+        actions[..., :dims] += sign * np.where(self.mask, state[..., None, :dims], 0)
+        return data | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalize:
     """Normalize `state` and `actions` by `stats["state"]` and `stats["actions"]`, to float64.
 
@@ -82,20 +113,37 @@ class Normalize:
 
 
 @dataclasses.dataclass(frozen=True)
+class DefaultPrompt:
+    """Give data without a `prompt` this one."""
+
+    prompt: str
+
+    def __call__(self, data: Data) -> Data:
+        return {"prompt": self.prompt} | data
+
+
+@dataclasses.dataclass(frozen=True)
 class CameraMasks:
     """Mark the model's cameras `image_keys` that the robot does not have as missing.
 
-    Raises ValueError if the robot has a camera that the model does not look at.
+    With `black` (π0-FAST) they show black and are not marked: its decoder wants a prefix without a hole. Raises
+    ValueError if the robot has a camera that the model does not look at, or none at all.
     """
 
     image_keys: tuple[str, ...]
+    black: bool = False
 
     def __call__(self, data: Data) -> Data:
         own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
         unknown = sorted(own - set(self.image_keys))
         if unknown:
             raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
-        return data | {f"image_mask/{key}": np.bool_(False) for key in self.image_keys if key not in own}
+        if not own:
+            raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; the keys that came are {sorted(data)}")
+        missing = [key for key in self.image_keys if key not in own]
+        masks = {f"image_mask/{key}": np.bool_(self.black) for key in missing}
+        empty = np.zeros_like(data[f"image/{min(own)}"])
+        return data | masks | ({f"image/{key}": empty for key in missing} if self.black else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +183,39 @@ class TokenizePrompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenizeFASTPrompt:
+    """TokenizePrompt of π0-FAST: state and, to train on, `actions` are in the text, with masks for attention and loss.
+
+    Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` turns
+    generated `tokens` [N], where present, into `actions` [action_horizon, action_dim], in the robot's own
+    dims: put it after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that
+    are no actions.
+    """
+
+    tokenizer: FASTPromptTokenizer
+    max_token_len: int
+    action_horizon: int
+    action_dim: int
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        prompt = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], data.get("actions"))
+        return {key: value for key, value in data.items() if key != "prompt"} | prompt
+
+    def inverse(self, data: Data) -> Data:
+        if "tokens" not in data:
+            return data
+        actions, _ = self.tokenizer.extract_actions(data["tokens"], self.action_horizon, self.action_dim)
+        return {key: value for key, value in data.items() if key != "tokens"} | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
 class PadDims:
     """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
 
-    `inverse` cuts `actions` back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
+    `inverse` cuts `actions`, where present, back to `robot_action_dim`.
+    Raises ValueError if there are more dims than the model takes.
     """
 
     action_dim: int
@@ -152,7 +229,7 @@ class PadDims:
         return data | {key: self._pad(key, data[key]) for key in ("state", "actions") if key in data}
 
     def inverse(self, data: Data) -> Data:
-        return data | {"actions": data["actions"][..., : self.robot_action_dim]}
+        return data | {k: data[k][..., : self.robot_action_dim] for k in ("actions",) if k in data}
 
     def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, np.float32)
@@ -175,3 +252,43 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     canvas = Image.new("RGB", (width, height))
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
     return np.array(canvas)  # a copy: PIL's own memory is read-only, which torch warns about
+
+
+def augment_images(data: Data, rng: np.random.Generator) -> Data:
+    """Vary every `image/<camera>` uint8 [H,W,3] at random, as openpi does in training; shapes and dtypes stay.
+
+    All cameras: brightness, contrast and saturation scaled by up to 30, 40 and 50 percent. All but those with "wrist"
+    in their name, before that: a crop to 95 percent, scaled back, and a turn by up to 5 degrees about the centre; what
+    the turn uncovers is black. The same `rng` gives the same pictures. A black picture stays black.
+    Source: openpi `preprocessing_pytorch.py`; its JAX code (`augmax`) means the same, and loses the saturation.
+    """
+    images = {key: data[key] for key in sorted(data) if key.startswith("image/")}
+    for key, image in images.items():
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"{key}: {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
+        images[key] = _jitter(image if "wrist" in key else _crop_and_rotate(image, rng), rng)
+    return data | images
+
+
+def _crop_and_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = image.shape[:2]
+    crop_height, crop_width = int(height * 0.95), int(width * 0.95)
+    top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+    cropped = Image.fromarray(image[top : top + crop_height, left : left + crop_width])
+    resized = cropped.resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR))
+
+
+def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * (0.3, 0.4, 0.5)
+    x = image.astype(np.float32) * np.float32(brightness)
+    mean = x.mean()
+    x = (x - mean) * np.float32(contrast) + mean
+    grey = x.mean(axis=-1, keepdims=True)
+    x = (x - grey) * np.float32(saturation) + grey
+    return np.round(np.clip(x, 0, 255)).astype(np.uint8)
+
+
+def bool_mask(*runs: int) -> tuple[bool, ...]:
+    """Runs of true (positive) and false (negative): bool_mask(2, -1) is (True, True, False); openpi's form."""
+    return tuple(run > 0 for run in runs for _ in range(abs(run)))

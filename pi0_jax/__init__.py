@@ -1,17 +1,20 @@
-"""π0 and π0.5 in JAX: `load` a checkpoint, `Pi0.compute_loss`, `Pi0.sample_actions`. Needs no torch."""
+"""π0, π0.5 and π0-FAST in JAX: `load`, then `compute_loss` and `sample_actions` (`sample_tokens`). Needs no torch."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 
 from pi0.observation import Observation
 from pi0_jax.loading import load
 from pi0_jax.models.pi0 import Pi0
+from pi0_jax.models.pi0_fast import Pi0Fast
 
 jax.tree_util.register_dataclass(
     Observation,
-    data_fields=["images", "image_masks", "state", "tokenized_prompt", "tokenized_prompt_mask"],
+    data_fields=[field.name for field in dataclasses.fields(Observation)],
     meta_fields=[],
 )
 
-__all__ = ["Observation", "Pi0", "load"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "load"]

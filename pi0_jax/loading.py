@@ -14,11 +14,14 @@ from convert.checkpoints import open_checkpoint
 from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
 from pi0_jax.models.pi0 import Pi0
+from pi0_jax.models.pi0_fast import Pi0Fast
+
+Model = Pi0 | Pi0Fast
 
 
 def load(
     path: str | Path, *, dtype: str | None = None, param_dtype: str | None = None, config: ModelConfig | None = None
-) -> Pi0:
+) -> Model:
     """The model of a checkpoint: ours, or an openpi `params` folder of either style; `gs://` and `hf://` too.
 
     `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
@@ -36,26 +39,31 @@ def load(
     return with_parameters(model, params)
 
 
-def abstract_model(config: ModelConfig) -> Pi0:
+def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
+    """A model of the config's kind, freshly initialized."""
+    return (Pi0Fast if config.kind == "pi0_fast" else Pi0)(config, rngs=rngs)
+
+
+def abstract_model(config: ModelConfig) -> Model:
     """The model without weights: every parameter is a `jax.ShapeDtypeStruct`."""
-    return nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
 
 
-def with_parameters(config: ModelConfig, params: dict[str, Any]) -> Pi0:
+def with_parameters(config: ModelConfig, params: dict[str, Any]) -> Model:
     """The model with `params`, by our dotted names. Raises LayoutError unless exactly all are given."""
     expected = {name: leaf.shape for name, leaf in parameters_of(abstract_model(config)).items()}
     compare_shapes(expected, {name: value.shape for name, value in params.items()}, "the model's parameters")
     return merge(config, unflatten(params))
 
 
-def merge(config: ModelConfig, params: dict[str, Any]) -> Pi0:
+def merge(config: ModelConfig, params: dict[str, Any]) -> Model:
     """The model with parameters as nested dicts, which are not checked."""
     graphdef, state = nnx.split(abstract_model(config))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
-def parameters_of(model: Pi0) -> dict[str, jax.Array]:
+def parameters_of(model: Model) -> dict[str, jax.Array]:
     """A model's parameters (or a gradient's) by our dotted names."""
     return flatten(nnx.to_pure_dict(nnx.state(model)))
 

@@ -22,20 +22,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from pi0 import numerics
-from pi0.assets import Assets
+from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset
 from pi0.fetch import fetch
-from pi0.normalize import NormStats
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
-from pi0.robots import ROBOTS
-from pi0.tokenizers import TextTokenizer
+from pi0.robots import make_robot
+from pi0.statistics import dataset_statistics
+from pi0.tokenizers import FASTTokenizer, TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import merge
+from pi0_jax.loading import Model, make_model, merge
 from pi0_jax.metrics import Metrics
-from pi0_jax.models.pi0 import Pi0
+from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
@@ -117,24 +117,31 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 def load_data(
     config: ml_collections.ConfigDict, model: ModelConfig, training: dict[str, Any]
 ) -> tuple[Assets, FrameData, FrameData | None]:
-    """The run's assets, with norm stats of the training episodes, and its training and validation frames."""
+    """The run's assets and its training and validation frames.
+
+    Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
+    given, those of the training episodes.
+    """
     root, held_out = fetch(config.root), set(config.validation_episodes)
-    if config.robot not in ROBOTS:
-        raise ValueError(f"data.robot is {config.robot!r}; known robots are {', '.join(ROBOTS)}")
+    reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
+    robot = make_robot(reference)
     every = [episode.index for episode in LeRobotDataset(root).episodes]
     if not held_out < set(every):
         raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
     kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
+    if config.get("norm_stats_from"):
+        norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
+    else:
+        norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
+    fast = config.get("action_tokenizer")
     assets = Assets(
         model,
-        norm_stats={
-            "state": NormStats.from_data(kept.table("observation.state")),
-            "actions": NormStats.from_data(kept.table("action")),
-        },
+        norm_stats=norm_stats,
         asset_id=config.asset_id,
         normalization=config.normalization,
         tokenizer=TextTokenizer(config.tokenizer).reference(),
-        robot=config.robot,
+        robot=reference,
+        action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
         training=training,
     )
     pipeline = Pipeline.from_assets(assets)
@@ -149,7 +156,7 @@ def init_state(
     config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, freeze: str
 ) -> State:
     """Freshly initialized parameters; for those that train, their moving average and the optimizer's state."""
-    params, frozen = split(nnx.to_pure_dict(nnx.state(Pi0(model, rngs=nnx.Rngs(config.seed)))), freeze)
+    params, frozen = split(nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed)))), freeze)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
 
@@ -166,6 +173,15 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
+def mean_loss(model: Model, batch: tuple[Observation, jax.Array], key: jax.Array) -> jax.Array:
+    """The mean loss of a batch, with the noise and times that `key` draws where the model flows."""
+    observation, actions = batch
+    if isinstance(model, Pi0Fast):
+        return model.compute_loss(observation).mean()
+    noise, flow_time = noise_and_time(key, actions)
+    return model.compute_loss(observation, actions, noise, flow_time).mean()
+
+
 def train_step(
     config: ml_collections.ConfigDict,
     model: ModelConfig,
@@ -175,14 +191,11 @@ def train_step(
     key: jax.Array,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
-    observation, actions = batch
-    noise, flow_time = noise_and_time(key, actions)
 
-    def mean_loss(params: Any) -> jax.Array:
-        params = join(params, state["frozen"])
-        return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
+    def loss_of(params: Any) -> jax.Array:
+        return mean_loss(merge(model, join(params, state["frozen"])), batch, key)
 
-    loss, grads = jax.value_and_grad(mean_loss)(state["params"])
+    loss, grads = jax.value_and_grad(loss_of)(state["params"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
@@ -192,9 +205,7 @@ def train_step(
 
 def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    observation, actions = batch
-    noise, flow_time = noise_and_time(jax.random.key(0), actions)
-    return merge(model, params).compute_loss(observation, actions, noise, flow_time).mean()
+    return mean_loss(merge(model, params), batch, jax.random.key(0))
 
 
 def main(arguments: list[str] | None = None) -> None:

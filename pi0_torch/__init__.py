@@ -1,4 +1,4 @@
-"""π0 and π0.5 in PyTorch: `load` a checkpoint, `Pi0.compute_loss`, `Pi0.sample_actions`. Needs no jax."""
+"""π0, π0.5 and π0-FAST in PyTorch: `load`, then `compute_loss` and `sample_actions` (`sample_tokens`). Needs no jax."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from pi0.observation import Observation
 from pi0_torch.loading import load
 from pi0_torch.models.pi0 import Pi0
+from pi0_torch.models.pi0_fast import Pi0Fast
 
 
 def to_device(observation: Observation, device: str | torch.device = "cpu") -> Observation:
@@ -18,9 +19,9 @@ def to_device(observation: Observation, device: str | torch.device = "cpu") -> O
     def move(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: move(item) for key, item in value.items()}
-        return torch.as_tensor(value).to(device)
+        return None if value is None else torch.as_tensor(value).to(device)
 
     return Observation(**{f.name: move(getattr(observation, f.name)) for f in dataclasses.fields(observation)})
 
 
-__all__ = ["Observation", "Pi0", "load", "to_device"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "load", "to_device"]

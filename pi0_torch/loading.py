@@ -14,6 +14,9 @@ from convert.layouts import Tensor
 from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
 from pi0_torch.models.pi0 import Pi0
+from pi0_torch.models.pi0_fast import Pi0Fast
+
+Model = Pi0 | Pi0Fast
 
 
 def load(
@@ -23,7 +26,7 @@ def load(
     param_dtype: str | None = None,
     config: ModelConfig | None = None,
     device: str | torch.device = "cpu",
-) -> Pi0:
+) -> Model:
     """The model of a checkpoint that `pi0-convert` wrote, or of any layout it reads; `gs://` and `hf://` too.
 
     `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
@@ -41,13 +44,18 @@ def load(
     return with_parameters(model, params)
 
 
-def abstract_model(config: ModelConfig) -> Pi0:
+def make_model(config: ModelConfig) -> Model:
+    """A model of the config's kind, freshly initialized."""
+    return (Pi0Fast if config.kind == "pi0_fast" else Pi0)(config)
+
+
+def abstract_model(config: ModelConfig) -> Model:
     """The model without weights: every parameter is on the meta device."""
     with torch.device("meta"):
-        return Pi0(config)
+        return make_model(config)
 
 
-def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Pi0:
+def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Model:
     """The model with `params`, by its parameters' names. Raises LayoutError unless exactly all are given."""
     model = abstract_model(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

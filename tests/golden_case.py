@@ -1,4 +1,4 @@
-"""openpi's own numbers for two small models (its JAX code, random weights), and what ours must reach against them."""
+"""openpi's own numbers for small models (its JAX code, random weights), and what ours must reach against them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from convert.layouts import LAYOUTS, Tensor
+from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 
 CASES = ("pi0", "pi05")
 LORA = "pi0_lora"
+FAST = "pi0_fast"
 FOLDER = Path(__file__).parent / "golden"
 OUTPUTS = (
     "prefix_tokens",
@@ -21,6 +23,7 @@ OUTPUTS = (
     "prefix_out",
     "suffix_out",
     "velocity",
+    "pre_logits",
     "loss",
     "actions_3_steps",
     "actions_10_steps",
@@ -65,11 +68,17 @@ class GoldenCase:
         tokens = self.config("float32").image_tokens
         masks = [np.repeat(m[:, None], tokens, axis=1) for m in observation.image_masks.values()]
         valid = np.concatenate([*masks, observation.tokenized_prompt_mask], axis=1)
-        return {
-            name: np.asarray(outputs[name], np.float32)[valid if name.startswith("prefix") else slice(None)]
-            for name in OUTPUTS
-            if name in outputs
+        arrays = {name: np.asarray(outputs[name], np.float32) for name in OUTPUTS if name in outputs}
+        return {  # π0-FAST has no use for the last token
+            name: array[valid[:, : array.shape[1]]] if name.startswith("pre") else array
+            for name, array in arrays.items()
         }
+
+    def check_tokens(self, tokens: np.ndarray, dtype: str) -> None:
+        """The tokens that openpi decoded, to each row's first EOS; zeros after it."""
+        expected = np.load(FOLDER / self.name / f"outputs_{dtype}.npz")["sampled_tokens"]
+        ended = np.cumsum(expected == numerics.EOS_TOKEN, axis=1) - (expected == numerics.EOS_TOKEN) > 0
+        np.testing.assert_array_equal(tokens, np.where(ended, 0, expected))
 
 
 def check_float32(case: GoldenCase, outputs: dict[str, np.ndarray]) -> None:

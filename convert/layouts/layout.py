@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from pi0.config import GemmaConfig, ModelConfig
+from pi0.config import KINDS, GemmaConfig, ModelConfig
 
 
 class LayoutError(ValueError):
@@ -109,32 +109,38 @@ _ADAPTIVE_NORMS = {
     "final_norm.modulation.bias": "t",
 }
 _PROJECTIONS = {
-    "pi0": {"state_proj": "a d", "action_time_mlp_in": "u d", "action_time_mlp_out": "d e"},
-    "pi05": {"time_mlp_in": "d e", "time_mlp_out": "d e"},
+    "pi0": {"action_in_proj": "a d", "state_proj": "a d", "action_time_mlp_in": "u d", "action_time_mlp_out": "d e"},
+    "pi05": {"action_in_proj": "a d", "time_mlp_in": "d e", "time_mlp_out": "d e"},
 }
 
 
 EXPERTS = ("paligemma", "action_expert")
 
 
+def experts_of(kind: str) -> tuple[str, ...]:
+    """The experts that a kind of model has."""
+    return EXPERTS[:1] if kind == "pi0_fast" else EXPERTS
+
+
 def lora_of(config: ModelConfig) -> tuple[str, ...]:
     """The experts that have low-rank updates."""
-    return tuple(expert for expert in EXPERTS if getattr(config, expert).lora_rank is not None)
+    return tuple(expert for expert in experts_of(config.kind) if getattr(config, expert).lora_rank is not None)
 
 
 def axes_of(kind: str, lora: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
     """Our parameters of a kind of model, where the experts `lora` have low-rank updates, and their axes."""
-    expert_norms = _ADAPTIVE_NORMS if kind == "pi05" else _PLAIN_NORMS
-    projections = {"action_in_proj": "a d", **_PROJECTIONS[kind], "action_out_proj": "d a"}
     table = {
         **{f"vision.{name}": axes for name, axes in _VISION.items()},
         "paligemma.embedding": "v d",
         **{f"paligemma.{name}": axes for name, axes in (_GEMMA | _PLAIN_NORMS).items()},
-        **{f"action_expert.{name}": axes for name, axes in (_GEMMA | expert_norms).items()},
         **{f"{expert}.{name}": axes for expert in lora for name, axes in _LORA.items()},
-        **{f"{name}.kernel": axes for name, axes in projections.items()},
-        **{f"{name}.bias": axes.split()[1] for name, axes in projections.items()},
     }
+    if "action_expert" in experts_of(kind):
+        norms = _ADAPTIVE_NORMS if kind == "pi05" else _PLAIN_NORMS
+        projections = _PROJECTIONS[kind] | {"action_out_proj": "d a"}
+        table |= {f"action_expert.{name}": axes for name, axes in (_GEMMA | norms).items()}
+        table |= {f"{name}.kernel": axes for name, axes in projections.items()}
+        table |= {f"{name}.bias": axes.split()[1] for name, axes in projections.items()}
     return {name: tuple(axes.split()) for name, axes in table.items()}
 
 
@@ -146,23 +152,26 @@ def scope_of(name: str) -> str:
 
 def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
     """The size of every axis letter, for each scope."""
-    vision, width = config.vision, config.action_expert.width
+    vision = config.vision
 
     def gemma(expert: GemmaConfig) -> dict[str, int]:
         sizes = {"l": expert.depth, "d": expert.width, "t": 3 * expert.width, "m": expert.mlp_dim}
         sizes |= {"n": expert.num_heads, "k": expert.num_kv_heads, "h": expert.head_dim}
         return sizes if expert.lora_rank is None else sizes | {"r": expert.lora_rank}
 
-    return {
+    sizes = {
         "vision": {
             **{"l": vision.depth, "d": vision.width, "n": vision.num_heads, "h": vision.head_dim},
             **{"p": vision.patch_size, "q": vision.patch_size, "c": 3, "s": config.image_tokens},
             **{"m": vision.mlp_dim, "w": config.paligemma.width},
         },
         "paligemma": {**gemma(config.paligemma), "v": config.vocab_size},
-        "action_expert": {**gemma(config.action_expert), "v": config.vocab_size},
-        "projections": {"a": config.action_dim, "d": width, "e": width, "u": 2 * width},
     }
+    if config.action_expert is not None:
+        width = config.action_expert.width
+        sizes["action_expert"] = {**gemma(config.action_expert), "v": config.vocab_size}
+        sizes["projections"] = {"a": config.action_dim, "d": width, "e": width, "u": 2 * width}
+    return sizes
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -208,7 +217,8 @@ def _is_index(group: tuple[str, ...]) -> bool:
 class Layout:
     """A named table of rules. Rules for parameters that a model does not have are passed over.
 
-    `format` is that of its files, "orbax" or "safetensors"; `root` the keys around an Orbax tree. `spellings` are
+    `kinds` are those it has a place for; `format` is that of its files, "orbax" or "safetensors"; `root` the keys
+    around an Orbax tree. `spellings` are
     patterns of other names for its tensors, each with its replacement: they are read, not written, and a tensor that
     is there under several names must be the same in all. `unused` are tensors that no model of ours has (`ours` says
     where they would be) and none uses: they may be there, in that shape; the strict loaders of such a layout want
@@ -217,6 +227,7 @@ class Layout:
 
     name: str
     rules: tuple[Rule, ...]
+    kinds: tuple[str, ...] = KINDS
     format: str = "orbax"
     root: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
@@ -229,6 +240,8 @@ class Layout:
 
     def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
         """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
+        if kind not in self.kinds:
+            raise LayoutError(f"the layout {self.name} has no place for {kind}; it is one of {', '.join(self.kinds)}")
         wanted = axes_of(kind, lora)
         if lora and not self.has_lora:
             raise LayoutError(f"the layout {self.name} has no place for LoRA; merge it: --lora merge")
@@ -299,10 +312,12 @@ class Layout:
 
 
 def _shapes(rules: Iterable[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of some rules and its shape."""
+    """Every tensor of some rules and its shape; of parts that the model does not have, none."""
     sizes = axis_sizes(config)
     shapes: dict[str, list[int]] = {}
     for rule in rules:
+        if scope_of(rule.ours) not in sizes:
+            continue
         scope = sizes[scope_of(rule.ours)]
         for name in _names(rule, scope["l"] if "{l}" in rule.theirs else 1):
             shape = shapes.setdefault(name, [0] * len(rule.groups))

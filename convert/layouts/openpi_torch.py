@@ -2,7 +2,7 @@
 
 The token embedding is tied to `lm_head`: openpi's files hold it under that name, those of other tools under
 `embed_tokens` or both. The action expert's own `lm_head` is never used. LeRobot's first releases are openpi's files
-as they are, so they are read as this layout too.
+as they are, so they are read as this layout too. openpi has no π0-FAST in PyTorch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _gemma(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def transformers_layout(name: str, prefix: str, tower: str, other_tower: str) -> Layout:
+def transformers_layout(name: str, prefix: str, tower: str, other_tower: str, kinds: tuple[str, ...]) -> Layout:
     """The layout of models built from transformers' modules, whose names all begin with `prefix`.
 
     `tower` is the vision tower's path as this layout writes it, `other_tower` a pattern for the one it also reads.
@@ -94,6 +94,7 @@ def transformers_layout(name: str, prefix: str, tower: str, other_tower: str) ->
                 for rule in _linear(projection, f"{prefix}{projection}", axes, axes[0])
             ),
         ),
+        kinds=kinds,
         format="safetensors",
         spellings=(
             (r"\.paligemma\.model\.language_model\.embed_tokens\.weight$", ".paligemma.lm_head.weight"),
@@ -103,4 +104,6 @@ def transformers_layout(name: str, prefix: str, tower: str, other_tower: str) ->
     )
 
 
-LAYOUT = transformers_layout("openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)")
+LAYOUT = transformers_layout(
+    "openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)", ("pi0", "pi05")
+)

@@ -6,7 +6,8 @@ the stacked layer axis is `.{l}.`, and head axes are flat (not those of LoRA's f
 
 from __future__ import annotations
 
-from convert.layouts.layout import EXPERTS, Layout, Rule, axes_of
+from convert.layouts.layout import Layout, Rule, axes_of, experts_of
+from pi0.config import KINDS
 
 
 def _rule(name: str, axes: tuple[str, ...]) -> Rule:
@@ -25,6 +26,6 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     return Rule(name, theirs, " ".join(flat))
 
 
-_AXES = {name: axes for kind in ("pi0", "pi05") for name, axes in axes_of(kind, EXPERTS).items()}
+_AXES = {name: axes for kind in KINDS for name, axes in axes_of(kind, experts_of(kind)).items()}
 
 LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()), format="safetensors")

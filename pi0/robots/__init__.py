@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
+from pi0.robots.aloha import Aloha
+from pi0.robots.droid import Droid
+from pi0.robots.generic import Generic
+from pi0.robots.libero import Libero
 from pi0.robots.metaworld import MetaWorld
+from pi0.robots.robofactory import RoboFactory
+from pi0.robots.robot import Robot
+
+ROBOTS: dict[str, type[Robot]] = {
+    "aloha": Aloha,
+    "droid": Droid,
+    "generic": Generic,
+    "libero": Libero,
+    "metaworld": MetaWorld,
+    "robofactory": RoboFactory,
+}
 
 
-class Robot(Protocol):
-    """What every adapter does; see `pi0.transforms` for the model's keys."""
+def make_robot(reference: str | Mapping[str, Any]) -> Robot:
+    """The robot that a checkpoint or a config names: "aloha", or {"name": "aloha", **options}.
 
-    def to_model(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """One recorded or live frame in the model's flat keys."""
-        ...
+    Raises ValueError for an unknown robot, and for options that are unknown, missing or wrong.
+    """
+    options = {"name": reference} if isinstance(reference, str) else dict(reference)
+    name = options.pop("name", None)
+    if name not in ROBOTS:
+        raise ValueError(f"unknown robot {name!r}; known are {', '.join(ROBOTS)}")
+    fields = {f.name: f for f in dataclasses.fields(ROBOTS[name])}
+    unknown = sorted(options.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"robot {name!r} has no options {unknown}; it has {sorted(fields)}")
+    needed = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(needed - options.keys())
+    if missing:
+        raise ValueError(f"robot {name!r} needs the options {missing}")
+    return ROBOTS[name](**options)
 
-    def from_model(self, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Un-normalized actions of the model as the robot's own: `action` [T, robot dims]."""
-        ...
 
-
-ROBOTS: dict[str, Callable[[], Robot]] = {"metaworld": MetaWorld}
-
-__all__ = ["ROBOTS", "MetaWorld", "Robot"]
+__all__ = ["ROBOTS", "Aloha", "Droid", "Generic", "Libero", "MetaWorld", "RoboFactory", "Robot", "make_robot"]

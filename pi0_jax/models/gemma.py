@@ -1,4 +1,4 @@
-"""Gemma, as two experts that share one attention: PaliGemma's language model and the action expert.
+"""Gemma, as one expert or two that share one attention: PaliGemma's language model and the action expert.
 
 Axes: B batch, T tokens of one expert, S all tokens that are attended to, W width, N heads, K key/value heads, H head
 dim, M mlp, L layers, V vocabulary. Layers are stacked on a leading axis and scanned.
@@ -69,18 +69,19 @@ def rotation(positions: Int[Array, "B T"], head_dim: int) -> Rotation:
     return jnp.sin(angles), jnp.cos(angles)
 
 
-def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
-    """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
+def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation, dtype: str) -> Float[Array, "B T N H"]:
+    """Rotary position embedding, half-split, in float32, rounded to `dtype`."""
     sin, cos = rotation
     first, second = jnp.split(cast(x, "rope", x.dtype.name), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return rotated.astype(dtype)
 
 
 class Attention(nnx.Module):
     """One expert's projections into and out of the shared attention."""
 
-    def __init__(self, config: GemmaConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, dtype: str, query_dtype: str, rngs: nnx.Rngs):
+        self.dtype, self.query_dtype = dtype, query_dtype
         width, heads = config.width, (config.num_heads, config.head_dim)
         kv_heads = (config.num_kv_heads, config.head_dim)
         lora = partial(make_lora, config, scale=config.lora_scale, dtype=dtype, rngs=rngs)
@@ -91,7 +92,8 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B T W"], rotation: Rotation) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
-        return apply_rope(self.query(x), rotation), apply_rope(self.key(x), rotation), self.value(x)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype), v
 
 
 class MLP(nnx.Module):
@@ -111,9 +113,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One expert's part of one layer."""
 
-    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, query_dtype: str, rngs: nnx.Rngs):
         self.attention_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, query_dtype=query_dtype, rngs=rngs)
         self.mlp_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
@@ -124,7 +126,10 @@ def make_norm(width: int, *, adaptive: bool, dtype: str, rngs: nnx.Rngs) -> RMSN
 
 
 class Expert(nnx.Module):
-    """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too."""
+    """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too.
+
+    Rotated queries are rounded to `query_dtype` (default: `dtype`).
+    """
 
     def __init__(
         self,
@@ -133,6 +138,7 @@ class Expert(nnx.Module):
         adaptive: bool = False,
         vocab_size: int | None = None,
         dtype: str,
+        query_dtype: str | None = None,
         remat: str,
         rngs: nnx.Rngs,
     ):
@@ -140,7 +146,9 @@ class Expert(nnx.Module):
         if vocab_size is not None:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
         stack = nnx.split_rngs(splits=config.depth)(
-            nnx.vmap(lambda rngs: Block(config, adaptive=adaptive, dtype=dtype, rngs=rngs))
+            nnx.vmap(
+                lambda rngs: Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype, rngs=rngs)
+            )
         )
         self.layers = stack(rngs)
         self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
@@ -149,6 +157,10 @@ class Expert(nnx.Module):
         """Text embeddings × sqrt(W)."""
         x = self.embedding[...][tokens].astype(self.dtype)
         return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
+
+    def logits(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
+        """The vocabulary's logits, tied to the embedding, float32; multiplied in the wider dtype of the two."""
+        return jnp.matmul(x, self.embedding[...].T).astype(jnp.float32)
 
 
 def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
@@ -163,12 +175,15 @@ def joint_layer(
     mask: Bool[Array, "B T S"],
     conditions: Sequence[Float[Array, "B W"] | None],
     cached: tuple[Array, Array] | None,
+    slot: Int[Array, ""] | None,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
-    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
     projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
-    if cached is not None:
+    if cached is not None and slot is not None:
+        k, v = (jax.lax.dynamic_update_slice_in_dim(c, x, slot, axis=1) for c, x in zip(cached, (k, v), strict=True))
+    elif cached is not None:
         k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
     attended = attention(q, k, v, mask)
     outs, start = [], 0
@@ -188,17 +203,18 @@ def joint_forward(
     mask: Bool[Array, "B T S"],
     conditions: Sequence[Float[Array, "B W"] | None],
     cache: Cache | None = None,
+    slot: Int[Array, ""] | None = None,
     stages: dict[str, Array] | None = None,
 ) -> tuple[list[Float[Array, "B T W"]], Cache]:
     """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
 
     `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
-    the S tokens of `cache` (where given) followed by all of `xs`. `stages`, where given, receives
-    `layers.{i}` [L, B, T, W] of the i-th expert.
+    the S tokens of `cache` (where given) followed by all of `xs`; or, with `slot`, to the S places of `cache`, of which
+    the one token of `xs` takes that one. `stages`, where given, receives `layers.{i}` [L, B, T, W] of the i-th expert.
     """
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
-        xs, keys_values = joint_layer(scanned[0], xs, rotations, mask, conditions, scanned[1])
+        xs, keys_values = joint_layer(scanned[0], xs, rotations, mask, conditions, scanned[1], slot)
         return xs, (keys_values, None if stages is None else xs)
 
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]

@@ -9,26 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_jax.models.gemma import Expert, joint_forward
 from pi0_jax.models.layers import Linear
-from pi0_jax.models.siglip import SigLIP
-
-
-def attention_mask(
-    query_blocks: np.ndarray, key_blocks: np.ndarray, query_valid: Bool[Array, "B T"], key_valid: Bool[Array, "B S"]
-) -> Bool[Array, "B T S"]:
-    """A token attends to valid tokens whose block number is at most its own."""
-    return query_valid[:, :, None] & key_valid[:, None, :] & (key_blocks <= query_blocks[:, None])
-
-
-def pixels(image: Array) -> Float[Array, "B height width 3"]:
-    """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
-    return image.astype(jnp.float32) / 255 * 2 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask
 
 
 def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
@@ -37,16 +25,13 @@ def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-class Pi0(nnx.Module):
-    """π0, or π0.5 where `config.kind` says so. Parameters are float32; `config.dtype` is the compute dtype."""
+class Pi0(VisionLanguageModel):
+    """π0, or π0.5 where `config.kind` says so."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        assert config.action_expert is not None
+        super().__init__(config, queries="queries", rngs=rngs)
         dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
-        self.vision = SigLIP(config, rngs=rngs)
-        self.paligemma = Expert(
-            config.paligemma, vocab_size=config.vocab_size, dtype=dtype, remat=config.remat, rngs=rngs
-        )
         self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat, rngs=rngs)
 
         def projection(inputs: int, outputs: int) -> Linear:
@@ -62,25 +47,6 @@ class Pi0(nnx.Module):
             self.action_time_mlp_in = projection(2 * width, width)
             self.action_time_mlp_out = projection(width, width)
         self.action_out_proj = projection(width, config.action_dim)
-
-    def embed_prefix(
-        self, observation: Observation, stages: dict[str, Array] | None = None
-    ) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
-        """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
-        keys = self.config.image_keys
-        images = jnp.stack([pixels(observation.images[key]) for key in keys], axis=1)
-        batch, cameras = images.shape[:2]
-        tokens = self.vision(images.reshape(batch * cameras, *images.shape[2:]), stages)
-        masks = jnp.stack([observation.image_masks[key] for key in keys], axis=1)
-        masks = jnp.repeat(masks, tokens.shape[1], axis=1)
-        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
-        text = self.paligemma.embed(observation.tokenized_prompt)
-        if stages is not None:
-            stages["image_tokens"] = tokens
-        return (
-            jnp.concatenate([tokens, text], axis=1),
-            jnp.concatenate([masks, observation.tokenized_prompt_mask], axis=1),
-        )
 
     def embed_suffix(
         self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]

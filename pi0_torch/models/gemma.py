@@ -1,4 +1,4 @@
-"""Gemma, as two experts that share one attention: PaliGemma's language model and the action expert.
+"""Gemma, as one expert or two that share one attention: PaliGemma's language model and the action expert.
 
 Axes: B batch, T tokens of one expert, S all tokens that are attended to, W width, N heads, K key/value heads, H head
 dim, M mlp, L layers, V vocabulary.
@@ -71,19 +71,20 @@ def rotation(positions: Int[Tensor, "B T"], head_dim: int) -> Rotation:
     return angles.sin(), angles.cos()
 
 
-def apply_rope(x: Float[Tensor, "B T N H"], rotation: Rotation) -> Float[Tensor, "B T N H"]:
-    """Rotary position embedding, half-split, in float32, rounded to the dtype of `x`."""
+def apply_rope(x: Float[Tensor, "B T N H"], rotation: Rotation, dtype: str) -> Float[Tensor, "B T N H"]:
+    """Rotary position embedding, half-split, in float32, rounded to `dtype`."""
     sin, cos = rotation
     first, second = cast(x, "rope", dtype_name(x)).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+    return rotated.to(getattr(torch, dtype))
 
 
 class Attention(nn.Module):
     """One expert's projections into and out of the shared attention."""
 
-    def __init__(self, config: GemmaConfig, *, dtype: str):
+    def __init__(self, config: GemmaConfig, *, dtype: str, query_dtype: str):
         super().__init__()
+        self.dtype, self.query_dtype = dtype, query_dtype
         width, self.head_dim = config.width, config.head_dim
         heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         lora = partial(make_lora, config, scale=config.lora_scale, dtype=dtype)
@@ -95,7 +96,7 @@ class Attention(nn.Module):
     def project(self, x: Float[Tensor, "B T W"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
-        return apply_rope(q, rotation), apply_rope(k, rotation), v
+        return apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype), v
 
 
 class MLP(nn.Module):
@@ -116,10 +117,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One expert's part of one layer."""
 
-    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str):
+    def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, query_dtype: str):
         super().__init__()
         self.attention_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, query_dtype=query_dtype)
         self.mlp_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype)
 
@@ -130,7 +131,10 @@ def make_norm(width: int, *, adaptive: bool, dtype: str) -> RMSNorm | AdaptiveRM
 
 
 class Expert(nn.Module):
-    """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too."""
+    """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too.
+
+    Rotated queries are rounded to `query_dtype` (default: `dtype`).
+    """
 
     def __init__(
         self,
@@ -139,19 +143,27 @@ class Expert(nn.Module):
         adaptive: bool = False,
         vocab_size: int | None = None,
         dtype: str,
+        query_dtype: str | None = None,
         remat: str,
     ):
         super().__init__()
         self.head_dim, self.dtype, self.remat = config.head_dim, getattr(torch, dtype), remat
         if vocab_size is not None:
             self.embedding = nn.Parameter(torch.randn(vocab_size, config.width) * 0.01)
-        self.layers = nn.ModuleList(Block(config, adaptive=adaptive, dtype=dtype) for _ in range(config.depth))
+        self.layers = nn.ModuleList(
+            Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype) for _ in range(config.depth)
+        )
         self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
         """Text embeddings × sqrt(W)."""
         x = self.embedding[tokens].to(self.dtype)
         return x * torch.tensor(np.sqrt(np.float32(x.shape[-1])), dtype=self.dtype, device=x.device)
+
+    def logits(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T V"]:
+        """The vocabulary's logits, tied to the embedding, float32; multiplied in the wider dtype of the two."""
+        dtype = torch.promote_types(x.dtype, self.embedding.dtype)
+        return F.linear(x.to(dtype), self.embedding.to(dtype)).float()
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
@@ -166,12 +178,15 @@ def joint_layer(
     mask: Bool[Tensor, "B T S"],
     conditions: Sequence[Float[Tensor, "B W"] | None],
     cached: tuple[Tensor, Tensor] | None,
+    slot: Int[Tensor, " 1"] | None,
 ) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
-    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` + `xs`."""
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
     projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
-    if cached is not None:
+    if cached is not None and slot is not None:
+        k, v = (c.index_copy_(1, slot, x) for c, x in zip(cached, (k, v), strict=True))  # in place: nothing grows
+    elif cached is not None:
         k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
     attended = attention(q, k, v, mask).flatten(-2)
     outs, start = [], 0
@@ -191,20 +206,21 @@ def joint_forward(
     mask: Bool[Tensor, "B T S"],
     conditions: Sequence[Float[Tensor, "B W"] | None],
     cache: Cache | None = None,
+    slot: Int[Tensor, " 1"] | None = None,
     stages: dict[str, Tensor] | None = None,
 ) -> tuple[list[Float[Tensor, "B T W"]], Cache]:
     """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
 
     `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
-    the S tokens of `cache` (where given) followed by all of `xs`. `stages`, where given, receives
-    `layers.{i}` [L, B, T, W] of the i-th expert.
+    the S tokens of `cache` (where given) followed by all of `xs`; or, with `slot`, to the S places of `cache`, of which
+    the one token of `xs` takes that one. `stages`, where given, receives `layers.{i}` [L, B, T, W] of the i-th expert.
     """
     layer = remat(joint_layer, experts[0].remat)
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
-        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, None if cache is None else cache[i])
+        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, None if cache is None else cache[i], slot)
         outputs.append(xs)
         new_cache.append(keys_values)
     if stages is not None:

@@ -8,28 +8,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_torch.models.gemma import Expert, joint_forward
 from pi0_torch.models.layers import Linear
-from pi0_torch.models.siglip import SigLIP
-
-
-def attention_mask(
-    query_blocks: np.ndarray, key_blocks: np.ndarray, query_valid: Bool[Tensor, "B T"], key_valid: Bool[Tensor, "B S"]
-) -> Bool[Tensor, "B T S"]:
-    """A token attends to valid tokens whose block number is at most its own."""
-    allowed = torch.from_numpy(key_blocks <= query_blocks[:, None]).to(query_valid.device)
-    return query_valid[:, :, None] & key_valid[:, None, :] & allowed
-
-
-def pixels(image: Tensor) -> Float[Tensor, "B height width 3"]:
-    """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
-    return image.float() / 255 * 2 - 1 if image.dtype == torch.uint8 else image.float()
+from pi0_torch.models.vision_language import VisionLanguageModel, attention_mask
 
 
 def embed_time(time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
@@ -38,15 +25,13 @@ def embed_time(time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class Pi0(nn.Module):
-    """π0, or π0.5 where `config.kind` says so. Parameters are float32; `config.dtype` is the compute dtype."""
+class Pi0(VisionLanguageModel):
+    """π0, or π0.5 where `config.kind` says so."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
+        assert config.action_expert is not None
+        super().__init__(config, queries="queries")
         dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
-        self.vision = SigLIP(config)
-        self.paligemma = Expert(config.paligemma, vocab_size=config.vocab_size, dtype=dtype, remat=config.remat)
         self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat)
 
         def projection(inputs: int, outputs: int) -> Linear:
@@ -62,25 +47,6 @@ class Pi0(nn.Module):
             self.action_time_mlp_in = projection(2 * width, width)
             self.action_time_mlp_out = projection(width, width)
         self.action_out_proj = projection(width, config.action_dim)
-
-    def embed_prefix(
-        self, observation: Observation, stages: dict[str, Tensor] | None = None
-    ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
-        """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
-        keys = self.config.image_keys
-        images = torch.stack([pixels(observation.images[key]) for key in keys], dim=1)
-        batch = images.shape[0]
-        tokens = self.vision(images.flatten(0, 1), stages)
-        masks = torch.stack([observation.image_masks[key] for key in keys], dim=1)
-        masks = masks.repeat_interleave(tokens.shape[1], dim=1)
-        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
-        text = self.paligemma.embed(observation.tokenized_prompt)
-        if stages is not None:
-            stages["image_tokens"] = tokens
-        return (
-            torch.cat([tokens, text], dim=1),
-            torch.cat([masks, observation.tokenized_prompt_mask], dim=1),
-        )
 
     def embed_suffix(
         self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]

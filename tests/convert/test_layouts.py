@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from convert.checkpoints import detect, infer_config
 from convert.layouts import LAYOUTS, LayoutError, Rule, Tensor, parameters
-from convert.layouts.layout import Layout
-from pi0.config import GemmaConfig, ModelConfig, VisionConfig
+from convert.layouts.layout import Layout, lora_of
+from pi0.config import KINDS, VARIANTS, GemmaConfig, ModelConfig, VisionConfig
 
-COUNTS = {"pi0": 3_238_048_528, "pi05": 3_353_433_872}
+COUNTS = {"pi0": 3_238_048_528, "pi05": 3_353_433_872, "pi0_fast": 2_923_335_408}
 
 
 @st.composite
@@ -28,11 +28,12 @@ def configs(draw) -> ModelConfig:
         return GemmaConfig(2 * draw(size), depth, draw(size), heads * kv_heads, kv_heads, head_dim)
 
     vision_heads, patch, depth = draw(size), draw(size), draw(size)
+    kind = draw(st.sampled_from(KINDS))
     return ModelConfig(
-        kind=draw(st.sampled_from(["pi0", "pi05"])),
+        kind=kind,
         vision=VisionConfig(vision_heads * draw(size), draw(size), draw(size), vision_heads, patch),
         paligemma=gemma(depth),
-        action_expert=gemma(depth),
+        action_expert=None if kind == "pi0_fast" else gemma(depth),
         vocab_size=draw(size),
         image_resolution=(patch * draw(size), patch * draw(size)),
         action_dim=draw(size),
@@ -49,17 +50,17 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_lora"])
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast", "pi0_lora"])
 def test_full_size_openpi_names_and_shapes(kind: str):
     names = json.loads((Path(__file__).parents[1] / "layouts" / f"openpi_jax_{kind}.json").read_text())
     config = ModelConfig.variant(kind)
     assert LAYOUTS["openpi_jax"].shapes(config) == {name: tuple(shape) for name, shape in names.items()}
     for layout in LAYOUTS.values():
-        if kind in COUNTS:
+        if kind in COUNTS and config.kind in layout.kinds:
             assert sum(int(np.prod(s)) for s in layout.shapes(config).values()) == COUNTS[kind]
 
 
-@pytest.mark.parametrize("variant", ["pi0", "pi05", "pi0_small", "pi0_lora", "tiny", "tiny_pi05", "tiny_lora"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_tables_are_the_models(variant: str):
     """Names and shapes of the real modules, without allocating a weight."""
     from flax import nnx
@@ -80,7 +81,7 @@ def test_tables_are_the_models(variant: str):
         assert sum(p.numel() for p in module.parameters()) == COUNTS[variant]
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_parameter_is_unused(kind: str):
     """Full-size: every parameter has a gradient from the outputs, found on the meta device without computing one."""
     import torch
@@ -96,11 +97,16 @@ def test_no_parameter_is_unused(kind: str):
             state=torch.empty(1, config.action_dim),
             tokenized_prompt=torch.empty(1, config.max_token_len, dtype=torch.int64),
             tokenized_prompt_mask=torch.empty(1, config.max_token_len, dtype=torch.bool),
+            token_ar_mask=torch.empty(1, config.max_token_len, dtype=torch.int32),
+            token_loss_mask=torch.empty(1, config.max_token_len, dtype=torch.bool),
         )
         actions, time = torch.empty(1, config.action_horizon, config.action_dim), torch.empty(1)
     stages: dict[str, torch.Tensor] = {}
-    module.compute_loss(observation, actions, actions, time, stages)
-    (stages["prefix_out"].float().sum() + stages["velocity"].sum()).backward()
+    if kind == "pi0_fast":
+        module.compute_loss(observation).sum().backward()
+    else:
+        module.compute_loss(observation, actions, actions, time, stages)
+        (stages["prefix_out"].float().sum() + stages["velocity"].sum()).backward()
     assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
@@ -115,6 +121,7 @@ def test_no_two_parameters_share_memory():
 @hypothesis.given(config=configs(), seed=st.integers(0, 99), half=st.booleans())
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed: int, half: bool):
+    hypothesis.assume(config.kind in LAYOUTS[name].kinds)
     layout, rng, dtype = LAYOUTS[name], np.random.default_rng(seed), np.dtype(ml_dtypes.bfloat16 if half else "float32")
     ours = {n: Tensor.of(random_bytes(p.shape, dtype, rng)) for n, p in parameters(config).items()}
     theirs = layout.from_ours(config, ours)
@@ -150,7 +157,8 @@ def test_sizes_follow_from_shapes(config: ModelConfig):
     layout, kind, lora = detect(shapes)
     found = infer_config(layout, kind, shapes, lora)
     assert (layout.name, found.image_resolution) == ("openpi_jax", (side, side))
-    for field in ("kind", "vision", "paligemma", "action_expert", "vocab_size", "action_dim"):
+    fields = ("kind", "vision", "paligemma", "action_expert", "vocab_size")
+    for field in (*fields, *(("action_dim",) if config.kind != "pi0_fast" else ())):  # no tensor of π0-FAST says it
         assert getattr(found, field) == getattr(config, field), field
 
 
@@ -162,11 +170,18 @@ def test_sizes_that_do_not_follow_are_asked_for(name: str):
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-@pytest.mark.parametrize("variant", ["tiny", "tiny_pi05"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("tiny")])
 def test_a_layout_is_found_by_its_names(name: str, variant: str):
-    config = ModelConfig.variant(variant)
-    layout, kind, lora = detect(LAYOUTS[name].shapes(config))
-    assert (layout.name, kind, lora) == (name, config.kind, ())
+    config, layout = ModelConfig.variant(variant), LAYOUTS[name]
+    if config.kind not in layout.kinds:
+        with pytest.raises(LayoutError, match=f"{name} has no place for {config.kind}; it is one of pi0, pi05"):
+            layout.shapes(config)
+    elif lora_of(config) and not layout.has_lora:
+        with pytest.raises(LayoutError, match="no place for LoRA"):
+            layout.shapes(config)
+    else:
+        found, kind, lora = detect(layout.shapes(config))
+        assert (found.name, kind, lora) == (name, config.kind, lora_of(config))
 
 
 # ---- openpi's and LeRobot's PyTorch

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pi0
 from pi0.assets import Assets, AssetsError
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
+from pi0.tokenizers import FASTTokenizer
 
 STATS = NormStats.from_data(np.random.default_rng(0).normal(size=(10, 3)))
 ASSETS = Assets(ModelConfig.variant("tiny"), {"state": STATS, "actions": STATS}, "lab", "zscore", {"kind": "x"}, "r", 7)
@@ -25,6 +27,25 @@ def test_there_and_back(beside_weights: bool, tmp_path):
         assert getattr(loaded, field) == getattr(ASSETS, field)
     assert loaded.version == pi0.__version__
     np.testing.assert_array_equal(loaded.norm_stats["actions"].std, STATS.std)
+
+
+def test_the_action_tokenizer_travels_along(tmp_path):
+    fast = FASTTokenizer.fit(list(np.random.default_rng(0).normal(size=(9, 4, 3))), vocab_size=260)
+    fast.save(tmp_path / "fitted")
+    assets = dataclasses.replace(ASSETS, action_tokenizer=fast.reference())
+    assets.save(tmp_path / "run" / "assets")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "fitted")
+    loaded = Assets.load(tmp_path / "moved")
+    assert FASTTokenizer.from_reference(loaded.action_tokenizer).sha256 == fast.sha256
+    loaded.save(tmp_path / "moved" / "assets")
+    loaded.save(tmp_path / "again" / "assets", tmp_path / "again")  # as a converted checkpoint
+    again = Assets.load(tmp_path / "again").action_tokenizer
+    assert again == fast.reference() | {"source": str(tmp_path / "again" / "assets" / "fast_tokenizer")}
+
+    with pytest.raises(FileNotFoundError, match="fitted"):
+        assets.save(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
 
 
 def test_no_config_of_ours(tmp_path):

@@ -11,7 +11,7 @@ from convert.checkpoints import open_checkpoint
 from convert.layouts import Tensor
 from convert.lora import merge_lora
 from pi0_jax.loading import parameters_of, with_parameters
-from tests.golden_case import CASES, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
+from tests.golden_case import CASES, FAST, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -65,3 +65,20 @@ def test_lora_in_bfloat16():
     case = GoldenCase(LORA)
     model = pi0_jax.load(case.checkpoint, config=case.config("bfloat16"))
     check_bfloat16(case, run(model, *case.inputs(), gradients=False)[0])
+
+
+@jax.jit
+def run_fast(model, observation):
+    stages = {}
+    model.compute_loss(observation, stages)
+    return stages, model.sample_tokens(observation.prompt_only(), 16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fast(dtype: str):
+    case = GoldenCase(FAST)
+    model = pi0_jax.load(case.checkpoint, config=case.config("float32"), dtype=dtype)
+    assert isinstance(model, pi0_jax.Pi0Fast)
+    stages, tokens = run_fast(model, case.inputs()[0])
+    {"float32": check_float32, "bfloat16": check_bfloat16}[dtype](case, stages)
+    case.check_tokens(np.asarray(tokens), dtype)

@@ -9,7 +9,7 @@ from convert.checkpoints import open_checkpoint
 from convert.layouts import LAYOUTS, Tensor
 from convert.lora import merge_lora
 from pi0_torch.loading import parameters_of, to_torch, with_parameters
-from tests.golden_case import CASES, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
+from tests.golden_case import CASES, FAST, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 
 
 def run(model: pi0_torch.Pi0, case: GoldenCase) -> dict[str, np.ndarray]:
@@ -61,3 +61,15 @@ def test_lora_in_bfloat16():
     case = GoldenCase(LORA)
     model = pi0_torch.load(case.checkpoint, config=case.config("bfloat16"))
     check_bfloat16(case, run(model, case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fast(dtype: str):
+    case = GoldenCase(FAST)
+    model = pi0_torch.load(case.checkpoint, config=case.config("float32"), dtype=dtype)
+    assert isinstance(model, pi0_torch.Pi0Fast)
+    observation, stages = pi0_torch.to_device(case.inputs()[0]), {}
+    model.compute_loss(observation, stages)
+    outputs = {name: value.detach().float().numpy() for name, value in stages.items()}
+    {"float32": check_float32, "bfloat16": check_bfloat16}[dtype](case, outputs)
+    case.check_tokens(model.sample_tokens(observation.prompt_only(), 16).numpy(), dtype)

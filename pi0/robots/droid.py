@@ -1,0 +1,27 @@
+"""The Franka arm of the DROID platform."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from pi0.robots.robot import Robot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Droid(Robot):
+    """A Franka arm with one camera beside it and one at the wrist.
+
+    state [8]: seven joints in radians, gripper from 0 (open) to 1 (closed); actions [T,8]: joint velocities, each in
+    [-1, 1], and the gripper's position. With `delta` the recorded actions are joint positions in radians instead, which
+    the model sees relative to the state. π0-FAST's cameras have other names: give the option `cameras`
+    {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"} (openpi `droid_policy.py`).
+    """
+
+    cameras: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"}
+    )
+
+    state_dim, action_dim = 8, 8
+    state_names = (("joint_position", "gripper_position"), ("state",))
+    delta_dims = (7, -1)

@@ -1,0 +1,25 @@
+"""LIBERO's simulated Panda arm, as openpi and LeRobot record it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from pi0.robots.robot import Robot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Libero(Robot):
+    """A Panda arm with two cameras, moved by its hand.
+
+    state [8]: hand x, y, z in metres, axis-angle in radians, two fingers in metres; actions [T,7]: changes of position
+    and rotation and the gripper, each in [-1, 1]. They are changes already: `delta` subtracts the state once more, as
+    openpi did for its π0 and π0-FAST LIBERO checkpoints, not for π0.5's (openpi `LeRobotLiberoDataConfig`).
+    """
+
+    cameras: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}
+    )
+
+    state_dim, action_dim = 8, 7
+    delta_dims = (6, -1)

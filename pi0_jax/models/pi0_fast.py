@@ -1,0 +1,127 @@
+"""π0-FAST: a vision-language model that writes actions as text tokens, one after the other.
+
+Axes: B batch, S tokens, L text tokens, W width, V vocabulary, D decoded tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pi0 import numerics
+from pi0.config import ModelConfig
+from pi0.observation import Observation
+from pi0_jax.models.gemma import joint_forward
+from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask
+
+
+class Pi0Fast(VisionLanguageModel):
+    """π0-FAST: PaliGemma alone."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, queries="fast_queries", rngs=rngs)
+
+    def text_blocks(self, observation: Observation) -> Int[Array, "B S"]:
+        """Mask blocks of all tokens: cameras and prompt are block 0, tokens to be predicted one block each."""
+        starts = observation.token_ar_mask
+        text = jnp.zeros_like(observation.tokenized_prompt) if starts is None else jnp.cumsum(starts, axis=1)
+        return jnp.pad(text, ((0, 0), (self.config.prefix_len - self.config.max_token_len, 0)))
+
+    def compute_loss(self, observation: Observation, stages: dict[str, Array] | None = None) -> Float[Array, " B"]:
+        """Cross-entropy of the next token, mean over those that `token_loss_mask` asks for, float32.
+
+        `stages`, where given, receives every intermediate result that `convert.parity` compares. Raises ValueError
+        for an observation without the masks of training.
+        """
+        if observation.token_ar_mask is None or observation.token_loss_mask is None:
+            raise ValueError("the observation has no token_ar_mask and token_loss_mask, which the loss needs")
+        prefix, valid = self.embed_prefix(observation, stages)
+        inputs, valid = prefix[:, :-1], valid[:, :-1]  # the last token predicts nothing
+        blocks = self.text_blocks(observation)[:, :-1]
+        (pre_logits,), _ = joint_forward(
+            (self.paligemma,),
+            (inputs,),
+            (jnp.cumsum(valid, axis=1) - 1,),
+            attention_mask(blocks, blocks, valid, valid),
+            (None,),
+            stages=stages,
+        )
+        targets, wanted = observation.tokenized_prompt[:, 1:], observation.token_loss_mask[:, 1:]
+        logits = self.paligemma.logits(pre_logits[:, -targets.shape[1] :])
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        loss = -(log_p * wanted).sum(axis=1) / jnp.maximum(wanted.sum(axis=1), 1)
+        if stages is not None:
+            stages.update(
+                prefix_tokens=inputs,
+                prefix_layers=stages.pop("layers.0"),
+                pre_logits=pre_logits,
+                logits=logits,
+                loss=loss,
+                prefix_valid=valid,
+            )
+        return loss
+
+    def sample_tokens(
+        self,
+        observation: Observation,
+        max_decoding_steps: int | None = None,
+        *,
+        temperature: float = 0.0,
+        rng: Array | None = None,
+        allowed: Bool[Array, " V"] | None = None,
+        eos_token: int = numerics.EOS_TOKEN,
+    ) -> Int[Array, "B D"]:
+        """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
+
+        The likeliest token each time; or, with a `temperature`, one drawn by `rng`. Only tokens that are `allowed`
+        (default: all) are written. Ends when all rows have. `max_decoding_steps` (default: the config's) and
+        `temperature` are static. Raises ValueError for no steps, and for a temperature
+        without `rng` or below 0.
+
+        The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
+        i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
+        that way. It also shifts the prefix to the right end of the cache, which changes nothing: attention sees
+        positions and the mask, not places.
+        """
+        steps = self.config.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
+        if steps < 1:
+            raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
+        if temperature < 0 or (temperature > 0 and rng is None):
+            raise ValueError(f"temperature is {temperature}; it must be 0, or positive and with rng given")
+        prefix, valid = self.embed_prefix(observation)
+        blocks = self.text_blocks(observation)
+        mask = attention_mask(blocks, blocks, valid, valid)
+        positions = jnp.cumsum(valid, axis=1) - 1
+        (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, steps), (0, 0), (0, 0))), cache)
+        batch, prefix_len = valid.shape
+        places, prefix_seen = jnp.arange(prefix_len + steps), jnp.pad(valid, ((0, 0), (0, steps)))
+        length = valid.sum(axis=1, keepdims=True)
+        last = jnp.argmax(jnp.where(valid, positions, -1), axis=1)
+
+        def choose(out: Array, i: Array, tokens: Array, done: Array) -> tuple[Array, Array]:
+            """Write token i [B], which the output `out` [B, 1, W] before it predicts."""
+            logits = self.paligemma.logits(out)[:, 0]
+            if allowed is not None:
+                logits = jnp.where(allowed, logits, numerics.MASKED_LOGIT)
+            if rng is not None and temperature > 0:
+                token = jax.random.categorical(jax.random.fold_in(rng, i), logits / temperature)
+            else:
+                token = jnp.argmax(logits, axis=-1)
+            token = jnp.where(done, 0, token)
+            return tokens.at[:, i].set(token), done | (token == eos_token)
+
+        def step(carry: tuple) -> tuple:
+            i, cache, tokens, done = carry
+            x = self.paligemma.embed(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1))
+            seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
+            (out,), cache = joint_forward(
+                (self.paligemma,), (x,), (length + i,), seen[:, None], (None,), cache, prefix_len + i - 1
+            )
+            return i + 1, cache, *choose(out, i, tokens, done)
+
+        start = jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool)
+        start = choose(out[jnp.arange(batch), last][:, None], jnp.int32(0), *start)
+        return jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[3].all(), step, (jnp.int32(1), cache, *start))[2]
