@@ -184,17 +184,14 @@ def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
             f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalized, a small change of it becomes "
             "huge; widen its stats by hand, or leave it out"
         ]
-    found = []
-    for name, value, beyond in (
-        ("min", stats.min[dim], low - stats.min[dim]),
-        ("max", stats.max[dim], stats.max[dim] - high),
+    counts, found = stats.counts[dim][stats.counts[dim] > 0], []
+    for name, value, quantile, end in (
+        ("min", stats.min[dim], low, counts[0]),
+        ("max", stats.max[dim], high, counts[-1]),
     ):
-        if beyond > OUTLIER * (high - low):
-            ranges = beyond / (high - low)
+        ranges, share = abs(value - quantile) / (high - low), end / stats.count
+        if ranges > OUTLIER:
             found.append(f"has outliers: its {name} {value:.4g} lies {ranges:.1f} times q99 - q01 outside of those")
-    used = np.flatnonzero(stats.counts[dim])
-    for name, value, end in (("min", stats.min[dim], used[0]), ("max", stats.max[dim], used[-1])):
-        share = stats.counts[dim, end] / stats.count
         if share > CLIPPED:
             found.append(f"is {name} ({value:.4g}) in {share:.0%} of all: clipped when recorded? (or open and closed)")
     return found

@@ -53,6 +53,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     model_config = ModelConfig.from_dict(config.model.to_dict())
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
+    if config.get("base_checkpoint"):
+        raise ValueError(
+            f"base_checkpoint is {config.base_checkpoint}: training starts from fresh weights as yet; "
+            "--config.base_checkpoint= says that this is meant"
+        )
 
     # mesh
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -117,6 +122,8 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
     Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
     given, those of the training episodes.
     """
+    if not config.root:
+        raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
     root, held_out = fetch(config.root), set(config.validation_episodes)
     reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
     robot = make_robot(reference)

@@ -54,6 +54,14 @@ CASES: dict[str, tuple[Any, int, int, int, dict[str, str], str]] = {
         {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"},
         "11111110",
     ),
+    "droid_fast": (
+        {"name": "droid", "cameras": {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"}},
+        8,
+        8,
+        8,
+        {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"},
+        "",
+    ),
     "libero": ("libero", 8, 7, 7, {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}, ""),
     "libero_pi0": (
         {"name": "libero", "delta": True},
@@ -137,7 +145,7 @@ def test_the_whole_pipeline_there_and_back(name: str, mode: str):
     }
     model = dataclasses.replace(
         ModelConfig.variant("tiny"),
-        image_keys=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+        image_keys=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb", "wrist_0_rgb"),
         action_dim=16,
     )
     pipeline = Pipeline.from_assets(
