@@ -52,8 +52,8 @@ class RunningStats:
             raise ValueError(f"statistics need finite vectors; got {int((~np.isfinite(x)).sum())} others of {len(x)}")
         mean, low, high = x.mean(axis=0), x.min(axis=0), x.max(axis=0)
         exponent, first = _bins(low, high)
-        numbers = np.floor(np.ldexp(x, -exponent)).astype(np.int64) - first
-        return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers.T, np.ones_like(numbers.T)))
+        numbers = np.floor(x * np.ldexp(1.0, -exponent)).astype(np.int64) - first
+        return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers))
 
     def __add__(self, other: RunningStats) -> RunningStats:
         """By Chan's formula for mean and deviations (1979). Raises ValueError for other dimensions."""
@@ -91,9 +91,8 @@ class RunningStats:
     def _counts_within(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """The counts in the bins of a wider range."""
         (exponent, first), (wider, wider_first) = _bins(self.min, self.max), _bins(low, high)
-        numbers = first[:, None] + np.arange(BINS)
-        numbers = (numbers >> np.minimum(wider - exponent, 62)[:, None]) - wider_first[:, None]
-        return _count(np.clip(numbers, 0, BINS - 1), self.counts)  # what is beyond the ends counts nothing
+        numbers = ((first + np.arange(BINS)[:, None]) >> np.minimum(wider - exponent, 62)) - wider_first
+        return _count(np.clip(numbers, 0, BINS - 1), self.counts.T)  # bins beyond the ends are empty
 
     def _value(self, rank: int) -> np.ndarray:
         """About the value [D] that has `rank` smaller ones: bins spread theirs evenly."""
@@ -117,11 +116,12 @@ def _bins(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return exponent, np.floor(np.ldexp(low, -exponent)).astype(np.int64)
 
 
-def _count(numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sum of weights int64 [D, N] by bin [D, BINS]."""
-    flat = numbers + BINS * np.arange(len(numbers))[:, None]
-    sums = np.bincount(flat.ravel(), weights.ravel(), BINS * len(numbers))  # in float64: exact up to 2**53
-    return sums.astype(np.int64).reshape(-1, BINS)
+def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """How often, or of what weight int64 [N, D] in all, each bin [D, BINS] comes up in numbers [N, D]."""
+    dims = numbers.shape[1]
+    flat = (numbers + BINS * np.arange(dims)).ravel()
+    sums = np.bincount(flat, None if weights is None else weights.ravel(), BINS * dims)  # float64: exact up to 2**53
+    return sums.astype(np.int64).reshape(dims, BINS)
 
 
 def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, RunningStats]:
