@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -125,11 +124,21 @@ def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray
 
 
 def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, RunningStats]:
-    """The "state" and the chunked "actions" of every frame as `Normalize` will see them; no picture is decoded.
+    """The statistics of `frame_numbers`: "state", and "actions" over all of a chunk. Raises ValueError as that does."""
+    stats: dict[str, RunningStats] = {}
+    for data in frame_numbers(dataset, robot):
+        for key, x in data.items():
+            new = RunningStats.of(x)
+            stats[key] = stats[key] + new if key in stats else new
+    return stats
 
-    That is after the robot's adapter and, where it has one, the delta transform; chunks are the dataset's
-    `action_horizon` long and repeat an episode's last action beyond its end (openpi `compute_norm_stats.py`). Raises
-    ValueError where the dataset is not the robot's.
+
+def frame_numbers(dataset: LeRobotDataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
+    """The `state` [N, S] and chunked `actions` [N, T, A] of every frame, N at a time, as `Normalize` will see them.
+
+    That is after the robot's adapter and, where it has one, the delta transform; no picture is decoded. Chunks are the
+    dataset's `action_horizon` long and repeat an episode's last action beyond its end (openpi
+    `compute_norm_stats.py`). Raises ValueError where the dataset is not the robot's.
     """
     action_key = robot.action_key(dataset.features)
     if action_key is None:
@@ -138,25 +147,14 @@ def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, Runni
         table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), action_key)}
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    delta = None if robot.delta_mask is None else DeltaActions(robot.delta_mask)
-    stats: dict[str, RunningStats] = {}
-    for rows, chunks in _blocks(dataset, np.shape(table[action_key])[-1]):
-        data: dict[str, Any] = {key: column[chunks if key == action_key else rows] for key, column in table.items()}
-        data = robot.numbers(data)
-        for key, x in (data if delta is None else delta(data)).items():
-            new = RunningStats.of(x)
-            stats[key] = stats[key] + new if key in stats else new
-    return stats
-
-
-def _blocks(dataset: LeRobotDataset, action_dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows [N] and the rows of the chunks that start there [N, T], a bounded number at a time."""
     lengths = [episode.length for episode in dataset.episodes]
     last = np.repeat(np.cumsum(lengths) - 1, lengths)
-    size = max(1, BLOCK // (dataset.action_horizon * action_dim))
+    size = max(1, BLOCK // (dataset.action_horizon * table[action_key].shape[-1]))
     for start in range(0, len(last), size):
         rows = np.arange(start, min(start + size, len(last)))
-        yield rows, np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
+        chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
+        data = robot.numbers({key: column[chunks if key == action_key else rows] for key, column in table.items()})
+        yield data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
 
 
 def report(stats: Mapping[str, RunningStats]) -> str:
