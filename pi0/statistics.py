@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,8 +51,8 @@ class RunningStats:
             raise ValueError(f"statistics need finite vectors; got {int((~np.isfinite(x)).sum())} others of {len(x)}")
         mean, low, high = x.mean(axis=0), x.min(axis=0), x.max(axis=0)
         exponent, first = _bins(low, high)
-        numbers = np.floor(np.ldexp(x, -exponent)).astype(np.int64) - first
-        return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers.T, np.ones_like(numbers.T)))
+        numbers = np.floor(x * np.ldexp(1.0, -exponent)).astype(np.int64) - first
+        return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers))
 
     def __add__(self, other: RunningStats) -> RunningStats:
         """By Chan's formula for mean and deviations (1979). Raises ValueError for other dimensions."""
@@ -91,9 +90,8 @@ class RunningStats:
     def _counts_within(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """The counts in the bins of a wider range."""
         (exponent, first), (wider, wider_first) = _bins(self.min, self.max), _bins(low, high)
-        numbers = first[:, None] + np.arange(BINS)
-        numbers = (numbers >> np.minimum(wider - exponent, 62)[:, None]) - wider_first[:, None]
-        return _count(np.clip(numbers, 0, BINS - 1), self.counts)  # what is beyond the ends counts nothing
+        numbers = ((first + np.arange(BINS)[:, None]) >> np.minimum(wider - exponent, 62)) - wider_first
+        return _count(np.clip(numbers, 0, BINS - 1), self.counts.T)  # bins beyond the ends are empty
 
     def _value(self, rank: int) -> np.ndarray:
         """About the value [D] that has `rank` smaller ones: bins spread theirs evenly."""
@@ -117,19 +115,30 @@ def _bins(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return exponent, np.floor(np.ldexp(low, -exponent)).astype(np.int64)
 
 
-def _count(numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sum of weights int64 [D, N] by bin [D, BINS]."""
-    flat = numbers + BINS * np.arange(len(numbers))[:, None]
-    sums = np.bincount(flat.ravel(), weights.ravel(), BINS * len(numbers))  # in float64: exact up to 2**53
-    return sums.astype(np.int64).reshape(-1, BINS)
+def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """How often, or of what weight int64 [N, D] in all, each bin [D, BINS] comes up in numbers [N, D]."""
+    dims = numbers.shape[1]
+    flat = (numbers + BINS * np.arange(dims)).ravel()
+    sums = np.bincount(flat, None if weights is None else weights.ravel(), BINS * dims)  # float64: exact up to 2**53
+    return sums.astype(np.int64).reshape(dims, BINS)
 
 
 def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, RunningStats]:
-    """The "state" and the chunked "actions" of every frame as `Normalize` will see them; no picture is decoded.
+    """The statistics of `frame_numbers`: "state", and "actions" over all of a chunk. Raises ValueError as that does."""
+    stats: dict[str, RunningStats] = {}
+    for data in frame_numbers(dataset, robot):
+        for key, x in data.items():
+            new = RunningStats.of(x)
+            stats[key] = stats[key] + new if key in stats else new
+    return stats
 
-    That is after the robot's adapter and, where it has one, the delta transform; chunks are the dataset's
-    `action_horizon` long and repeat an episode's last action beyond its end (openpi `compute_norm_stats.py`). Raises
-    ValueError where the dataset is not the robot's.
+
+def frame_numbers(dataset: LeRobotDataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
+    """The `state` [N, S] and chunked `actions` [N, T, A] of every frame, N at a time, as `Normalize` will see them.
+
+    That is after the robot's adapter and, where it has one, the delta transform; no picture is decoded. Chunks are the
+    dataset's `action_horizon` long and repeat an episode's last action beyond its end (openpi
+    `compute_norm_stats.py`). Raises ValueError where the dataset is not the robot's.
     """
     action_key = robot.action_key(dataset.features)
     if action_key is None:
@@ -138,25 +147,14 @@ def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, Runni
         table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), action_key)}
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    delta = None if robot.delta_mask is None else DeltaActions(robot.delta_mask)
-    stats: dict[str, RunningStats] = {}
-    for rows, chunks in _blocks(dataset, np.shape(table[action_key])[-1]):
-        data: dict[str, Any] = {key: column[chunks if key == action_key else rows] for key, column in table.items()}
-        data = robot.numbers(data)
-        for key, x in (data if delta is None else delta(data)).items():
-            new = RunningStats.of(x)
-            stats[key] = stats[key] + new if key in stats else new
-    return stats
-
-
-def _blocks(dataset: LeRobotDataset, action_dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows [N] and the rows of the chunks that start there [N, T], a bounded number at a time."""
     lengths = [episode.length for episode in dataset.episodes]
     last = np.repeat(np.cumsum(lengths) - 1, lengths)
-    size = max(1, BLOCK // (dataset.action_horizon * action_dim))
+    size = max(1, BLOCK // (dataset.action_horizon * table[action_key].shape[-1]))
     for start in range(0, len(last), size):
         rows = np.arange(start, min(start + size, len(last)))
-        yield rows, np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
+        chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
+        data = robot.numbers({key: column[chunks if key == action_key else rows] for key, column in table.items()})
+        yield data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
 
 
 def report(stats: Mapping[str, RunningStats]) -> str:
@@ -186,17 +184,14 @@ def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
             f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalized, a small change of it becomes "
             "huge; widen its stats by hand, or leave it out"
         ]
-    found = []
-    for name, value, beyond in (
-        ("min", stats.min[dim], low - stats.min[dim]),
-        ("max", stats.max[dim], stats.max[dim] - high),
+    counts, found = stats.counts[dim][stats.counts[dim] > 0], []
+    for name, value, quantile, end in (
+        ("min", stats.min[dim], low, counts[0]),
+        ("max", stats.max[dim], high, counts[-1]),
     ):
-        if beyond > OUTLIER * (high - low):
-            ranges = beyond / (high - low)
+        ranges, share = abs(value - quantile) / (high - low), end / stats.count
+        if ranges > OUTLIER:
             found.append(f"has outliers: its {name} {value:.4g} lies {ranges:.1f} times q99 - q01 outside of those")
-    used = np.flatnonzero(stats.counts[dim])
-    for name, value, end in (("min", stats.min[dim], used[0]), ("max", stats.max[dim], used[-1])):
-        share = stats.counts[dim, end] / stats.count
         if share > CLIPPED:
             found.append(f"is {name} ({value:.4g}) in {share:.0%} of all: clipped when recorded? (or open and closed)")
     return found

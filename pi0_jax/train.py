@@ -122,6 +122,8 @@ def load_data(
     Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
     given, those of the training episodes.
     """
+    if not config.root:
+        raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
     root, held_out = fetch(config.root), set(config.validation_episodes)
     reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
     robot = make_robot(reference)

@@ -14,7 +14,7 @@ from pi0.config import ModelConfig
 from pi0_jax.data import batch_indices, epoch_indices
 from pi0_jax.loading import parameters_of
 from pi0_jax.optimizer import make_schedule
-from pi0_jax.train import main, noise_and_time, read_config, train
+from pi0_jax.train import load_data, main, noise_and_time, read_config, train
 
 
 def small_config(**changes):
@@ -131,3 +131,32 @@ def test_flow_times():
     assert time.min() >= 0.001 and time.max() <= 1.0
     assert abs(float(time.mean()) - 0.6004) < 5 * 0.262 / 20_000**0.5
     assert abs(float(noise.std()) - 1) < 0.03
+
+
+def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Stats are those of relative actions, and the checkpoint says so in plain values; or they come from elsewhere."""
+    monkeypatch.setattr("pi0_jax.train.FrameData", lambda dataset, pipeline, model: pipeline)  # no pictures
+    config = get_config("tiny")
+    plain, _, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    robot = {
+        "name": "generic",
+        "cameras": {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"},
+        "state": [[0, 4]],
+        "actions": [[0, 4]],
+        "delta_dims": [3, -1],
+        "delta": True,
+    }
+    config = get_config("tiny")
+    del config.data.robot
+    config.data.robot = robot
+    relative, pipeline, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    assert json.loads(json.dumps(relative.robot)) == robot and pipeline.robot.delta_mask == (True, True, True, False)
+    before, after = plain.norm_stats["actions"].mean, relative.norm_stats["actions"].mean
+    shift = np.append(plain.norm_stats["state"].mean[:3], 0)
+    np.testing.assert_allclose(after, before - shift, atol=1e-12)  # sums of float32 values, in float64
+
+    relative.save(tmp_path / "assets")
+    config = get_config("tiny")
+    config.data.norm_stats_from = str(tmp_path)
+    again, _, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    np.testing.assert_array_equal(again.norm_stats["actions"].mean, after)

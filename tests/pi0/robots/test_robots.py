@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
@@ -27,59 +27,41 @@ GENERIC = {
     "delta_dims": [4, -1],
     "delta": True,
 }
-# reference, recorded state and action sizes, command size, camera names in frames -> the model's, delta mask
-CASES: dict[str, tuple[Any, int, int, int, dict[str, str], str]] = {
-    "aloha": (
-        "aloha",
-        14,
-        14,
-        14,
-        {"cam_high": "base_0_rgb", "cam_left_wrist": "left_wrist_0_rgb", "cam_right_wrist": "right_wrist_0_rgb"},
-        "11111101111110",
-    ),
-    "aloha_sim": (
-        {"name": "aloha", "cameras": {"top": "base_0_rgb"}, "delta": False, "adapt_to_pi": False},
-        14,
-        14,
-        14,
-        {"top": "base_0_rgb"},
-        "",
-    ),
-    "droid": ("droid", 8, 8, 8, {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"}, ""),
-    "droid_positions": (
-        {"name": "droid", "delta": True},
-        8,
-        8,
-        8,
-        {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"},
-        "11111110",
-    ),
-    "libero": ("libero", 8, 7, 7, {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}, ""),
-    "libero_pi0": (
-        {"name": "libero", "delta": True},
-        8,
-        7,
-        7,
-        {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"},
-        "1111110",
-    ),
-    "robofactory": (
-        "robofactory",
-        8,
-        8,
-        8,
-        {"head_camera": "base_0_rgb", "global_camera": "left_wrist_0_rgb", "wrist_camera": "right_wrist_0_rgb"},
-        "",
-    ),
-    "metaworld": ("metaworld", 4, 4, 4, {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"}, ""),
-    "generic": (GENERIC, 7, 8, 5, {"front": "base_0_rgb"}, "11110"),
+ALOHA = {"cam_high": "base_0_rgb", "cam_left_wrist": "left_wrist_0_rgb", "cam_right_wrist": "right_wrist_0_rgb"}
+DROID = {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"}
+DROID_FAST = {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"}
+LIBERO = {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}
+METAWORLD = {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"}
+ROBOFACTORY = {"head_camera": "base_0_rgb", "global_camera": "left_wrist_0_rgb", "wrist_camera": "right_wrist_0_rgb"}
+SIM = {"name": "aloha", "cameras": {"top": "base_0_rgb"}, "delta": False, "adapt_to_pi": False}
+
+
+class Case(NamedTuple):
+    """What a checkpoint says, the sizes of recorded states, recorded actions and commands, cameras, delta mask."""
+
+    reference: Any
+    dims: tuple[int, int, int]
+    cameras: dict[str, str]
+    mask: str = ""
+
+
+CASES = {
+    "aloha": Case("aloha", (14, 14, 14), ALOHA, "11111101111110"),
+    "aloha_sim": Case(SIM, (14, 14, 14), {"top": "base_0_rgb"}),
+    "droid": Case("droid", (8, 8, 8), DROID),
+    "droid_positions": Case({"name": "droid", "delta": True}, (8, 8, 8), DROID, "11111110"),
+    "droid_fast": Case({"name": "droid", "cameras": DROID_FAST}, (8, 8, 8), DROID_FAST),
+    "libero": Case("libero", (8, 7, 7), LIBERO),
+    "libero_pi0": Case({"name": "libero", "delta": True}, (8, 7, 7), LIBERO, "1111110"),
+    "robofactory": Case("robofactory", (8, 8, 8), ROBOFACTORY),
+    "metaworld": Case("metaworld", (4, 4, 4), METAWORLD),
+    "generic": Case(GENERIC, (7, 8, 5), {"front": "base_0_rgb"}, "11110"),
 }
-REFERENCES = [pytest.param(name, id=name) for name in CASES]
 
 
 def frame(name: str, seed: int = 0) -> dict[str, Any]:
     """A recorded frame as LeRobot's columns, with another brightness for each camera."""
-    _, state, action, _, cameras, _ = CASES[name]
+    (state, action, _), cameras = CASES[name].dims, CASES[name].cameras
     rng = np.random.default_rng(seed)
     images = {f"observation.images.{c}": np.full((6, 8, 3), 10 * i, np.uint8) for i, c in enumerate(cameras)}
     return images | {
@@ -90,32 +72,28 @@ def frame(name: str, seed: int = 0) -> dict[str, Any]:
 
 
 def test_every_robot_has_a_case():
-    assert {make_robot(case[0]).__class__ for case in CASES.values()} == set(ROBOTS.values())
+    assert {type(make_robot(case.reference)) for case in CASES.values()} == set(ROBOTS.values())
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", CASES)
 def test_keys_masks_and_dims(name: str):
-    reference, _, _, dims, cameras, mask = CASES[name]
+    reference, (_, _, dims), cameras, mask = CASES[name]
     robot = make_robot(reference)
     data = robot.to_model(frame(name))
-    names = set(cameras.values())
-    assert set(data) == {f"image/{c}" for c in names} | {f"image_mask/{c}" for c in names} | {
-        "state",
-        "actions",
-        "prompt",
-    }
+    pictures = {f"{part}/{name}" for part in ("image", "image_mask") for name in cameras.values()}
+    assert set(data) == pictures | {"state", "actions", "prompt"}
     for i, camera in enumerate(cameras.values()):
         assert data[f"image/{camera}"][0, 0, 0] == 10 * i and data[f"image_mask/{camera}"]
     assert data["prompt"] == "fold the towel" and data["actions"].shape == (5, dims) and robot.action_dim == dims
     assert robot.delta_mask == (tuple(bit == "1" for bit in mask) or None)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", CASES)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.01, 100))
 @hypothesis.settings(max_examples=20, deadline=None)
 def test_actions_come_back(name: str, seed: int, scale: float):
     """Through float64 and back to float32: to its last place, or the one beside it where angles are converted."""
-    robot, item = make_robot(CASES[name][0]), frame(name)
+    robot, item = make_robot(CASES[name].reference), frame(name)
     item["action"] = (scale * np.random.default_rng(seed).normal(size=item["action"].shape)).astype(np.float32)
     back = robot.from_model(robot.to_model(item))["action"]
     expected = item["action"][:, 1:6] if name == "generic" else item["action"]
@@ -126,10 +104,10 @@ def test_actions_come_back(name: str, seed: int, scale: float):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", REFERENCES)
-def test_the_whole_pipeline_there_and_back(name: str, mode: str):
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_pipeline_there_and_back(name: str, mode: str, tmp_path):
     """Adapter, delta and normalization with what a checkpoint says, and the state that the model saw."""
-    robot = make_robot(CASES[name][0])
+    robot = make_robot(CASES[name].reference)
     frames = [robot.numbers(frame(name, seed)) for seed in range(40)]
     stats = {
         "state": NormStats.from_data(np.stack([f["state"] for f in frames])),
@@ -137,17 +115,17 @@ def test_the_whole_pipeline_there_and_back(name: str, mode: str):
     }
     model = dataclasses.replace(
         ModelConfig.variant("tiny"),
-        image_keys=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+        image_keys=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb", "wrist_0_rgb"),
         action_dim=16,
     )
-    pipeline = Pipeline.from_assets(
-        Assets(model, stats, "lab", mode, TextTokenizer(BUNDLED).reference(), CASES[name][0])
-    )
+    tokenizer = TextTokenizer(BUNDLED).reference()
+    Assets(model, stats, "lab", mode, tokenizer, CASES[name].reference).save(tmp_path / "assets")
+    pipeline = Pipeline.from_assets(Assets.load(tmp_path))
     item = frame(name, seed=99)
     row = pipeline(item)
     actions = row.pop("actions")
     observation = Observation.from_dict({k: np.asarray(v)[None] for k, v in row.items()}, model)
-    absent = set(model.image_keys) - set(CASES[name][4].values())
+    absent = set(model.image_keys) - set(CASES[name].cameras.values())
     assert {key for key, mask in observation.image_masks.items() if not mask.all()} == absent
     expected = item["action"][:, 1:6] if name == "generic" else item["action"]
     # The model's float32 has a last place of 2.4e-7 at 2 to 4, where these normalized values lie; times ranges of
@@ -182,7 +160,7 @@ def test_generic_chooses_and_converts():
 
 
 LIVE = {
-    "aloha": {"images": {c: np.zeros((3, 6, 8), np.uint8) for c in CASES["aloha"][4]}, "state": np.zeros(14)},
+    "aloha": {"images": {c: np.zeros((3, 6, 8), np.uint8) for c in ALOHA}, "state": np.zeros(14)},
     "droid": {
         "observation/exterior_image_1_left": np.zeros((6, 8, 3), np.uint8),
         "observation/wrist_image_left": np.zeros((6, 8, 3), np.uint8),

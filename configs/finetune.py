@@ -1,0 +1,57 @@
+"""What the fine-tuning experiments share; each of the others says what is its own. Not an experiment itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+
+from pi0.config import ModelConfig
+from pi0.tokenizers import PALIGEMMA
+
+RELEASED = "gs://openpi-assets/checkpoints"
+
+
+def finetune(
+    model: ModelConfig, data: dict[str, Any], optimizer: dict[str, Any] | None = None, **changes: Any
+) -> ml_collections.ConfigDict:
+    """openpi's schedule, optimizer and batch, with changes; π0.5 and π0-FAST are normalized by quantiles.
+
+    `data` has at least a robot and an asset_id; `data.root` is the dataset, which some leave to the command line.
+    `base_checkpoint` is where the weights start.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "model": model.to_dict(),
+            "base_checkpoint": f"{RELEASED}/pi0_base",
+            "data": {
+                "root": "",
+                "normalization": "zscore" if model.kind == "pi0" else "quantile",
+                "norm_stats_from": "",
+                "tokenizer": PALIGEMMA,
+                "validation_episodes": [],
+            }
+            | data,
+            "optimizer": {
+                "peak_lr": 2.5e-5,
+                "final_lr": 2.5e-6,
+                "warmup_steps": 1000,
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 1e-10,
+                "clip_norm": 1.0,
+            }
+            | (optimizer or {}),
+            "freeze": "",
+            "ema_decay": 0.99,
+            "batch_size": 32,
+            "steps": 30_000,
+            "log_every": 100,
+            "eval_every": 1000,
+            "save_every": 1000,
+            "keep_checkpoints": 2,
+        }
+        | changes
+    )
