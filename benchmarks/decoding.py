@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,8 @@ def main() -> None:
     for batch in args.batch:
         observation = with_targets(Inputs.random(config, batch).observation, args.tokens)
         for name, sample in (("JAX", sample_jax), ("PyTorch", sample_torch)):
-            cached = seconds(lambda sample=sample: sample(observation, args.tokens), args.repeats)  # type: ignore[misc]
-            uncached = seconds(lambda sample=sample: anew(sample, observation, args.tokens), 1)  # type: ignore[misc]
+            cached = seconds(partial(sample, observation, args.tokens), args.repeats)
+            uncached = seconds(partial(anew, sample, observation, args.tokens), 1)
             rates = [batch * args.tokens / s for s in (cached, uncached)]
             print(f"{name:<10}{batch:>6}{rates[0]:>10.1f}{rates[1]:>10.1f}{uncached / cached:>20.1f}", flush=True)
 
