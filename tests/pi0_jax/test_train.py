@@ -15,7 +15,7 @@ from pi0.config import ModelConfig
 from pi0_jax.data import batch_indices, epoch_indices
 from pi0_jax.loading import parameters_of, unflatten
 from pi0_jax.optimizer import make_optimizer, make_schedule
-from pi0_jax.train import main, noise_and_time, read_config, train, train_step, validation_loss
+from pi0_jax.train import main, noise_and_time, read_config, train, train_step
 from tests.convert.test_parity import random_parameters
 
 
@@ -98,7 +98,6 @@ def test_pi0_fast_learns_what_is_to_be_predicted():
         losses.append(float(scalars["loss"]))
     assert 0.5 * np.log(model.vocab_size) < losses[0] < 2 * np.log(model.vocab_size)
     assert losses[-1] < losses[0] / 3
-    assert float(validation_loss(model, state["params"], (inputs.observation, inputs.actions))) < losses[0] / 3
 
 
 @pytest.mark.parametrize(
