@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,7 +12,7 @@ from pi0.datasets.errors import DataError
 from pi0.datasets.lerobot import LeRobotDataset
 
 
-def find_damage(root: str, *, decode: bool = True, **options: object) -> list[DataError]:
+def find_damage(root: str | Path, *, decode: bool = True, **options: object) -> list[DataError]:
     """Everything that reading a dataset would raise, in order of episodes: the first problem of rows and each camera.
 
     `decode` decodes every picture; without, videos are only measured by their indices. `options` are those of

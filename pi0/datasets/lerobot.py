@@ -63,9 +63,10 @@ class LeRobotDataset:
     With `skip_damaged`, episodes whose files or numbers are damaged are left out and listed in `skipped`; finding
     pictures that are there but cannot be decoded takes `pi0-check-data`.
 
-    Attributes: `fps`; `features`, as in `info.json`; `episodes`, the table of `Episode`; `cameras`; `tasks` and
-    `subtasks`, one text per number; `skipped`, a DataError for each problem. Raises DataError for damaged or missing
-    files, NaN, and formats that are not supported.
+    Attributes: `fps`; `features`, as in `info.json`; `episodes`, the table of `Episode` of those chosen, and
+    `every_episode`; `starts`, the frame where each begins, and the end; `cameras`; `tasks` and `subtasks`, one text per
+    number; `skipped`, a DataError for each problem; `decoded`, how many video frames were decoded so far, those on the
+    way from keyframes included. Raises DataError for damaged or missing files, NaN, and formats not supported.
     """
 
     def __init__(
@@ -94,18 +95,23 @@ class LeRobotDataset:
         read_table, read_tasks = VERSIONS[info["codebase_version"]]
         self.every_episode = list(read_table(self.root, info, videos))
         self.tasks, self.subtasks = read_tasks(self.root, "task"), read_tasks(self.root, "subtask")
+        by_number = {episode.index: episode for episode in self.every_episode}
+        if len(by_number) != len(self.every_episode):
+            raise DataError("an episode number occurs twice in the table of episodes", self.root / "meta")
         total = sum(episode.length for episode in self.every_episode)
         if total != info["total_frames"]:
             problem = f"the episodes have {total} frames in all, total_frames is {info['total_frames']}"
             raise DataError(problem, self.root / "meta" / "info.json")
-        by_number = {episode.index: episode for episode in self.every_episode}
         numbers = _choose(episodes, list(by_number), "episode")
         self._files: dict[tuple[Any, ...], Any] = {}
         self.skipped: list[DataError] = []
+        self.decoded = 0
         self._load([by_number[number] for number in numbers], skip_damaged)
         self._cached: Mapping[str, FrameCache | FrameMemory] = {}
         if cache == MEMORY:
             self._cached = {camera: FrameMemory() for camera in self.cameras}
+        elif cache is not None and image_size is None:
+            raise ValueError("a cache of pictures needs image_size, the size that it was filled for")
         elif cache is not None:
             self._cached = open_cache(self, Path(cache))
 
@@ -145,11 +151,6 @@ class LeRobotDataset:
                 cached.store(episode.index, frame, picture)
         return picture
 
-    @property
-    def decoded(self) -> int:
-        """How many video frames went through the decoders that are open, those on the way from keyframes included."""
-        return sum(file.decoded for file in self._files.values() if isinstance(file, Video))
-
     def _numbers(self, position: int, frame: int) -> dict[str, Any]:
         start, end = self.starts[position : position + 2]
         row = start + frame
@@ -172,8 +173,10 @@ class LeRobotDataset:
                 return images.frame(self._first_rows[position] + frame)
             video = self._open(Video, clip.file, self.fps)
             video.check(clip.start, clip.end, episode.length)
-            damaged = frame
-            return video.frame(clip.start + frame / self.fps)
+            damaged, before = frame, video.decoded
+            picture = video.frame(clip.start + frame / self.fps)
+            self.decoded += video.decoded - before
+            return picture
         except DataError as error:
             damaged = damaged if error.frame is None else error.frame
             raise DataError(error.problem, error.file, episode.index, damaged) from error
@@ -287,7 +290,9 @@ def _read_info(root: Path) -> dict[str, Any]:
         how = {"v2.0": "v21.convert_dataset_v20_to_v21", "v1.6": "v2.convert_dataset_v1_to_v2"}.get(version)
         advice = "convert it with LeRobot" + (f" 0.3.3: `python -m lerobot.datasets.{how}`" if how else "")
         raise DataError(f"dataset format {version}; supported are {', '.join(VERSIONS)}: {advice}", file)
-    missing = [key for key in ("fps", "features", "total_frames", "data_path") if key not in info]
+    needed = ["fps", "features", "total_frames", "data_path"] + ["chunks_size"] * (version == "v2.1")
+    needed += ["video_path"] * any(feature["dtype"] == "video" for feature in info.get("features", {}).values())
+    missing = [key for key in needed if info.get(key) is None]
     if missing:
         raise DataError(f"lacks {missing}", file)
     return info

@@ -29,6 +29,7 @@ class Video:
         self._container: Any = None
         self._frames: Any = None
         self._next = -1  # the number of the frame that the decoder gives next
+        self._checked: set[tuple[float, float, int]] = set()
         self._converter = VideoReformatter()  # kept: one per picture costs more than decoding it
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -40,6 +41,8 @@ class Video:
         Looks at the file's index alone and decodes nothing.
         """
         self._open()
+        if (start, end, length) in self._checked:
+            return
         first, last = np.searchsorted(self._times, (start - self._half, end - self._half))
         if last - first != length:
             problem = f"the video has {last - first} frames for this episode, the episode table says {length}"
@@ -55,6 +58,7 @@ class Video:
             frame = int(np.argmax(late >= self._half))
             problem = f"it is shown at {self._times[first + frame] - start:.3f} s, not at {frame / self.fps:.3f} s"
             raise DataError(problem, self.file, frame=frame)
+        self._checked.add((start, end, length))
 
     def frame(self, time: float) -> np.ndarray:
         """The picture at `time` seconds, uint8 [H, W, 3]: the one within half a frame period of it.
@@ -85,7 +89,7 @@ class Video:
         if frame.time >= time + self._half or frame.is_corrupt:
             self._next = -1
             raise DataError(f"the frame at {time:.3f} s is damaged", self.file)
-        return self._converter.reformat(frame, format="rgb24").to_ndarray()
+        return self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
     def _open(self) -> None:
         """Open the file and read its index: the time and the end in bytes of every frame, and which are keyframes."""

@@ -106,10 +106,15 @@ def test_refused(options: dict[str, Any], problem: str, root: Path, tmp_path: Pa
         build_cache(LeRobotDataset(root, **options), tmp_path / "cache")
 
 
+def test_a_folder_needs_a_size(root: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="needs image_size"):
+        LeRobotDataset(root, cache=tmp_path)
+
+
 def test_full_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = type(shutil.disk_usage(tmp_path))(100, 50, 50)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="0.0 GB left"):
+    with pytest.raises(OSError, match=r"0\.0 GB left"):
         build_cache(LeRobotDataset(root, image_size=SIZE), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
