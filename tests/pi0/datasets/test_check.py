@@ -259,11 +259,7 @@ def test_missing_file(file: str, make: Callable[[str], Path]):
     ("file", "text", "problem"),
     [
         ("info.json", "{", "is not JSON"),
-        (
-            "info.json",
-            json.dumps({"codebase_version": "v2.1", "fps": 20}),
-            r"lacks \['features', 'total_frames', .*'chunks_size'",
-        ),
+        ("info.json", '{"codebase_version": "v2.1", "fps": 20}', "lacks .*'features', 'total_frames', .*'chunks_size'"),
         ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n' * 2, "occurs twice"),
         ("tasks.jsonl", '{"task_index": 0}\n', "line 1 lacks one of"),
         ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n{', "line 2 is not JSON"),
