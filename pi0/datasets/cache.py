@@ -90,13 +90,15 @@ def build_cache(dataset: LeRobotDataset, folder: Path, *, workers: int = 1) -> l
 
     What is there already is kept. A camera's folder gets its name once it is complete. Each of the `workers` processes
     takes one file of pictures after the other. Raises DataError for a damaged picture, OSError if the disk is too
-    small, and ValueError without `image_size`, or for a dataset with only some of the episodes that are whole.
+    small, and ValueError without `image_size`, or for a dataset with only some or none of the episodes that are whole.
     """
     if dataset.image_size is None:
         raise ValueError("a cache needs a dataset with an image_size")
     damaged = {problem.episode for problem in dataset.skipped}
     if {episode.index for episode in dataset.every_episode} - damaged != {e.index for e in dataset.episodes}:
         raise ValueError("a cache needs a dataset with all of its episodes")
+    if not dataset.episodes:
+        raise ValueError(f"all episodes of {dataset.root} are damaged")
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for camera in dataset.cameras:
