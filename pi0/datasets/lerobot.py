@@ -89,6 +89,7 @@ class LeRobotDataset:
         info = _read_info(self.root)
         self.fps: float = info["fps"]
         self.features: dict[str, Any] = info["features"]
+        _choose([*self._states, *self._actions], list(self.features), "column")
         known = [name for name, feature in self.features.items() if _is_camera(feature)]
         self.cameras = _choose(cameras, known, "camera")
         videos = [name for name in known if self.features[name]["dtype"] == "video"]
@@ -96,8 +97,10 @@ class LeRobotDataset:
         self.every_episode = list(read_table(self.root, info, videos))
         self.tasks, self.subtasks = read_tasks(self.root, "task"), read_tasks(self.root, "subtask")
         by_number = {episode.index: episode for episode in self.every_episode}
-        if len(by_number) != len(self.every_episode):
-            raise DataError("an episode number occurs twice in the table of episodes", self.root / "meta")
+        if len(by_number) != len(self.every_episode) or any(episode.length < 1 for episode in self.every_episode):
+            raise DataError(
+                "the table of episodes has a number twice, or an episode without frames", self.root / "meta"
+            )
         total = sum(episode.length for episode in self.every_episode)
         if total != info["total_frames"]:
             problem = f"the episodes have {total} frames in all, total_frames is {info['total_frames']}"

@@ -260,7 +260,8 @@ def test_missing_file(file: str, make: Callable[[str], Path]):
     [
         ("info.json", "{", "is not JSON"),
         ("info.json", '{"codebase_version": "v2.1", "fps": 20}', "lacks .*'features', 'total_frames', .*'chunks_size'"),
-        ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n' * 2, "occurs twice"),
+        ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n' * 2, "has a number twice"),
+        ("episodes.jsonl", '{"episode_index": 0, "length": 0}', "or an episode without frames"),
         ("tasks.jsonl", '{"task_index": 0}\n', "line 1 lacks one of"),
         ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n{', "line 2 is not JSON"),
         ("episodes.jsonl", '{"episode_index": 0, "length": 59}\n', "info.json: the episodes have 59 frames in all"),

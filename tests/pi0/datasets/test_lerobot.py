@@ -241,6 +241,8 @@ def test_columns_of_other_names(tmp_path: Path):
     assert "observation.state" not in item and item["gripper"].dtype == item["hand"].dtype == np.float32
     with pytest.raises(DataError, match=r"episode_000000\.parquet, episode 0: no columns \['action'\]"):
         LeRobotDataset(root)
+    with pytest.raises(DataError, match=r"no column \['state'\]; there are \['observation\.state', "):
+        LeRobotDataset(root, states=["state"])
 
 
 def add_column(root: Path, name: str, values: pa.Array) -> None:
