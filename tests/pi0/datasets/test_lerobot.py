@@ -196,6 +196,25 @@ def test_many_files_and_chunks_v30(tmp_path: Path):
     assert_same(LeRobotDataset(root, action_horizon=10), recording("metaworld_v30"))
 
 
+def test_images_v30(tmp_path: Path):
+    """Several episodes in a file, whose groups of rows end anywhere."""
+    source = RECORDINGS["metaworld_v21_images"]
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted(source.glob("data/*/*.parquet"))])
+    (tmp_path / "data/chunk-000").mkdir(parents=True)
+    pq.write_table(rows, tmp_path / "data/chunk-000/file-000.parquet", row_group_size=25)
+    (tmp_path / "meta/episodes/chunk-000").mkdir(parents=True)
+    places = {"dataset_from_index": [0, 59], "data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+    lengths = np.bincount(rows["episode_index"].to_numpy())
+    table = {"episode_index": [0, 1], "length": lengths} | places
+    pq.write_table(pa.table(table), tmp_path / "meta/episodes/chunk-000/file-000.parquet")
+    tasks = recording("metaworld_v21_images").tasks
+    pq.write_table(pa.table({"task_index": list(tasks), "task": list(tasks.values())}), tmp_path / "meta/tasks.parquet")
+    shutil.copy(source / "meta/info.json", tmp_path / "meta")
+    path = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    edit_info(tmp_path, codebase_version="v3.0", data_path=path)
+    assert_same(LeRobotDataset(tmp_path, action_horizon=10), recording("metaworld_v21_images"))
+
+
 def remux(source: Path, target: Path, first: int, last: int) -> None:
     """Copy some frames of an AV1 video, from a keyframe on, into a file of their own that starts at 0."""
     with av.open(str(source)) as there, av.open(str(target), "w") as here:
