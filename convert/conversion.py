@@ -16,7 +16,7 @@ from tqdm import tqdm
 from convert.beside import WRITERS, variants_of
 from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
 from convert.formats import CheckpointError, pieces
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts import WRITTEN, LayoutError, Tensor, parameters
 from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
 from pi0.config import ModelConfig
@@ -38,6 +38,7 @@ def convert(
     action_horizon: int | None = None,
     config: ModelConfig | None = None,
     asset_id: str | None = None,
+    fresh: int | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -45,15 +46,18 @@ def convert(
     """Write the checkpoint `source`, of any layout, to the folder `target` in the layout `to`.
 
     `dtype` "keep", "float32" or "bfloat16" (rounded once); `lora` "keep" or "merge"; `ema`, `step` choose what is read
-    of a training run, `config` replaces the model config found, `asset_id` chooses among norm stats. `action_dim` pads
-    the projections of state and actions with zeros or cuts them; `action_horizon` only changes the config. Each change
-    is told to `say`. With `verify` (default: for models up to a billion parameters) what was written is read again and
-    compared byte by byte.
+    of a training run, `config` replaces the model config found, `asset_id` chooses among norm stats; with the seed
+    `fresh` an action expert or LoRA that the source has not is newly initialized. `action_dim` pads the projections of
+    state and actions with zeros or cuts them; `action_horizon` only changes the config. Each change is told to `say`.
+    With `verify` (default: for models up to a billion parameters) what was written is read again and compared byte by
+    byte.
 
     Returns the opened result. Raises CheckpointError or LayoutError (which NaN and infinite values are too), and
     FileExistsError where `target` exists; then nothing is left behind.
     """
-    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id)
+    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id, fresh=fresh)
+    if checkpoint.fresh:
+        say(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} to {checkpoint.fresh[-1]}")
     checkpoint = _changed(checkpoint, dtype, lora, action_dim, action_horizon, say)
     if to in WRITERS and variants_of(checkpoint.assets.model) is None:
         say(f"these sizes have no name in the layout {to}: its own config.json is not written")
@@ -156,12 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
         "  pi0-convert runs/demo exported --to pi0_torch                      a training run's newest checkpoint\n"
         "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch    an openpi checkpoint to PyTorch\n"
         "  pi0-convert lora_run/params exported --to pi0_torch --lora merge   a LoRA fine-tuning, merged\n"
-        "  pi0-convert exported back --to openpi_jax                          and back, the same bytes",
+        "  pi0-convert exported back --to openpi_jax                          and back, the same bytes\n"
+        "  pi0-convert pt_224.npz start --to pi0_jax --model pi0 --fresh 0    PaliGemma and a new action expert",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
     parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
-    parser.add_argument("--to", required=True, choices=list(LAYOUTS), help="the layout to write")
+    parser.add_argument("--to", required=True, choices=WRITTEN, help="the layout to write")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of all tensors (default keep)")
     parser.add_argument("--lora", choices=("keep", "merge"), default="keep", help="what to do with LoRA (default keep)")
     parser.add_argument(
@@ -177,6 +182,12 @@ def main(arguments: list[str] | None = None) -> None:
         "from head dim): a variant of pi0.config, such as pi0 or pi05, or a JSON file of its fields",
     )
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
+    parser.add_argument(
+        "--fresh",
+        type=int,
+        metavar="SEED",
+        help="newly initialize what --model has and the source has not: an action expert, or LoRA",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="read and compare what was written (default: if small)"

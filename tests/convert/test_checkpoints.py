@@ -22,7 +22,7 @@ from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
-from tests.golden_case import CASES, GoldenCase
+from tests.golden_case import CASES, FAST, GoldenCase
 
 CONFIG = ModelConfig.variant("tiny")
 
@@ -59,8 +59,12 @@ def stored(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32")])
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32"), ("tiny_pi0_fast", "float32")]
+)
 def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: str, tmp_path):
+    if ModelConfig.variant(variant).kind not in LAYOUTS[layout].kinds:
+        pytest.skip(f"{layout} has no such model")
     checkpoint = random_checkpoint(variant, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     opened = open_checkpoint(write(checkpoint, tmp_path / "out", layout))
     assert opened.layout.name == layout
@@ -69,16 +73,23 @@ def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: 
     np.testing.assert_array_equal(opened.assets.norm_stats["state"].q99, checkpoint.assets.norm_stats["state"].q99)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, FAST])
 def test_openpi_checkpoints_go_around_all_layouts(name: str, tmp_path):
     """Both of openpi's styles: released key paths (π0) and those of a training run (π0.5)."""
     case = GoldenCase(name)
     source = open_checkpoint(case.checkpoint, case.config("float32"))
     convert(case.checkpoint, tmp_path / "torch", to="pi0_torch", config=case.config("float32"))
-    convert(tmp_path / "torch", tmp_path / "jax", to="pi0_jax")
+    convert(tmp_path / "torch", tmp_path / "lerobot", to="lerobot")
+    convert(tmp_path / "lerobot", tmp_path / "jax", to="pi0_jax", config=case.config("float32"))
     convert(tmp_path / "jax", tmp_path / "openpi", to="openpi_jax")
     assert_same(read_orbax(tmp_path / "openpi" / "params"), read_orbax(case.checkpoint / "params"))
     assert_same(open_checkpoint(tmp_path / "openpi").ours, source.ours)
+
+
+def test_openpi_has_no_pi0_fast_in_pytorch(tmp_path):
+    with pytest.raises(LayoutError, match="openpi_torch has no place for pi0_fast; it is one of pi0, pi05"):
+        convert(GoldenCase(FAST).checkpoint, tmp_path / "out", to="openpi_torch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_conversion_is_deterministic(stored, tmp_path):

@@ -126,6 +126,14 @@ def test_merging_rounds_once(tmp_path):
         np.testing.assert_array_equal(merged[name].read((part,)), merged[name].read(())[part])
 
 
+def test_pi0_fast_changes_as_the_others_do(tmp_path):
+    """LoRA is merged; no parameter depends on the action dim."""
+    source, said = write(random_checkpoint("tiny_pi0_fast_lora"), tmp_path / "lora"), []
+    result = convert(source, tmp_path / "out", to="lerobot", lora="merge", action_dim=9, say=said.append)
+    assert said == ["LoRA of paligemma merged in float32", "action_dim 7 -> 9: no parameter depends on it"]
+    assert result.assets.model == ModelConfig.variant("tiny_pi0_fast", action_dim=9)
+
+
 def test_lora_is_not_dropped(source, tmp_path):
     with pytest.raises(LayoutError, match="no LoRA"):
         convert(source, tmp_path / "out", to="pi0_torch", lora="merge")

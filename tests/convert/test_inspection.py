@@ -15,10 +15,10 @@ from convert.layouts import LAYOUTS, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
-from tests.golden_case import CASES, LORA, GoldenCase
+from tests.golden_case import CASES, FAST, LORA, GoldenCase
 
 
-@pytest.mark.parametrize("name", [*CASES, LORA])
+@pytest.mark.parametrize("name", [*CASES, FAST, LORA])
 def test_openpi_checkpoints(name: str):
     """No config beside them: everything follows from names and shapes."""
     case = GoldenCase(name)
@@ -28,6 +28,7 @@ def test_openpi_checkpoints(name: str):
     # LoRA's alpha is no shape; None means the rank, which it is in all of openpi's variants.
     assert found.config.paligemma == dataclasses.replace(config.paligemma, lora_alpha=None)
     assert found.config.vision == config.vision
+    assert (found.config.action_expert is None) == (name == FAST)
     assert found.lora_experts == (("paligemma", "action_expert") if name == LORA else ())
     assert found.parameters == sum(int(np.prod(p.shape)) for p in parameters(config).values())
     assert set(found.dtypes["vision"]) == {"float32"} and (found.step, found.norm_stats) == (None, [])

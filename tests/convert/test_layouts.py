@@ -229,6 +229,16 @@ def test_full_size_pytorch_names_and_shapes(name: str, file: str, kind: str):
     assert detect(shapes) == (layout, kind, ())
 
 
+def test_full_size_lerobot_pi0_fast():
+    """It holds the embedding twice and has no action expert."""
+    listed = json.loads((Path(__file__).parents[1] / "layouts" / "lerobot_pi0_fast.json").read_text())
+    shapes, config = {n: tuple(s) for n, (s, _) in listed.items()}, ModelConfig.variant("pi0_fast")
+    written, copy = LAYOUTS["lerobot"].shapes(config), names_of_the_embedding("lerobot")[1]
+    assert {n: s for n, s in shapes.items() if n != copy} == written
+    LAYOUTS["lerobot"].check(config, shapes)
+    assert detect(shapes) == (LAYOUTS["lerobot"], "pi0_fast", ())
+
+
 @pytest.mark.parametrize("name", list(PALIGEMMA))
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_pytorch_weights_are_as_openpi_converts_them(name: str, kind: str):
