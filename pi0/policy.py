@@ -1,4 +1,4 @@
-"""A policy: what a robot sees in, its actions out. `pi0_torch.Policy` and `pi0_jax.Policy` add the call of the model."""
+"""A policy: what a robot sees in, its actions out. `pi0_torch.Policy` and `pi0_jax.Policy` add the model's call."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ class Policy(abc.ABC):
         result = self.infer_batch([observation], None if noise is None else np.asarray(noise)[None])
         return {key: value if key == "timing" else value[0] for key, value in result.items()}
 
-    def infer_batch(
-        self, observations: Sequence[Mapping[str, Any]], noise: np.ndarray | None = None
-    ) -> dict[str, Any]:
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]], noise: np.ndarray | None = None) -> dict[str, Any]:
         """Frames of the robot's to {"actions": float32 [B, T, robot dims], "timing": {part: seconds}}.
 
         A frame is what the robot's adapter reads (see `Robot.to_model`): pictures of any size, state and `prompt` (or
