@@ -23,7 +23,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "root": "bundled://metaworld_v30",
                 "robot": "metaworld",
                 "asset_id": "metaworld",
-                "normalization": "quantile" if model.kind == "pi05" else "zscore",
+                "normalization": "zscore" if model.kind == "pi0" else "quantile",
                 "tokenizer": "bundled://tokenizer.model",
                 "validation_episodes": [3, 7, 11, 15],
             },

@@ -90,7 +90,7 @@ def test_pi0_fast_learns_what_is_to_be_predicted():
     config.optimizer.update({"warmup_steps": 1, "peak_lr": 0.02})
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 30))
     params, inputs = unflatten(random_parameters(model)), Inputs.random(model, batch=4)
-    state = {"params": params, "ema": None, "opt_state": optimizer.init(params)}
+    state = {"params": params, "frozen": {}, "ema": None, "opt_state": optimizer.init(params)}
     step = jax.jit(partial(train_step, config, model, optimizer))
     losses = []
     for i in range(30):
