@@ -91,7 +91,7 @@ def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: P
     with the first noise.
     """
     with exact_matmuls():
-        replays = [replay(policy, dataset, draws=DRAWS) for policy in policies.values()]
+        replays = [replay(policy, dataset, draws=DRAWS, batch_size=64) for policy in policies.values()]
     stats = policies["JAX"].assets.norm_stats
     assert stats is not None
     mean, std = stats["actions"].mean, stats["actions"].std
