@@ -17,7 +17,8 @@ def finetune(
 ) -> ml_collections.ConfigDict:
     """openpi's schedule, optimizer and batch, with changes; π0.5 and π0-FAST are normalized by quantiles.
 
-    `data` has at least a robot and an asset_id; `data.root` is the dataset, which some leave to the command line.
+    `data` has at least a robot and an asset_id, and for π0-FAST an action_tokenizer; `data.root` is the dataset, which
+    some leave to the command line.
     `base_checkpoint` is where the weights start: any that `convert.checkpoints` opens, PaliGemma's own too.
     """
     return ml_collections.ConfigDict(
@@ -30,6 +31,7 @@ def finetune(
                 "normalization": "zscore" if model.kind == "pi0" else "quantile",
                 "norm_stats_from": "",
                 "tokenizer": PALIGEMMA,
+                "action_tokenizer": "",
                 "validation_episodes": [],
             }
             | data,

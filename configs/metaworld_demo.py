@@ -2,6 +2,7 @@
 
 pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld
 pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/metaworld_pi05
+pi0-train --config configs/metaworld_demo.py:demo_pi0_fast --workdir runs/metaworld_pi0_fast
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "asset_id": "metaworld",
                 "normalization": "zscore" if model.kind == "pi0" else "quantile",
                 "tokenizer": "bundled://tokenizer.model",
+                "action_tokenizer": "bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
                 "validation_episodes": [3, 7, 11, 15],
             },
             "optimizer": {
