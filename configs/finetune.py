@@ -53,6 +53,8 @@ def finetune(
             "eval_every": 1000,
             "save_every": 1000,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
         }
         | changes
     )

@@ -46,5 +46,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "eval_every": 100,
             "save_every": 150,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
         }
     )

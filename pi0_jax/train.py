@@ -38,6 +38,7 @@ from pi0_jax.loading import Model, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+from pi0_jax.preemption import Preempted, Preemption
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
@@ -47,8 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     """Run an experiment in `workdir`, going on from its newest checkpoint if there is one.
 
     Leaves `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/<step>` in `workdir`, and returns the last
-    metrics. Raises ValueError for a config that cannot run, before anything is written, and FloatingPointError where
-    the loss is not finite.
+    metrics. Raises ValueError for a config that cannot run, before anything is written, FloatingPointError where the
+    loss is not finite, and Preempted where SIGTERM stopped it, once it has saved.
     """
     # config
     workdir = Path(workdir)
@@ -70,14 +71,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     # state
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
     base = read_base(config.base_checkpoint, model_config, config.seed) if config.base_checkpoint else None
     init = functools.partial(init_state, config, model_config, optimizer, freeze)
     state = jax.jit(init, out_shardings=replicated)(base)
     print(table(state["params"], state["frozen"]))
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    start, state = checkpoints.restore_newest(state)
 
     # step
     step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
@@ -86,7 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     # loop
     last: dict[str, float] = {}
-    with Metrics(workdir, start, config.steps) as metrics:
+    with Metrics(workdir, start, config.steps) as metrics, Preemption() as preempted:
         window, window_start = [], time.perf_counter()
         for step in range(start, config.steps):
             batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step))
@@ -111,9 +110,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
                 last["validation_loss"] = float(np.mean(losses))
                 metrics.write(done, {"validation_loss": last["validation_loss"]})
                 window_start = time.perf_counter()
-            if done % config.save_every == 0 or done == config.steps:
-                checkpoints.save(done, inference_params(state), state, assets)
+            stop = preempted(done)
+            if done % config.save_every == 0 or done == config.steps or stop:
+                checkpoints.save(done, inference_params(state), state, assets, last)
+            if stop:
+                break
         checkpoints.close()
+    if start < config.steps and stop:
+        raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
 
 
@@ -255,6 +259,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         train(read_config(args.config, overrides), args.workdir)
+    except Preempted as stopped:
+        print(f"pi0-train: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (ValueError, OSError, flags.Error) as error:
         print(f"pi0-train: {error}", file=sys.stderr)
         sys.exit(1)
