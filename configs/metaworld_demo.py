@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from configs.finetune import SCALING
 from pi0.config import ModelConfig
 
 
@@ -35,6 +36,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
                 "clip_norm": 1.0,
+                "moments_dtype": "float32",
             },
             "freeze": "",
             "ema_decay": 0.98,
@@ -45,4 +47,5 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "save_every": 150,
             "keep_checkpoints": 2,
         }
+        | SCALING
     )

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from pi0 import numerics
@@ -36,7 +35,8 @@ from pi0_jax.data import FrameData, batch_indices, epoch_indices
 from pi0_jax.loading import Model, make_model, merge
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
-from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
+from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
@@ -57,10 +57,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     freeze = freeze_pattern(model_config, config.freeze)
 
     # mesh
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    if config.batch_size % mesh.size:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {mesh.size} devices")
-    replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    init = functools.partial(init_state, config, model_config, optimizer, freeze)
+    shardings = state_shardings(jax.eval_shape(init), model_config, config.sharding, mesh)
+    rows = local_rows(config.batch_size, mesh)
+    lead = jax.process_index() == 0
 
     # data
     assets, training, validation = load_data(config.data, model_config, config.to_dict())
@@ -68,26 +70,33 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    if lead:
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    state = jax.jit(functools.partial(init_state, config, model_config, optimizer, freeze), out_shardings=replicated)()
-    print(table(state["params"], state["frozen"]))
+    state = jax.jit(init, out_shardings=shardings)()
+    if lead:
+        print(table(state["params"], state["frozen"]))
     start = checkpoints.latest_step or 0
     if start:
         state = checkpoints.restore(start, state)
 
     # step
-    step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
+    step_fn = jax.jit(
+        functools.partial(train_step, config, model_config, optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
     loss_fn = jax.jit(functools.partial(validation_loss, model_config))
     key = jax.random.key(config.seed)
 
     # loop
     last: dict[str, float] = {}
-    with Metrics(workdir, start, config.steps) as metrics:
+    with jax.set_mesh(mesh), Metrics(workdir, start, config.steps, silent=not lead) as metrics:
         window, window_start = [], time.perf_counter()
         for step in range(start, config.steps):
-            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step))
-            state, scalars = step_fn(state, jax.device_put(batch, by_row), jax.random.fold_in(key, step))
+            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step)[rows])
+            batch = global_batch(batch, config.batch_size, mesh)
+            state, scalars = step_fn(state, batch, jax.random.fold_in(key, step))
             window.append(scalars)
             metrics.advance()
             done = step + 1
@@ -101,10 +110,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
                 last |= means
                 window, window_start = [], time.perf_counter()
             if validation and (done % config.eval_every == 0 or done == config.steps):
-                losses = [
-                    loss_fn(inference_params(state), jax.device_put(validation.batch(indices), by_row))
-                    for indices in epoch_indices(len(validation), config.batch_size)
-                ]
+                losses = []
+                for indices in epoch_indices(len(validation), config.batch_size):
+                    batch = global_batch(validation.batch(indices[rows]), config.batch_size, mesh)
+                    losses.append(loss_fn(inference_params(state), batch))
                 last["validation_loss"] = float(np.mean(losses))
                 metrics.write(done, {"validation_loss": last["validation_loss"]})
                 window_start = time.perf_counter()
@@ -175,13 +184,12 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
-def mean_loss(model: Model, batch: tuple[Observation, jax.Array], key: jax.Array) -> jax.Array:
-    """The mean loss of a batch, with the noise and times that `key` draws where the model flows."""
+def mean_loss(model: Model, batch: tuple[Observation, jax.Array], drawn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The mean loss of a batch, with the noise and times `drawn` for it where the model flows."""
     observation, actions = batch
     if isinstance(model, Pi0Fast):
         return model.compute_loss(observation).mean()
-    noise, flow_time = noise_and_time(key, actions)
-    return model.compute_loss(observation, actions, noise, flow_time).mean()
+    return model.compute_loss(observation, actions, *drawn).mean()
 
 
 def train_step(
@@ -194,10 +202,11 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
 
-    def loss_of(params: Any) -> jax.Array:
-        return mean_loss(merge(model, join(params, state["frozen"])), batch, key)
+    def loss_of(params: Any, rows: tuple[Any, Any]) -> jax.Array:
+        return mean_loss(merge(model, join(params, state["frozen"])), *rows)
 
-    loss, grads = jax.value_and_grad(loss_of)(state["params"])
+    rows = (batch, noise_and_time(key, batch[1]))  # drawn for the whole batch: it may be cut in any way
+    loss, grads = accumulate(jax.value_and_grad(loss_of), state["params"], rows, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
@@ -207,7 +216,7 @@ def train_step(
 
 def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    return mean_loss(merge(model, params), batch, jax.random.key(0))
+    return mean_loss(merge(model, params), batch, noise_and_time(jax.random.key(0), batch[1]))
 
 
 def main(arguments: list[str] | None = None) -> None:
