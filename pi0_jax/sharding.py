@@ -32,6 +32,28 @@ ROWS = PartitionSpec(("data", "fsdp"))  # of whatever has the batch as its first
 MUST_BE_CUT = 2**20  # parameters that have at least as many elements
 
 
+def start_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Join the other processes of a run, before JAX is used: those that flags name, or those of the cluster.
+
+    TPU pods, GKE and SLURM are recognized by JAX; on any other machine, a run without flags is this process alone.
+    Raises ValueError for flags of which some are missing.
+    """
+    flags = (coordinator, count, index)
+    if any(flag is not None for flag in flags):
+        if any(flag is None for flag in flags) or not 0 <= index < count:  # type: ignore[operator]
+            raise ValueError(
+                f"--coordinator {coordinator}, --process-count {count} and --process-index {index} go together: the "
+                f"address and port of process 0, how many there are, and which of them, from 0, this one is"
+            )
+        jax.distributed.initialize(coordinator, count, index)
+    elif not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # of JAX, where it recognizes no cluster
+            if "coordinator_address should be defined" not in str(error):
+                raise
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `sizes` (of `AXES`; one may be -1: what is left) over all devices, or over `devices`.
 

@@ -36,7 +36,7 @@ from pi0_jax.loading import Model, make_model, merge
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
-from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, state_shardings
+from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, start_processes, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
@@ -228,17 +228,24 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="examples:\n"
         "  pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld\n"
         "  pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/pi05 --config.steps=1000\n"
-        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n\n"
+        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n"
+        "  pi0-train --config configs/pi0_metaworld.py --config.mesh.fsdp=8 --workdir runs/pi0_metaworld\n\n"
         "what a run leaves in its folder:\n"
         "  config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/{params,train_state,assets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    processes = parser.add_argument_group("many processes", "found out on TPU pods, GKE and SLURM; else all three")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    processes.add_argument("--process-count", type=int, metavar="N", help="how many processes there are")
+    processes.add_argument("--process-index", type=int, metavar="I", help="which of them this is, from 0")
     args, overrides = parser.parse_known_args(arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        train(read_config(args.config, overrides), args.workdir)
+        config = read_config(args.config, overrides)
+        start_processes(args.coordinator, args.process_count, args.process_index)
+        train(config, args.workdir)
     except (ValueError, OSError, flags.Error) as error:
         print(f"pi0-train: {error}", file=sys.stderr)
         sys.exit(1)
