@@ -114,9 +114,9 @@ class Checkpoints:
             sign(self._folder / str(step))
 
     def restore_newest(self, train_state: Any) -> tuple[int, Any]:
-        """The newest intact checkpoint's step and training state, with the shardings of `train_state`.
+        """The newest intact checkpoint's step and training state, with the shardings of `train_state` (abstract).
 
-        Damaged ones are reported and put aside, and the one before is taken; without any, it is (0, `train_state`).
+        Damaged ones are reported and put aside, and the one before is taken; without any, it is (0, None).
         """
         while (step := self.latest_step) is not None:
             problem = damage(self._folder / str(step)) if jax.process_index() == 0 else None
@@ -129,7 +129,7 @@ class Checkpoints:
                 os.replace(self._folder / str(step), aside)
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
             self._manager.reload()
-        return 0, train_state
+        return 0, None
 
     def restore(self, step: int, train_state: Any) -> Any:
         """The training state at `step`, with the structure and shardings of `train_state`."""
