@@ -17,7 +17,7 @@ import numpy as np
 from convert.conversion import convert
 from convert.parity import Inputs, compare
 from pi0.assets import Assets
-from pi0.datasets import LeRobotDataset
+from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
@@ -86,7 +86,7 @@ class HeldOut:
         if assets is None:
             raise ValueError(f"{export} has no config.json")
         pipeline, horizon = Pipeline.from_assets(assets), assets.model.action_horizon
-        datasets = [LeRobotDataset(root, action_horizon=horizon, episodes=[episode]) for episode in episodes]
+        datasets = [open_dataset(root, pipeline.robot, action_horizon=horizon, episodes=[e]) for e in episodes]
         return cls(assets, pipeline, datasets, [pipeline(d[i]) for d in datasets for i in range(0, len(d), horizon)])
 
     def observation(self, rows: Sequence[dict[str, Any]]) -> Observation:
