@@ -11,7 +11,7 @@ what the decoder alone takes for a keyframe for each picture, and for as many ot
 Ratios are of processor time, which other work on the machine changes little.
 
 The last rows are what training gets: batches from the cache with all transforms, by Grain's worker processes, on the
-device; per second of the clock, from the second batch on.
+device; per second of the clock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from configs.finetune import data_config
 from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset, build_cache
 from pi0.robots import make_robot
-from pi0_jax.data import Loader, load_data
+from pi0_jax.data import AHEAD, Loader, load_data
 
 BATCH = 32
 Job = tuple[int, int, float]  # pieces of work done, video frames decoded for them, and seconds of processor time
@@ -106,9 +106,7 @@ def keyframe_share(files: Sequence[Path]) -> float:
     return float(np.mean(keyframes))
 
 
-def trained_on(
-    root: str, robot: str, size: tuple[int, int], samples: int, workers: int, cache: Path
-) -> dict[str, float]:
+def training(root: str, robot: str, size: tuple[int, int], samples: int, workers: int, cache: Path) -> dict[str, float]:
     """Samples per second through the whole pipeline, without and with augmentation."""
     cameras = make_robot(robot).cameras.values()
     model = ModelConfig.variant(
@@ -121,7 +119,8 @@ def trained_on(
         config = ConfigDict({"seed": 0, "batch_size": BATCH, "data": data})
         _, batches, _ = load_data(config, model)
         with Loader(batches, model, np.arange(BATCH), jax.device_put, workers=workers) as loader:
-            next(loader)
+            for _ in range(2 * AHEAD * workers + AHEAD):  # all processes have started, and nothing was ready before
+                next(loader)
             begin, count = time.perf_counter(), -(-samples // BATCH)
             for _ in range(count):
                 jax.block_until_ready(next(loader))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 import sys
 import time
@@ -83,6 +84,7 @@ class Loader(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self._batches.close()
         self._batches = iter(())  # Grain's iterators complain when they outlive their modules
+        gc.collect()  # JAX holds what it copied until then, and a process that ends leaves shared memory behind
 
 
 @dataclasses.dataclass(frozen=True)
