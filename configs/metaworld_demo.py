@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs.finetune import SCALING
+from configs.finetune import SCALING, data_config
 from pi0.config import ModelConfig
 
 
@@ -21,15 +21,18 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "seed": 0,
             "model": model.to_dict(),
             "base_checkpoint": "",
-            "data": {
-                "root": "bundled://metaworld_v30",
-                "robot": "metaworld",
-                "asset_id": "metaworld",
-                "normalization": "zscore" if model.kind == "pi0" else "quantile",
-                "tokenizer": "bundled://tokenizer.model",
-                "action_tokenizer": "bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
-                "validation_episodes": [3, 7, 11, 15],
-            },
+            "data": data_config(
+                model,
+                root="bundled://metaworld_v30",
+                robot="metaworld",
+                asset_id="metaworld",
+                tokenizer="bundled://tokenizer.model",
+                action_tokenizer="bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
+                validation_episodes=[3, 7, 11, 15],
+                cache="memory",
+                workers=0,
+                augment=False,
+            ),
             "optimizer": {
                 "peak_lr": 1e-3,
                 "final_lr": 1e-5,

@@ -15,8 +15,8 @@ import numpy as np
 from convert.conversion import convert
 from convert.parity import Inputs, compare, exact_matmuls
 from convert.replay import action_names, replay
-from pi0.datasets import LeRobotDataset
-from pi0.fetch import cache_dir
+from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.fetch import cache_dir, fetch
 from pi0.plots import plot_actions, plot_loss
 from pi0.policy import Policy
 
@@ -59,7 +59,9 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
         "PyTorch": pi0_torch.Policy.from_pretrained(export),
     }
     horizon, episodes = policies["JAX"].config.action_horizon, config.data.validation_episodes
-    held_out = LeRobotDataset(config.data.root, action_horizon=horizon, episodes=episodes)
+    held_out = open_dataset(
+        fetch(config.data.root), policies["JAX"].pipeline.robot, action_horizon=horizon, episodes=episodes
+    )
     report = compare(checkpoint, export, inputs=parity_inputs(policies["JAX"], held_out, rows=4))
     print(report.table())
     (workdir / "parity.json").write_text(report.to_json() + "\n")

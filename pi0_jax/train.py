@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,10 @@ from ml_collections import config_flags
 
 from convert.checkpoints import open_checkpoint
 from pi0 import numerics
-from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
-from pi0.datasets import LeRobotDataset
-from pi0.fetch import fetch
 from pi0.observation import Observation
-from pi0.pipeline import Pipeline
-from pi0.robots import make_robot
-from pi0.statistics import dataset_statistics
-from pi0.tokenizers import FASTTokenizer, TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
-from pi0_jax.data import FrameData, batch_indices, epoch_indices
+from pi0_jax.data import Loader, load_data
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
@@ -63,12 +57,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     check_batch(config.batch_size, config.accumulate, mesh)
     init = functools.partial(init_state, config, model_config, optimizer, freeze)
     shardings = state_shardings(jax.eval_shape(init), model_config, config.sharding, mesh)
-    rows = local_rows(config.batch_size, mesh)
     lead = jax.process_index() == 0
 
     # data
-    assets, training, validation = load_data(config.data, model_config, config.to_dict())
-    batch_indices(len(training), config.batch_size, config.seed, 0)  # refuses a batch larger than the data
+    assets, training, validation = load_data(config, model_config)
+    load = functools.partial(
+        Loader,
+        model=model_config,
+        rows=local_rows(config.batch_size, mesh),
+        place=functools.partial(global_batch, batch_size=config.batch_size, mesh=mesh),
+        workers=config.data.workers,
+    )
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
@@ -98,14 +97,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     last: dict[str, float] = {}
     with (
         jax.set_mesh(mesh),
+        load(training, start=start) as batches,
+        load(validation) if validation else nullcontext() as held_out,
         Metrics(workdir, start, config.steps, silent=not lead) as metrics,
         Preemption() as preempted,
     ):
         window, window_start = [], time.perf_counter()
         for step in range(start, config.steps):
-            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step)[rows])
-            batch = global_batch(batch, config.batch_size, mesh)
-            state, scalars = step_fn(state, batch, jax.random.fold_in(key, step))
+            state, scalars = step_fn(state, next(batches), jax.random.fold_in(key, step))
             window.append(scalars)
             metrics.advance()
             done = step + 1
@@ -118,11 +117,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
                 metrics.write(done, means)
                 last |= means
                 window, window_start = [], time.perf_counter()
-            if validation and (done % config.eval_every == 0 or done == config.steps):
-                losses = []
-                for indices in epoch_indices(len(validation), config.batch_size):
-                    batch = global_batch(validation.batch(indices[rows]), config.batch_size, mesh)
-                    losses.append(loss_fn(inference_params(state), batch))
+            if held_out and (done % config.eval_every == 0 or done == config.steps):
+                losses = [loss_fn(inference_params(state), batch) for batch in held_out.one_pass()]
                 last["validation_loss"] = float(np.mean(losses))
                 metrics.write(done, {"validation_loss": last["validation_loss"]})
                 window_start = time.perf_counter()
@@ -135,46 +131,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     if start < config.steps and stop:
         raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
-
-
-def load_data(
-    config: ml_collections.ConfigDict, model: ModelConfig, training: dict[str, Any]
-) -> tuple[Assets, FrameData, FrameData | None]:
-    """The run's assets and its training and validation frames.
-
-    Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
-    given, those of the training episodes.
-    """
-    if not config.root:
-        raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
-    root, held_out = fetch(config.root), set(config.validation_episodes)
-    reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
-    robot = make_robot(reference)
-    every = [episode.index for episode in LeRobotDataset(root).episodes]
-    if not held_out < set(every):
-        raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
-    kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
-    if config.get("norm_stats_from"):
-        norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
-    else:
-        norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
-    fast = config.get("action_tokenizer")
-    assets = Assets(
-        model,
-        norm_stats=norm_stats,
-        asset_id=config.asset_id,
-        normalization=config.normalization,
-        tokenizer=TextTokenizer(config.tokenizer).reference(),
-        robot=reference,
-        action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
-        training=training,
-    )
-    pipeline = Pipeline.from_assets(assets)
-    validation = None
-    if held_out:
-        dataset = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=sorted(held_out))
-        validation = FrameData(dataset, pipeline, model)
-    return assets, FrameData(kept, pipeline, model), validation
 
 
 def init_state(

@@ -113,3 +113,11 @@ def test_what_a_run_lacks_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"--config\.data\.root="):
         train(read_config(str(FOLDER / "pi0_libero_lora.py"), []), tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0.05", 0.05), ("[3, 7]", [3, 7]), ("(3,)", (3,)), ("[]", [])])
+def test_validation_episodes_are_a_list_or_a_fraction(value: str, expected: object):
+    for name in ("pi0_libero_lora.py", "pi0_metaworld.py", "metaworld_demo.py"):
+        config = read_config(str(FOLDER / name), [f"--config.data.validation_episodes={value}"])
+        assert config.data.validation_episodes == expected
+        assert config.data.to_dict()["validation_episodes"] == expected
