@@ -56,6 +56,7 @@ def finetune(
             "keep_checkpoints": 2,
             "keep_best": True,
             "keep_every": 0,
+            "wandb": "",
         }
         | SCALING
         | changes

@@ -55,6 +55,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "keep_checkpoints": 2,
             "keep_best": True,
             "keep_every": 0,
+            "wandb": "",
         }
         | SCALING
     )

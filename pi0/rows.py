@@ -71,6 +71,10 @@ class Batches:
         read = [self.row(step * self.batch_size + int(row)) for row in rows]
         return {key: np.stack([row[key] for row in read]) for key in read[0]}
 
+    def frames(self, step: int) -> list[tuple[int, int]]:
+        """The dataset and the frame of it, for each row of a batch."""
+        return [self.order.locate(step * self.batch_size + row) for row in range(self.batch_size)]
+
     def row(self, position: int) -> dict[str, np.ndarray]:
         """The row at a position."""
         dataset, frame = self.order.locate(position)
