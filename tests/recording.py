@@ -16,7 +16,7 @@ from pi0.robots import Robot
 TASKS = ["open the drawer", "push the puck to the goal"]
 
 
-def write_recording(root: Path, robot: Robot, frames: int = 5) -> Path:
+def write_recording(root: Path, robot: Robot, frames: int = 12) -> Path:
     """Two episodes of the same motion, one task each, in LeRobot's format v3.0."""
     cameras = [f"observation.images.{name}" for name in robot.cameras]
     count, rng = len(TASKS) * frames, np.random.default_rng(0)

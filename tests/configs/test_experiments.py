@@ -11,6 +11,7 @@ import pytest
 from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset
 from pi0.normalize import MODES
+from pi0.observation import Observation
 from pi0.robots import make_robot
 from pi0.sample import METAWORLD
 from pi0.tokenizers import BUNDLED
@@ -20,8 +21,9 @@ import ml_collections
 
 import pi0_jax
 from configs import debug
+from pi0_jax.data import load_data
 from pi0_jax.optimizer import make_optimizer, make_schedule
-from pi0_jax.train import load_data, read_config, train
+from pi0_jax.train import read_config, train
 from tests.convert.test_parity import random_checkpoint, write
 from tests.recording import write_recording
 
@@ -71,9 +73,10 @@ def test_an_experiment_reads_its_robot(name: str, tmp_path):
     """Data and transforms, to the batch that the model gets: checked by `Observation.from_dict`."""
     config = tiny(name, tmp_path)
     model = ModelConfig.from_dict(config.model.to_dict())
-    assets, training, validation = load_data(config.data, model, config.to_dict())
-    observation, actions = training.batch(np.arange(2))
-    assert len(training) == len(validation) == 5 and actions.shape == (2, 10, 16)
+    assets, training, validation = load_data(config, model)
+    data = training.read(0, rows=np.arange(2))
+    actions, observation = data.pop("actions"), Observation.from_dict(data, model)
+    assert validation is not None and actions.shape == (2, 10, 16)
     assert set(assets.norm_stats) == {"state", "actions"} and assets.normalization == config.data.normalization
     robot = make_robot(assets.robot)
     for key, picture in observation.images.items():
