@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs.finetune import data_config
+from configs.finetune import SCALING, data_config
 from pi0.config import ModelConfig
 
 
@@ -40,6 +40,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
                 "clip_norm": 1.0,
+                "moments_dtype": "float32",
             },
             "freeze": "",
             "frozen_dtype": "float32",
@@ -50,5 +51,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "eval_every": 100,
             "save_every": 150,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
         }
+        | SCALING
     )

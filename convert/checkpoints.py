@@ -66,7 +66,9 @@ class Stored:
     tensors: dict[str, Tensor]
 
 
-def read_tensors(source: str | Path, *, step: int | None = None, ema: bool = True) -> Stored:
+def read_tensors(
+    source: str | Path, *, step: int | None = None, ema: bool = True, dtype: np.dtype | None = None
+) -> Stored:
     """The tensors in a checkpoint's files, whatever they are; see `open_checkpoint`. Raises CheckpointError."""
     path = fetch(source)
     if path.suffix == ".npz":
@@ -79,7 +81,7 @@ def read_tensors(source: str | Path, *, step: int | None = None, ema: bool = Tru
             return Stored(folder, folder / file, folder, read(folder / file))
     for params, beside in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
-            return Stored(folder, params, beside, read_orbax(params))
+            return Stored(folder, params, beside, read_orbax(params, dtype))
     raise CheckpointError(f"{folder} holds neither model.safetensors (or its index) nor an Orbax params folder")
 
 
@@ -91,6 +93,7 @@ def open_checkpoint(
     ema: bool = True,
     asset_id: str | None = None,
     fresh: int | None = None,
+    dtype: np.dtype | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout, checked against its table; weights are not read yet.
 
@@ -102,12 +105,14 @@ def open_checkpoint(
     LeRobot's; without one, sizes follow from the shapes, and what shapes do not say (horizon, text length, cameras) is
     that of the released models. `config` overrides both. `asset_id` chooses among several norm stats.
 
+    With `dtype`, all parameters are read as that, each value rounded once.
+
     With the seed `fresh`, a `config` may have what the source has not at all, an action expert (PaliGemma's weights)
     or LoRA: that is newly initialized, and named in the result's `fresh`.
 
     Raises CheckpointError and LayoutError that name what is wrong.
     """
-    stored = read_tensors(source, step=step, ema=ema)
+    stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout, kind, lora = detect(shapes)
@@ -124,6 +129,8 @@ def open_checkpoint(
         rows = next((shape[0] for name, shape in shapes.items() if layout.spell(name) == embedding), 0)
         ours = layout.to_ours(source_config(assets.model, kind, lora, rows), tensors)
         ours, new = with_fresh(assets.model, ours, fresh)
+    if dtype is not None:  # arrays of Orbax are that already
+        ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
     return Checkpoint(folder, layout, assets, ours, norm_stats, new)
 
 

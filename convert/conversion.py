@@ -21,7 +21,7 @@ from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
 from pi0.config import ModelConfig
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SMALL = 1_000_000_000  # parameters up to which a conversion is verified unless told otherwise
 
 
@@ -55,10 +55,14 @@ def convert(
     Returns the opened result. Raises CheckpointError or LayoutError (which NaN and infinite values are too), and
     FileExistsError where `target` exists; then nothing is left behind.
     """
-    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id, fresh=fresh)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES)}")
+    target_dtype = DTYPES[dtype]
+    read_dtype = target_dtype if lora == "keep" else None  # LoRA is merged as it is stored, and then rounded
+    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id, fresh=fresh, dtype=read_dtype)
     if checkpoint.fresh:
         say(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} to {checkpoint.fresh[-1]}")
-    checkpoint = _changed(checkpoint, dtype, lora, action_dim, action_horizon, say)
+    checkpoint = _changed(checkpoint, target_dtype, lora, action_dim, action_horizon, say)
     if to in WRITERS and variants_of(checkpoint.assets.model) is None:
         say(f"these sizes have no name in the layout {to}: its own config.json is not written")
     if verify is None:
@@ -78,7 +82,7 @@ def convert(
 
 def _changed(
     checkpoint: Checkpoint,
-    dtype: str,
+    dtype: np.dtype | None,
     lora: str,
     action_dim: int | None,
     action_horizon: int | None,
@@ -100,16 +104,10 @@ def _changed(
     if action_horizon is not None and action_horizon != model.action_horizon:
         say(f"action_horizon {model.action_horizon} -> {action_horizon}: no parameter depends on it")
         model = dataclasses.replace(model, action_horizon=action_horizon)
-    if dtype != "keep":
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; it must be keep, {', '.join(DTYPES)}")
-        ours = {name: _cast(tensor, DTYPES[dtype]) for name, tensor in ours.items()}
+    if dtype is not None:
+        ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
     assets = dataclasses.replace(checkpoint.assets, model=model)
     return dataclasses.replace(checkpoint, assets=assets, ours=ours)
-
-
-def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    return dataclasses.replace(tensor, dtype=dtype, read=lambda index: tensor.read(index).astype(dtype))
 
 
 def _resized(model: ModelConfig, ours: Mapping[str, Tensor], action_dim: int) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -133,12 +131,20 @@ def _watched(name: str, tensor: Tensor, progress: Callable[[int], object]) -> Te
 
     def read(index: Index) -> np.ndarray:
         array = tensor.read(index)
-        if not np.isfinite(array).all():
+        if not _finite(array):
             raise CheckpointError(f"{name} has NaN or infinite values; the source is damaged, or its training diverged")
         progress(array.nbytes)
         return array
 
     return dataclasses.replace(tensor, read=read)
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; bfloat16 by its bits, since its arithmetic is slow in NumPy."""
+    if array.dtype == DTYPES["bfloat16"]:
+        bits = array.view(np.uint16)
+        return not any(((row & 0x7F80) == 0x7F80).any() for row in (bits if bits.ndim > 1 else [bits]))
+    return bool(np.isfinite(array).all())
 
 
 def verify_equal(a: Checkpoint, b: Checkpoint) -> None:
@@ -167,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
     parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=WRITTEN, help="the layout to write")
-    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of all tensors (default keep)")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of all tensors (default keep)")
     parser.add_argument("--lora", choices=("keep", "merge"), default="keep", help="what to do with LoRA (default keep)")
     parser.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="of a run: the moving average, or not"

@@ -42,6 +42,12 @@ class Tensor:
         """In bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, dtype: np.dtype) -> Tensor:
+        """The same in another dtype."""
+        if self.dtype == dtype:
+            return self
+        return dataclasses.replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype))
+
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
         """A tensor that is in memory already."""

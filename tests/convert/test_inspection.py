@@ -15,6 +15,7 @@ from convert.layouts import LAYOUTS, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
+from tests.convert.test_checkpoints import OF_PI0
 from tests.golden_case import CASES, FAST, LORA, GoldenCase
 
 
@@ -34,7 +35,7 @@ def test_openpi_checkpoints(name: str):
     assert set(found.dtypes["vision"]) == {"float32"} and (found.step, found.norm_stats) == (None, [])
 
 
-@pytest.fixture(params=list(LAYOUTS))
+@pytest.fixture(params=OF_PI0)
 def stored(request, tmp_path) -> tuple[str, Path]:
     config, rng = ModelConfig.variant("tiny"), np.random.default_rng(0)
     stats = NormStats.from_data(rng.normal(size=(10, 4)))

@@ -174,7 +174,7 @@ def test_sizes_that_do_not_follow_are_asked_for(name: str):
 def test_a_layout_is_found_by_its_names(name: str, variant: str):
     config, layout = ModelConfig.variant(variant), LAYOUTS[name]
     if config.kind not in layout.kinds:
-        with pytest.raises(LayoutError, match=f"{name} has no place for {config.kind}; it is one of pi0, pi05"):
+        with pytest.raises(LayoutError, match=f"{name} has no place for {config.kind}; it is one of "):
             layout.shapes(config)
     elif lora_of(config) and not layout.has_lora:
         with pytest.raises(LayoutError, match="no place for LoRA"):
