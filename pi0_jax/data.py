@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,12 +59,16 @@ class Loader(Iterator[Batch]):
             actions = check_actions(data.pop("actions"), model, len(rows))
             return place((Observation.from_dict(data, model), actions))
 
+        def leave_signals(*_: int) -> None:  # to the training process, which saves before it stops
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
         steps = grain.MapDataset.range(start, sys.maxsize)
         # A dataset has files open, which threads cannot share: processes read in parallel, each in one thread.
         read = steps.map(functools.partial(batches.read, rows=rows)).to_iter_dataset(grain.ReadOptions(0, 0))
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        placed = read.mp_prefetch(processes).map(finish)
+        placed = read.mp_prefetch(processes, leave_signals).map(finish)
         self._batches: Any = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD))
         self._steps_of_a_pass = len(batches)
         self.waited = 0.0
