@@ -277,7 +277,7 @@ def _crop_and_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     cropped = Image.fromarray(image[top : top + crop_height, left : left + crop_width])
     # Where in the crop each pixel comes from: turned about the centre, then scaled; both at once.
     angle = np.deg2rad(rng.uniform(-5, 5))
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre, scale = np.array([width, height]) / 2, np.array([crop_width / width, crop_height / height])
     matrix = np.column_stack([turn, centre - turn @ centre]) * scale[:, None]
     size, affine = (width, height), Image.Transform.AFFINE
