@@ -151,7 +151,8 @@ class ModelConfig:
         known = ", ".join(ATTENTIONS)
         _require(self.attention in ATTENTIONS, f"attention is {self.attention!r}; it must be one of {known}")
         _require(
-            self.attention == "plain" or (self.kind != "pi0_fast" and (self.attention, self.dtype) != ("cudnn", "float32")),
+            self.attention == "plain"
+            or (self.kind != "pi0_fast" and (self.attention, self.dtype) != ("cudnn", "float32")),
             f"attention is {self.attention}, kind {self.kind} and dtype {self.dtype}; pi0_fast, whose queries are in "
             f"another dtype than its keys, takes plain only, and cudnn takes bfloat16 only",
         )

@@ -198,15 +198,13 @@ def _convolution_flops(instruction: _Instruction, computation: _Computation) -> 
         return options[name].split("x") if name in options else [default] * rank
 
     pads = [[int(n) for n in pad.split("_")] for pad in option("pad", "0_0")]
-    strides, spread, holes = (
-        [int(n) for n in option(name, "1")] for name in ("stride", "lhs_dilate", "rhs_dilate")
-    )
+    strides, spread, holes = ([int(n) for n in option(name, "1")] for name in ("stride", "lhs_dilate", "rhs_dilate"))
     products = 2.0 * out["b"] * out["f"] * kernel["i"]
     for i in range(rank):
         reach = (inputs[str(i)] - 1) * spread[i] + 1
         outs = np.arange(out[str(i)]) * strides[i] - pads[i][0]
         places = (outs + k * holes[i] for k in range(kernel[str(i)]))
-        products *= sum(int(((0 <= p) & (p < reach) & (p % spread[i] == 0)).sum()) for p in places)
+        products *= sum(int(((p >= 0) & (p < reach) & (p % spread[i] == 0)).sum()) for p in places)
     return products
 
 

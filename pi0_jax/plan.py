@@ -229,7 +229,9 @@ def suggest(config: ml_collections.ConfigDict, plan: Plan, *, sampling: bool = F
         changes.append("--config.model.remat=full")
     wider = [n for n in range(mesh["fsdp"] + 1, chips + 1) if chips % (n * mesh["tensor"]) == 0 and n <= 128]
     if wider:
-        n = next((n for n in wider if sum(plan.held.values()) * mesh["fsdp"] / n < plan.chip.memory * GIB / 2), wider[-1])
+        n = next(
+            (n for n in wider if sum(plan.held.values()) * mesh["fsdp"] / n < plan.chip.memory * GIB / 2), wider[-1]
+        )
         changes.append(f"--config.mesh.data=-1 --config.mesh.fsdp={n}")
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
     if not sampling and rows > config.accumulate:

@@ -83,9 +83,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def partition_specs(
-    model: ModelConfig, rules: Mapping[str, str], sizes: Mapping[str, int]
-) -> dict[str, PartitionSpec]:
+def partition_specs(model: ModelConfig, rules: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
     """How each of our parameters is cut on a mesh of `sizes`. Raises ValueError where the rules do not fit it."""
     wrong = {axis: rule for axis, rule in rules.items() if rule.removesuffix("?") not in ("", *AXES)}
     if wrong:

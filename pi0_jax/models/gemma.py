@@ -218,9 +218,7 @@ def joint_forward(
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
         xs, (blocks, cached) = [constrain_rows(x) for x in xs], scanned
-        xs, keys_values = joint_layer(
-            blocks, xs, rotations, mask, conditions, cached, slot, experts[0].attention
-        )
+        xs, keys_values = joint_layer(blocks, xs, rotations, mask, conditions, cached, slot, experts[0].attention)
         return xs, (keys_values, None if stages is None else xs)
 
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
