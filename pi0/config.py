@@ -122,9 +122,9 @@ class ModelConfig:
     chunk's; `max_token_len` the text's length in tokens, π0-FAST's action tokens included; `num_steps` the Euler steps
     of sampling, `max_decoding_steps` the most tokens that π0-FAST decodes; `dtype` the compute dtype; `remat` what the
     backward pass recomputes: "none", "full" (all of a layer, the least memory), or all but matrix products, as two of
-    JAX's checkpoint policies have it (PyTorch: as "full"); `attention` what JAX computes it by: "plain", our own products and softmax, or
-    `jax.nn.dot_product_attention` in its "xla" or, on GPUs, "cudnn" implementation. Raises ConfigError for impossible
-    sizes.
+    JAX's checkpoint policies have it (PyTorch: as "full"); `attention` what JAX computes it by: "plain", our own
+    products and softmax, or `jax.nn.dot_product_attention` in its "xla" or, on GPUs, "cudnn" implementation. Raises
+    ConfigError for impossible sizes.
     """
 
     kind: str
@@ -152,7 +152,7 @@ class ModelConfig:
         _require(self.attention in ATTENTIONS, f"attention is {self.attention!r}; it must be one of {known}")
         _require(
             self.attention == "plain"
-            or (self.kind != "pi0_fast" and (self.attention, self.dtype) != ("cudnn", "float32")),
+            or (self.kind != "pi0_fast" and (self.attention == "xla" or self.dtype == "bfloat16")),
             f"attention is {self.attention}, kind {self.kind} and dtype {self.dtype}; pi0_fast, whose queries are in "
             f"another dtype than its keys, takes plain only, and cudnn takes bfloat16 only",
         )
