@@ -98,7 +98,7 @@ def _runs(
     for instruction in computations[name].values():
         if instruction.op == "while":
             body, condition = instruction.called("body"), instruction.called("condition")
-            trips = _trips(computations, str(condition))
+            trips = _trips(computations, str(body), str(condition))
             yield from _runs(computations, str(body), times * trips, inside)
         elif instruction.op == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", instruction.rest.partition("branch_computations=")[2]):
@@ -108,15 +108,31 @@ def _runs(
             yield from _runs(computations, called, times, inside or instruction.op == "fusion")
 
 
-def _trips(computations: dict[str, _Computation], condition: str) -> int:
-    """How often a loop runs: the number its counter is compared with; 1 where it is no counter."""
+def _trips(computations: dict[str, _Computation], body: str, condition: str) -> int:
+    """How often a loop runs: its counter starts at 0 and stays below a number; 1 where there is no such counter."""
     names = [condition] + [str(i.called("calls")) for i in computations[condition].values() if i.called("calls")]
     instructions = [i for name in names for i in computations[name].values()]
-    if not any(i.op == "compare" and "direction=LT" in i.rest for i in instructions):
+    counters = [i for i in computations[condition].values() if i.op == "get-tuple-element" and _whole_number(i)]
+    limits = [number for i in instructions if (number := _constant(i)) is not None]
+    if not counters or not limits or not any(i.op == "compare" and "direction=LT" in i.rest for i in instructions):
         return 1
-    numbers = [i.rest for i in instructions if i.op == "constant" and i.type.startswith("s32[]")]
-    limits = [int(found[0]) for number in numbers if (found := re.match(r"\d+", number))]
-    return max(limits, default=1)
+    place = re.search(r"index=(\d+)", counters[0].rest)
+    after = computations[body]
+    next_value, step = after[list(after.values())[-1].operands[int(place[1])]] if place else None, 0
+    while next_value is not None and next_value.op in ("add", "copy"):  # by more than 1 where the loop was unrolled
+        operands = [after[name] for name in next_value.operands]
+        step += sum(number for i in operands if (number := _constant(i)) is not None)
+        next_value = next((i for i in operands if _constant(i) is None), None)
+    return math.ceil(max(limits) / max(step, 1))
+
+
+def _whole_number(instruction: _Instruction) -> bool:
+    return instruction.type.startswith(("s32[]", "u32[]"))
+
+
+def _constant(instruction: _Instruction) -> int | None:
+    found = re.match(r"\d+", instruction.rest) if instruction.op == "constant" and _whole_number(instruction) else None
+    return int(found[0]) if found else None
 
 
 def _bytes(type_: str) -> float:
@@ -148,6 +164,9 @@ def _count_collective(
 def _group_size(rest: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(axis.split("=") for axis in found[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return len(found[1].split(",")) if found else 1
 

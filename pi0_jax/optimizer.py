@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+
+from pi0.config import DTYPES
+
+MOST_B2 = 0.99  # a second moment moves by 1 − b2 of itself, and bfloat16 has 8 bits: 1/256
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -28,11 +33,38 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay on all parameters."""
+    """Clipping, then AdamW with decoupled weight decay on all parameters.
+
+    Its moments are kept in `moments_dtype`, "float32" or "bfloat16". Raises ValueError for another one, and for
+    bfloat16 with a `b2` so near 1 that the second moment's steps would be rounded away.
+    """
+    if config.moments_dtype not in DTYPES:
+        raise ValueError(f"optimizer.moments_dtype is {config.moments_dtype!r}; it must be one of {', '.join(DTYPES)}")
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.moments_dtype == "bfloat16":
+        if config.b2 > MOST_B2:
+            raise ValueError(f"optimizer.b2 is {config.b2}; with moments_dtype bfloat16 it must be at most {MOST_B2}")
+        adam = in_bfloat16(adam)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+        adam,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+def in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam`, computed in float32 as it is, with both moments rounded to bfloat16 between steps."""
+
+    def rounded(state: Any, dtype: Any) -> Any:
+        cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
+        return state._replace(mu=cast(state.mu), nu=cast(state.nu))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, rounded(state, jnp.float32), params)
+        return updates, rounded(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(lambda params: rounded(adam.init(params), jnp.bfloat16), update)
 
 
 def accumulate(

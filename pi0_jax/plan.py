@@ -122,12 +122,10 @@ def devices_of(topology: str) -> list[Any]:
         if len(jax.devices()) < number:
             raise ValueError(f"{topology} is planned on {number} virtual devices, and JAX has started without them")
         return jax.devices()[:number]
-    shape = topology.partition(":")[2]
     try:
-        found = topologies.get_topology_desc(topology if shape.count("x") < 2 else topology, platform="tpu").devices
+        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except Exception as error:  # of any type: jaxlib's own, or for a missing libtpu
         raise ValueError(f"no compiler for {topology}: {str(error).splitlines()[0]}. pip install libtpu?") from error
-    return list(found)
 
 
 def abstract_batch(model: ModelConfig, batch_size: int, *, training: bool) -> tuple[Observation, jax.ShapeDtypeStruct]:

@@ -106,7 +106,7 @@ def _partition_spec(
         elif rule and not rule.endswith("?"):
             raise ValueError(
                 f"mesh.{rule} is {sizes[rule]}, which does not divide axis {letter} = {size} of {name} "
-                f"{list(parameter.shape)}; change the mesh, or keep the axis whole with a rule sharding['{scoped}'] = ''"
+                f"{list(parameter.shape)}; change the mesh, or keep the axis whole: sharding['{scoped}'] = ''"
             )
     fits = [i for i in free if parameter.shape[i] % sizes["fsdp"] == 0]
     if fits and "fsdp" not in cuts:

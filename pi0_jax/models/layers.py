@@ -81,8 +81,15 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"] | None = None,
+    implementation: str = "plain",
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise."""
+    """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise.
+
+    `implementation` is the config's `attention`; "xla" and "cudnn" round at the same places as "plain".
+    """
+    if implementation != "plain":
+        mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     accumulator = numerics.rounding("attention_logits", q.dtype.name)

@@ -20,6 +20,7 @@ class SelfAttention(nnx.Module):
     """Multi-head attention of all image tokens with each other."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.implementation = config.attention
         width, heads = config.vision.width, (config.vision.num_heads, config.vision.head_dim)
         self.query = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
         self.key = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
@@ -27,7 +28,7 @@ class SelfAttention(nnx.Module):
         self.out = Linear(heads, (width,), bias=True, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        return self.out(attention(self.query(x), self.key(x), self.value(x)))
+        return self.out(attention(self.query(x), self.key(x), self.value(x), None, self.implementation))
 
 
 class MLP(nnx.Module):

@@ -48,6 +48,7 @@ class VisionLanguageModel(nnx.Module):
             dtype=config.dtype,
             query_dtype=numerics.rounding(queries, config.dtype),
             remat=config.remat,
+            attention=config.attention,
             rngs=rngs,
         )
 
