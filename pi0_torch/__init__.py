@@ -1,4 +1,4 @@
-"""π0, π0.5 and π0-FAST in PyTorch: `load`, then `compute_loss` and `sample_actions` (`sample_tokens`). Needs no jax."""
+"""π0, π0.5 and π0-FAST in PyTorch: `load`, `compute_loss`, `sample_actions`, `sample`, `sample_tokens`. No jax."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pi0.observation import Observation
 from pi0_torch.loading import load
 from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
+from pi0_torch.models.pi05 import Pi05
 
 
 def to_device(observation: Observation, device: str | torch.device = "cpu") -> Observation:
@@ -24,4 +25,4 @@ def to_device(observation: Observation, device: str | torch.device = "cpu") -> O
     return Observation(**{f.name: move(getattr(observation, f.name)) for f in dataclasses.fields(observation)})
 
 
-__all__ = ["Observation", "Pi0", "Pi0Fast", "load", "to_device"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "load", "to_device"]
