@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from convert.layouts import LAYOUTS, Tensor
+from convert.layouts.layout import parameters
 from pi0.config import ModelConfig
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
 
-CONFIG = ModelConfig.variant("tiny_pi05")
+CONFIG = ModelConfig.variant("tiny_pi05", remat="none")  # compiles faster
 LENGTHS = [(6, 4, 5), (5, 0, 7), (7, 6, 0), (8, 3, 4)]  # tokens of prompt, subtask and FAST, by row
 BATCH = len(LENGTHS)
 
@@ -35,7 +37,13 @@ def mixed_batch(seed: int = 0) -> tuple[Observation, np.ndarray, np.ndarray, np.
     return Observation.from_dict(data, CONFIG), actions, noise, rng.uniform(0.1, 0.9, BATCH).astype(np.float32)
 
 
-def random_parameters(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Parameters of no special value: every gate is open, so every part has an influence."""
+def random_parameters(seed: int = 0) -> dict[str, np.ndarray]:
+    """Parameters of no special value, by our names: every gate is open, so every part has an influence."""
     rng = np.random.default_rng(seed)
-    return {name: (rng.normal(size=shape) * 0.2).astype(np.float32) for name, shape in sorted(shapes.items())}
+    return {n: (rng.normal(size=p.shape) * 0.2).astype(np.float32) for n, p in parameters(CONFIG).items()}
+
+
+def torch_parameters() -> dict[str, np.ndarray]:
+    """The same, by the names of the PyTorch model."""
+    ours = {name: Tensor.of(value) for name, value in random_parameters().items()}
+    return {name: tensor.read(()) for name, tensor in LAYOUTS["pi0_torch"].from_ours(CONFIG, ours).items()}

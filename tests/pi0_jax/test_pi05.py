@@ -10,7 +10,7 @@ import pytest
 
 from pi0 import masks
 from pi0.recipe import RecipeConfig
-from pi0_jax.loading import abstract_model, parameters_of, with_parameters
+from pi0_jax.loading import parameters_of, with_parameters
 from pi0_jax.models.gemma import joint_forward
 from tests.recipe_case import BATCH, CONFIG, LENGTHS, mixed_batch, random_parameters
 
@@ -21,9 +21,7 @@ VLM = ("vision.", "paligemma.")
 
 @pytest.fixture(scope="module")
 def model():
-    shapes = {name: leaf.shape for name, leaf in parameters_of(abstract_model(CONFIG)).items()}
-    params = random_parameters(shapes)
-    return with_parameters(CONFIG, {name: jnp.asarray(value) for name, value in params.items()})
+    return with_parameters(CONFIG, {name: jnp.asarray(value) for name, value in random_parameters().items()})
 
 
 def plain_batch():
