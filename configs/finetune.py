@@ -18,7 +18,7 @@ def finetune(
     """openpi's schedule, optimizer and batch, with changes; π0.5 and π0-FAST are normalized by quantiles.
 
     `data` has at least a robot and an asset_id; `data.root` is the dataset, which some leave to the command line.
-    `base_checkpoint` is where the weights start.
+    `base_checkpoint` is where the weights start: any that `convert.checkpoints` opens, PaliGemma's own too.
     """
     return ml_collections.ConfigDict(
         {
@@ -45,6 +45,7 @@ def finetune(
             }
             | (optimizer or {}),
             "freeze": "",
+            "frozen_dtype": "float32",
             "ema_decay": 0.99,
             "batch_size": 32,
             "steps": 30_000,

@@ -18,11 +18,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "model": model.to_dict(),
+            "base_checkpoint": "",
             "data": {
                 "root": "bundled://metaworld_v30",
                 "robot": "metaworld",
                 "asset_id": "metaworld",
-                "normalization": "quantile" if model.kind == "pi05" else "zscore",
+                "normalization": "zscore" if model.kind == "pi0" else "quantile",
                 "tokenizer": "bundled://tokenizer.model",
                 "validation_episodes": [3, 7, 11, 15],
             },
@@ -37,6 +38,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,
             },
             "freeze": "",
+            "frozen_dtype": "float32",
             "ema_decay": 0.98,
             "batch_size": 32,
             "steps": 300,

@@ -23,6 +23,7 @@ from pi0.observation import Observation
 from pi0.pipeline import Pipeline
 from pi0.plots import plot_actions, plot_loss
 
+DRAWS = 8  # of noise: one alone can give 1.5 times the error
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # what the demo has to reach: final against first loss, error against the mean's
 
 
@@ -106,30 +107,37 @@ def evaluate(held_out: HeldOut, checkpoint: Path, export: Path, picture: Path) -
     """Predict every held-out episode open loop: a new chunk of actions whenever the last one is used up.
 
     Errors are mean squares in units of each dimension's standard deviation in training, so that all dimensions count
-    alike, beside those of always predicting the mean action. Draws the last episode.
+    alike, and means over DRAWS of noise, beside those of always predicting the mean action. Draws the last episode,
+    with the first noise.
     """
     assets, pipeline = held_out.assets, held_out.pipeline
     assert assets.norm_stats is not None
     stats, observation = assets.norm_stats["actions"], held_out.observation(held_out.rows)
-    shape = (len(held_out.rows), assets.model.action_horizon, assets.model.action_dim)
+    shape = (DRAWS, len(held_out.rows), assets.model.action_horizon, assets.model.action_dim)
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     chunks = {"JAX": sample_jax(checkpoint, observation, noise), "PyTorch": sample_torch(export, observation, noise)}
-    predicted = {name: np.stack([pipeline.actions(c) for c in chunk]) for name, chunk in chunks.items()}
+    states = [row["state"] for row in held_out.rows]
+    predicted = {
+        name: np.stack([[pipeline.actions(a, state) for a, state in zip(draw, states, strict=True)] for draw in draws])
+        for name, draws in chunks.items()
+    }
 
     print(f"{'episode':>7}  {'task':<32}{'frames':>7}{'error':>9}{'mean action':>13}")
     start, errors = 0, []
     for dataset in held_out.datasets:
         recorded, count = dataset.table("action"), -(-len(dataset) // assets.model.action_horizon)
         own = {
-            name: p[start : start + count].reshape(-1, p.shape[-1])[: len(recorded)] for name, p in predicted.items()
+            name: p[:, start : start + count].reshape(DRAWS, -1, p.shape[-1])[:, : len(recorded)]
+            for name, p in predicted.items()
         }
         start += count
         # The order of frameworks is that of the columns returned below; the last one is the mean action.
-        guesses = [*own.values(), np.broadcast_to(stats.mean, recorded.shape)]
-        errors += [[np.square((guess - recorded) / stats.std).mean(1) for guess in guesses]]
+        guesses = [*own.values(), np.broadcast_to(stats.mean, (1, *recorded.shape))]
+        errors += [[np.square((guess - recorded) / stats.std).mean((0, 2)) for guess in guesses]]
         _, torch_error, mean_error = (float(e.mean()) for e in errors[-1])
         number, task = dataset.episodes[0].index, dataset[0]["task"]
         print(f"{number:>7}  {task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
+    own = {name: draws[0] for name, draws in own.items()}
     plot_actions(recorded, own, dataset.features["action"]["names"], picture, f"episode {number}: {task}")
 
     jax_error, torch_error, mean_error = (float(np.concatenate(e).mean()) for e in zip(*errors, strict=True))
@@ -143,25 +151,25 @@ def evaluate(held_out: HeldOut, checkpoint: Path, export: Path, picture: Path) -
 
 
 def sample_jax(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [B, T, A] of a checkpoint, sampled in JAX."""
+    """Actions [N, B, T, A] of a checkpoint from as much noise, sampled in JAX."""
     import jax
 
     import pi0_jax
 
-    model = pi0_jax.load(path)
+    model, sample = pi0_jax.load(path), jax.jit(pi0_jax.Pi0.sample_actions)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(pi0_jax.Pi0.sample_actions)(model, observation, noise))
+        return np.stack([sample(model, observation, draw) for draw in noise])
 
 
 def sample_torch(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [B, T, A] of a checkpoint, sampled in PyTorch."""
+    """Actions [N, B, T, A] of a checkpoint from as much noise, sampled in PyTorch."""
     import torch
 
     import pi0_torch
 
-    model = pi0_torch.load(path)
+    model, on_device = pi0_torch.load(path), pi0_torch.to_device(observation)
     assert isinstance(model, pi0_torch.Pi0)
-    return model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(noise)).numpy()
+    return np.stack([model.sample_actions(on_device, torch.from_numpy(draw)).numpy() for draw in noise])
 
 
 def say(title: str) -> None:

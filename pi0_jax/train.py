@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from convert.checkpoints import open_checkpoint
 from pi0 import numerics
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
@@ -33,7 +34,7 @@ from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer, TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import Model, make_model, merge
+from pi0_jax.loading import Model, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
@@ -70,7 +71,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    state = jax.jit(functools.partial(init_state, config, model_config, optimizer, freeze), out_shardings=replicated)()
+    base = read_base(config.base_checkpoint, model_config, config.seed) if config.base_checkpoint else None
+    init = functools.partial(init_state, config, model_config, optimizer, freeze)
+    state = jax.jit(init, out_shardings=replicated)(base)
     print(table(state["params"], state["frozen"]))
     start = checkpoints.latest_step or 0
     if start:
@@ -155,12 +158,34 @@ def load_data(
 
 
 def init_state(
-    config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, freeze: str
+    config: ml_collections.ConfigDict,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    freeze: str,
+    base: dict[str, Any] | None = None,
 ) -> State:
-    """Freshly initialized parameters; for those that train, their moving average and the optimizer's state."""
-    params, frozen = split(nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed)))), freeze)
+    """The parameters `base`, or fresh ones; for those that train, their moving average and the optimizer's state.
+
+    What trains is float32, what is frozen `config.frozen_dtype`.
+    """
+    if base is None:
+        base = nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed))))
+    params, frozen = split(base, freeze)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
+
+
+def read_base(source: str, model: ModelConfig, seed: int) -> dict[str, Any]:
+    """Where a fine-tuning starts: the parameters of any checkpoint, nested, with what it lacks of `model` new.
+
+    That is LoRA, and PaliGemma's own weights' action expert. Raises what `open_checkpoint` does.
+    """
+    checkpoint = open_checkpoint(source, model, fresh=seed)
+    if checkpoint.fresh:
+        print(f"{source}: {len(checkpoint.fresh)} parameters are newly initialized, {checkpoint.fresh[0]} and others")
+    return unflatten({name: tensor.read(()) for name, tensor in checkpoint.ours.items()})
 
 
 def inference_params(state: State) -> Any:
