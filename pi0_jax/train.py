@@ -24,11 +24,12 @@ from ml_collections import config_flags
 from convert.checkpoints import open_checkpoint
 from pi0 import numerics
 from pi0.assets import Assets, fetch_norm_stats
-from pi0.config import ModelConfig
-from pi0.datasets import LeRobotDataset
+from pi0.config import ConfigError, ModelConfig
+from pi0.datasets import Annotated, LeRobotDataset, Mixture, Questions
 from pi0.fetch import fetch
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
+from pi0.recipe import RecipeConfig
 from pi0.robots import make_robot
 from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer, TextTokenizer
@@ -37,6 +38,7 @@ from pi0_jax.data import FrameData, batch_indices, epoch_indices
 from pi0_jax.loading import Model, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.models.pi05 import Pi05
 from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
@@ -56,6 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     freeze = freeze_pattern(model_config, config.freeze)
+    recipe = read_recipe(config, model_config)
 
     # mesh
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -65,7 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     # data
     assets, training, validation = load_data(config.data, model_config, config.to_dict())
-    batch_indices(len(training), config.batch_size, config.seed, 0)  # refuses a batch larger than the data
+    batch_indices(training.order, config.batch_size, config.seed, 0)  # refuses a batch larger than the data
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     # step
     step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
-    loss_fn = jax.jit(functools.partial(validation_loss, model_config))
+    loss_fn = jax.jit(functools.partial(validation_loss, model_config, recipe))
     key = jax.random.key(config.seed)
 
     # loop
@@ -89,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     with Metrics(workdir, start, config.steps) as metrics:
         window, window_start = [], time.perf_counter()
         for step in range(start, config.steps):
-            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step))
+            batch = training.batch(batch_indices(training.order, config.batch_size, config.seed, step))
             state, scalars = step_fn(state, jax.device_put(batch, by_row), jax.random.fold_in(key, step))
             window.append(scalars)
             metrics.advance()
@@ -133,12 +136,20 @@ def load_data(
     every = [episode.index for episode in LeRobotDataset(root).episodes]
     if not held_out < set(every):
         raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
-    kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
+
+    def read(episodes: list[int]) -> LeRobotDataset:
+        return LeRobotDataset(root, action_horizon=model.action_horizon, episodes=episodes)
+
+    def described(dataset: LeRobotDataset) -> LeRobotDataset | Annotated:
+        return Annotated(dataset, config.subtasks) if config.get("subtasks", "") else dataset
+
+    kept = read([e for e in every if e not in held_out])
     if config.get("norm_stats_from"):
         norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
     else:
         norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
     fast = config.get("action_tokenizer")
+    mixture: Any = described(kept)
     assets = Assets(
         model,
         norm_stats=norm_stats,
@@ -147,14 +158,27 @@ def load_data(
         tokenizer=TextTokenizer(config.tokenizer).reference(),
         robot=reference,
         action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
+        subtasks=bool(training.get("recipe") and training["recipe"]["text_weight"] and "subtask" in mixture[0]),
         training=training,
     )
     pipeline = Pipeline.from_assets(assets)
-    validation = None
-    if held_out:
-        dataset = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=sorted(held_out))
-        validation = FrameData(dataset, pipeline, model)
-    return assets, FrameData(kept, pipeline, model), validation
+    validation = FrameData(described(read(sorted(held_out))), pipeline, model) if held_out else None
+    if config.get("questions", ()):
+        questions = [Questions(file, model.image_keys[0]) for file in config.questions]
+        mixture = Mixture([mixture, *questions], list(config.weights) or None, training["seed"])
+    return assets, FrameData(mixture, pipeline, model), validation
+
+
+def read_recipe(config: ml_collections.ConfigDict, model: ModelConfig) -> RecipeConfig | None:
+    """The weights of π0.5's losses, where the config has a recipe. Raises ConfigError for one that cannot be."""
+    if not config.get("recipe"):
+        return None
+    if model.kind != "pi05":
+        raise ConfigError(f"a recipe is π0.5's; the model's kind is {model.kind}")
+    recipe = RecipeConfig.from_dict(config.recipe.to_dict())
+    if recipe.fast_weight and not config.data.get("action_tokenizer"):
+        raise ConfigError("recipe.fast_weight needs data.action_tokenizer, the FAST tokens' (pi0-fit-fast makes one)")
+    return recipe
 
 
 def init_state(
@@ -200,13 +224,24 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
-def mean_loss(model: Model, batch: tuple[Observation, jax.Array], key: jax.Array) -> jax.Array:
-    """The mean loss of a batch, with the noise and times that `key` draws where the model flows."""
+def mean_loss(
+    model: Model, batch: tuple[Observation, jax.Array], key: jax.Array, recipe: RecipeConfig | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean loss of a batch, with the noise and times that `key` draws where the model flows; and a recipe's parts.
+
+    The loss is the weighted sum of the parts; each is the mean over the whole batch, to which an example without it
+    adds nothing.
+    """
     observation, actions = batch
     if isinstance(model, Pi0Fast):
-        return model.compute_loss(observation).mean()
+        return model.compute_loss(observation).mean(), {}
     noise, flow_time = noise_and_time(key, actions)
-    return model.compute_loss(observation, actions, noise, flow_time).mean()
+    if recipe is None:
+        return model.compute_loss(observation, actions, noise, flow_time).mean(), {}
+    assert isinstance(model, Pi05)
+    losses = model.compute_losses(observation, actions, noise, flow_time, recipe)
+    parts = {f"{name}_loss": loss.mean() for name, loss in losses.items()}
+    return jnp.stack([weight * parts[f"{name}_loss"] for name, weight in recipe.weights.items() if weight]).sum(), parts
 
 
 def train_step(
@@ -219,20 +254,24 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
 
-    def loss_of(params: Any) -> jax.Array:
-        return mean_loss(merge(model, join(params, state["frozen"])), batch, key)
+    recipe = read_recipe(config, model)
 
-    loss, grads = jax.value_and_grad(loss_of)(state["params"])
+    def loss_of(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mean_loss(merge(model, join(params, state["frozen"])), batch, key, recipe)
+
+    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
-    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)} | parts
     return {"params": params, "frozen": state["frozen"], "ema": ema, "opt_state": opt_state}, scalars
 
 
-def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
+def validation_loss(
+    model: ModelConfig, recipe: RecipeConfig | None, params: Any, batch: tuple[Observation, jax.Array]
+) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    return mean_loss(merge(model, params), batch, jax.random.key(0))
+    return mean_loss(merge(model, params), batch, jax.random.key(0), recipe)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
