@@ -42,7 +42,8 @@ PHASES: dict[str, list[tuple[str, Begins]]] = {
 
 def spans(commands: np.ndarray, task: str) -> list[tuple[int, int, str]]:
     """The phases of one episode's commands [F, 4]: first frame, the one after the last, subtask."""
-    starts, texts = [], []
+    starts: list[int] = []
+    texts: list[str] = []
     for text, begins in PHASES[task]:
         first = starts[-1] + 1 if starts else 0
         starts.append(next(f for f in range(first, len(commands)) if begins(commands[f])))
@@ -50,7 +51,7 @@ def spans(commands: np.ndarray, task: str) -> list[tuple[int, int, str]]:
     return list(zip(starts, [*starts[1:], len(commands)], texts, strict=True))
 
 
-def annotations() -> str:
+def subtasks() -> str:
     """The lines of the file."""
     dataset = LeRobotDataset(METAWORLD, cameras=[])
     commands = dataset.table("action")
@@ -64,4 +65,4 @@ def annotations() -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(annotations())
+    FILE.write_text(subtasks())
