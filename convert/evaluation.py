@@ -23,7 +23,6 @@ from pi0.datasets import Annotated, LeRobotDataset, Questions
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
-from pi0.tokenizers import RecipeTokenizer
 from pi0.transforms import TokenizeRecipe
 
 Call = Callable[..., Any]  # (method, observation, *arrays, **options): a model's method, NumPy in and out
@@ -103,15 +102,14 @@ def evaluate(
     call = _runner(checkpoint, framework)
     scores: dict[str, Score] = {}
     pipeline = Pipeline.from_assets(assets)
-    step = next((s for s in pipeline.transforms.steps if isinstance(s, TokenizeRecipe)), None)
-    if step is not None:
+    if any(isinstance(step, TokenizeRecipe) for step in pipeline.transforms.steps):
         frames = Frames.read(items, pipeline, model.action_horizon)
         scores |= _text_scores(partial(_batches, call, assets, batch), frames, ("subtask", "FAST tokens"))
         if assets.subtasks:
-            scores |= _planned(call, assets, frames, step.tokenizer, scores, threshold, batch, num_steps)
+            scores |= _planned(call, assets, frames, scores, threshold, batch, num_steps)
         for name in questions:
             asked = Frames.read(Questions(name, model.image_keys[0]), pipeline, model.action_horizon)
-            scores |= _answers(call, assets, asked, step.tokenizer, f"answers, {Path(name).stem}", batch)
+            scores |= _answers(call, assets, asked, f"answers, {Path(name).stem}", batch, num_steps)
     plain = Pipeline.from_assets(dataclasses.replace(assets, subtasks=False, action_tokenizer=None))
     frames = Frames.read(items, plain, model.action_horizon)
     noise = _noise(frames)
@@ -124,7 +122,6 @@ def _planned(
     call: Call,
     assets: Assets,
     frames: Frames,
-    tokenizer: RecipeTokenizer,
     scores: dict[str, Score],
     threshold: float,
     batch: int,
@@ -136,23 +133,27 @@ def _planned(
     written, predicted = run()
     truth = _written(frames, assets.model.max_decoding_steps)
     _, given = run(truth)
-    right = [tokenizer.read(a) == tokenizer.read(b) for a, b in zip(written, truth, strict=True)]
     pipeline = Pipeline.from_assets(assets)
     return {
-        "subtask": dataclasses.replace(scores["subtask"], exact=float(np.mean(right))),
+        "subtask": dataclasses.replace(scores["subtask"], exact=_exact(written, truth)),
         "actions, predicted subtask": _action_score(predicted, frames, pipeline, threshold),
         "actions, true subtask": _action_score(given, frames, pipeline, threshold),
     }
 
 
 def _answers(
-    call: Call, assets: Assets, frames: Frames, tokenizer: RecipeTokenizer, name: str, batch: int
+    call: Call, assets: Assets, frames: Frames, name: str, batch: int, num_steps: int | None
 ) -> dict[str, Score]:
+    """Of questions: was the answer written as recorded."""
     score = _text_scores(partial(_batches, call, assets, batch), frames, (name, ""))[name]
-    written, _ = _batches(call, assets, batch, frames, "sample", _noise(frames), num_steps=1)
+    written, _ = _batches(call, assets, batch, frames, "sample", _noise(frames), num_steps=num_steps)
     truth = _written(frames, assets.model.max_decoding_steps)
-    right = [tokenizer.read(a) == tokenizer.read(b) for a, b in zip(written, truth, strict=True)]
-    return {name: dataclasses.replace(score, exact=float(np.mean(right)))}
+    return {name: dataclasses.replace(score, exact=_exact(written, truth))}
+
+
+def _exact(written: np.ndarray, truth: np.ndarray) -> float:
+    """The share of texts [N, D] that are the same, token by token."""
+    return float((written == truth).all(axis=1).mean())
 
 
 def _text_scores(run: Call, frames: Frames, names: tuple[str, str]) -> dict[str, Score]:

@@ -94,13 +94,14 @@ class Observation:
 
     def prompt_only(self) -> Observation:
         """What a training example asks: without the tokens that are to be predicted."""
+        training = [name for names in _TRAINING.values() for name in names if getattr(self, name) is not None]
         mask = self.tokenized_prompt_mask
         if self.token_loss_mask is not None:
             mask = mask & ~self.token_loss_mask
         if self.token_group is not None:
             mask = mask & (self.token_group == PREFIX)
-        nothing: dict[str, Any] = {name: None for names in _TRAINING.values() for name in names}
-        return dataclasses.replace(self, tokenized_prompt_mask=mask, **nothing)
+        without: dict[str, Any] = dict.fromkeys(training)
+        return dataclasses.replace(self, tokenized_prompt_mask=mask, **without) if training else self
 
 
 def check_actions(actions: Any, config: ModelConfig, batch: int | None = None) -> np.ndarray:
