@@ -439,7 +439,7 @@ class RecipeTokenizer:
         return self._grouped((prompt, [*self.text.encode(_one_line(answer)), self.text.eos_id], []), max_len)
 
     def read(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The subtask or answer that generated tokens [N] say: up to the first `<eos>`, without ids that are no text."""
+        """The text that generated tokens [N] say: up to the first `<eos>`, without ids that are no text."""
         ids = [int(t) for t in tokens]
         ids = ids[: _find(ids, [self.text.eos_id])]
         return self.text.decode([i for i in ids if i < self.text.vocab_size]).strip()
