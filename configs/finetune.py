@@ -9,6 +9,11 @@ import ml_collections
 from pi0.config import ModelConfig
 from pi0.tokenizers import PALIGEMMA
 
+SCALING = {
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that are left
+    "sharding": {"n": "tensor", "k": "tensor?", "m": "tensor", "l": ""},  # see pi0_jax.sharding
+    "accumulate": 1,  # micro-batches, one after the other
+}
 RELEASED = "gs://openpi-assets/checkpoints"
 
 
@@ -42,6 +47,7 @@ def finetune(
                 "eps": 1e-8,
                 "weight_decay": 1e-10,
                 "clip_norm": 1.0,
+                "moments_dtype": "float32",
             }
             | (optimizer or {}),
             "freeze": "",
@@ -53,6 +59,9 @@ def finetune(
             "eval_every": 1000,
             "save_every": 1000,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
         }
+        | SCALING
         | changes
     )

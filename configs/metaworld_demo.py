@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from configs.finetune import SCALING
 from pi0.config import ModelConfig
 
 
@@ -36,6 +37,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
                 "clip_norm": 1.0,
+                "moments_dtype": "float32",
             },
             "freeze": "",
             "frozen_dtype": "float32",
@@ -46,5 +48,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "eval_every": 100,
             "save_every": 150,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
         }
+        | SCALING
     )

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert.conversion import convert
-from convert.parity import Inputs, compare
-from pi0.assets import Assets
+from convert.parity import Inputs, compare, exact_matmuls
+from convert.replay import action_names, replay
 from pi0.datasets import LeRobotDataset
-from pi0.fetch import cache_dir, fetch
-from pi0.observation import Observation
-from pi0.pipeline import Pipeline
+from pi0.fetch import cache_dir
 from pi0.plots import plot_actions, plot_loss
+from pi0.policy import Policy
 
 DRAWS = 8  # of noise: one alone can give 1.5 times the error
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # what the demo has to reach: final against first loss, error against the mean's
@@ -35,6 +32,8 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
     """
     import jax
 
+    import pi0_jax
+    import pi0_torch
     from configs.metaworld_demo import get_config
     from pi0_jax.train import train
 
@@ -55,121 +54,69 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
     print(f"{len(result.in_layout('pi0_torch'))} tensors, {size:.1f} MiB in {export}")
 
     say("3. Compare the two, stage by stage, on frames of episodes that training did not see")
-    held_out = HeldOut.load(export, fetch(config.data.root), config.data.validation_episodes)
-    report = compare(checkpoint, export, inputs=held_out.parity_inputs(rows=4))
+    policies = {
+        "JAX": pi0_jax.Policy.from_pretrained(checkpoint),
+        "PyTorch": pi0_torch.Policy.from_pretrained(export),
+    }
+    horizon, episodes = policies["JAX"].config.action_horizon, config.data.validation_episodes
+    held_out = LeRobotDataset(config.data.root, action_horizon=horizon, episodes=episodes)
+    report = compare(checkpoint, export, inputs=parity_inputs(policies["JAX"], held_out, rows=4))
     print(report.table())
     (workdir / "parity.json").write_text(report.to_json() + "\n")
     if not report.passed:
         raise RuntimeError("the exported model does not compute what the trained one does")
 
     say("4. Predict the actions of those episodes, in both frameworks")
-    figures = evaluate(held_out, checkpoint, export, workdir / "actions.png")
+    figures = evaluate(policies, held_out, workdir / "actions.png")
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     figures |= {"first_loss": first, "last_loss": metrics["loss"], "seconds": time.perf_counter() - start}
     summarize(figures, workdir)
     return figures
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Episodes that training did not see: every T-th frame of each as model input, F chunks in all."""
-
-    assets: Assets
-    pipeline: Pipeline
-    datasets: list[LeRobotDataset]  # one per episode
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def load(cls, export: Path, root: Path, episodes: Sequence[int]) -> HeldOut:
-        """The episodes of a dataset, as the model in `export` sees them."""
-        assets = Assets.load(export)
-        if assets is None:
-            raise ValueError(f"{export} has no config.json")
-        pipeline, horizon = Pipeline.from_assets(assets), assets.model.action_horizon
-        datasets = [LeRobotDataset(root, action_horizon=horizon, episodes=[episode]) for episode in episodes]
-        return cls(assets, pipeline, datasets, [pipeline(d[i]) for d in datasets for i in range(0, len(d), horizon)])
-
-    def observation(self, rows: Sequence[dict[str, Any]]) -> Observation:
-        """Some rows as a batch."""
-        data = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "actions"}
-        return Observation.from_dict(data, self.assets.model)
-
-    def parity_inputs(self, rows: int) -> Inputs:
-        """A few rows, spread over all, with their recorded actions."""
-        chosen = [self.rows[i] for i in np.linspace(0, len(self.rows) - 1, rows).astype(int)]
-        actions = np.stack([row["actions"] for row in chosen])
-        rng = np.random.default_rng(0)
-        noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
-        return Inputs(self.observation(chosen), actions, noise.astype(np.float32), flow_time.astype(np.float32))
+def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
+    """A few frames, spread over all, with their recorded actions."""
+    frames = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, rows)]
+    actions = np.stack([policy.pipeline(frame)["actions"] for frame in frames])
+    rng = np.random.default_rng(0)
+    noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
+    return Inputs(policy.inputs(frames), actions, noise.astype(np.float32), flow_time.astype(np.float32))
 
 
-def evaluate(held_out: HeldOut, checkpoint: Path, export: Path, picture: Path) -> dict[str, float]:
-    """Predict every held-out episode open loop: a new chunk of actions whenever the last one is used up.
+def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: Path) -> dict[str, float]:
+    """Predict every episode open loop in "JAX" and in "PyTorch".
 
     Errors are mean squares in units of each dimension's standard deviation in training, so that all dimensions count
     alike, and means over DRAWS of noise, beside those of always predicting the mean action. Draws the last episode,
     with the first noise.
     """
-    assets, pipeline = held_out.assets, held_out.pipeline
-    assert assets.norm_stats is not None
-    stats, observation = assets.norm_stats["actions"], held_out.observation(held_out.rows)
-    shape = (DRAWS, len(held_out.rows), assets.model.action_horizon, assets.model.action_dim)
-    noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    chunks = {"JAX": sample_jax(checkpoint, observation, noise), "PyTorch": sample_torch(export, observation, noise)}
-    states = [row["state"] for row in held_out.rows]
-    predicted = {
-        name: np.stack([[pipeline.actions(a, state) for a, state in zip(draw, states, strict=True)] for draw in draws])
-        for name, draws in chunks.items()
-    }
+    with exact_matmuls():
+        replays = [replay(policy, dataset, draws=DRAWS, batch_size=64) for policy in policies.values()]
+    stats = policies["JAX"].assets.norm_stats
+    assert stats is not None
+    mean, std = stats["actions"].mean, stats["actions"].std
 
     print(f"{'episode':>7}  {'task':<32}{'frames':>7}{'error':>9}{'mean action':>13}")
-    start, errors = 0, []
-    for dataset in held_out.datasets:
-        recorded, count = dataset.table("action"), -(-len(dataset) // assets.model.action_horizon)
-        own = {
-            name: p[:, start : start + count].reshape(DRAWS, -1, p.shape[-1])[:, : len(recorded)]
-            for name, p in predicted.items()
-        }
-        start += count
+    errors = []
+    for own in zip(*replays, strict=True):
+        recorded = own[0].recorded
         # The order of frameworks is that of the columns returned below; the last one is the mean action.
-        guesses = [*own.values(), np.broadcast_to(stats.mean, (1, *recorded.shape))]
-        errors += [[np.square((guess - recorded) / stats.std).mean((0, 2)) for guess in guesses]]
+        guesses = [*(e.predicted for e in own), np.broadcast_to(mean, (1, *recorded.shape))]
+        errors += [[np.square((guess - recorded) / std).mean((0, 2)) for guess in guesses]]
         _, torch_error, mean_error = (float(e.mean()) for e in errors[-1])
-        number, task = dataset.episodes[0].index, dataset[0]["task"]
-        print(f"{number:>7}  {task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
-    own = {name: draws[0] for name, draws in own.items()}
-    plot_actions(recorded, own, dataset.features["action"]["names"], picture, f"episode {number}: {task}")
+        print(f"{own[0].episode:>7}  {own[0].task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
+    shown = {name: episode.predicted[0] for name, episode in zip(policies, own, strict=True)}
+    names, title = action_names(dataset, policies["JAX"].pipeline.robot), f"episode {own[0].episode}: {own[0].task}"
+    plot_actions(recorded, shown, names, picture, title)
 
     jax_error, torch_error, mean_error = (float(np.concatenate(e).mean()) for e in zip(*errors, strict=True))
-    difference = np.linalg.norm(predicted["PyTorch"] - predicted["JAX"]) / np.linalg.norm(predicted["JAX"])
+    in_jax, in_torch = (np.concatenate([e.predicted for e in episodes], axis=1) for episodes in replays)
     return {
         "jax_error": jax_error,
         "torch_error": torch_error,
         "mean_error": mean_error,
-        "framework_difference": float(difference),
+        "framework_difference": float(np.linalg.norm(in_torch - in_jax) / np.linalg.norm(in_jax)),
     }
-
-
-def sample_jax(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [N, B, T, A] of a checkpoint from as much noise, sampled in JAX."""
-    import jax
-
-    import pi0_jax
-
-    model, sample = pi0_jax.load(path), jax.jit(pi0_jax.Pi0.sample_actions)
-    with jax.default_matmul_precision("highest"):
-        return np.stack([sample(model, observation, draw) for draw in noise])
-
-
-def sample_torch(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [N, B, T, A] of a checkpoint from as much noise, sampled in PyTorch."""
-    import torch
-
-    import pi0_torch
-
-    model, on_device = pi0_torch.load(path), pi0_torch.to_device(observation)
-    assert isinstance(model, pi0_torch.Pi0)
-    return np.stack([model.sample_actions(on_device, torch.from_numpy(draw)).numpy() for draw in noise])
 
 
 def say(title: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 KINDS = ("pi0", "pi05", "pi0_fast")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full")
+REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  # the latter two as in JAX
 
 
 class ConfigError(ValueError):
@@ -120,8 +120,8 @@ class ModelConfig:
     `image_resolution` is (height, width) in pixels; `action_dim` A and `action_horizon` T are the padded action
     chunk's; `max_token_len` the text's length in tokens, π0-FAST's action tokens included; `num_steps` the Euler steps
     of sampling, `max_decoding_steps` the most tokens that π0-FAST decodes; `dtype` the compute dtype; `remat` what the
-    backward pass recomputes: "none", or "full" (all of a layer, the least memory). Raises ConfigError for impossible
-    sizes.
+    backward pass recomputes: "none", "full" (all of a layer, the least memory), or all but matrix products, as two of
+    JAX's checkpoint policies have it (PyTorch: as "full"). Raises ConfigError for impossible sizes.
     """
 
     kind: str

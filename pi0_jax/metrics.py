@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -10,12 +11,13 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """Writes scalars by step to every place. Use as a context manager."""
+    """Writes scalars by step to every place; `silent`, for all processes of a run but one, to none."""
 
-    def __init__(self, workdir: Path, start: int, total_steps: int):
-        self._jsonl = (workdir / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True, desc="training")
+    def __init__(self, workdir: Path, start: int, total_steps: int, *, silent: bool = False):
+        self._jsonl = Path(os.devnull if silent else workdir / "metrics.jsonl").open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
+        bar = {"unit": "step", "dynamic_ncols": True, "desc": "training", "disable": silent}
+        self._bar = tqdm(total=total_steps, initial=start, **bar)
 
     def __enter__(self) -> Metrics:
         return self
@@ -42,4 +44,5 @@ class Metrics:
             )
         else:
             line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
-            self._bar.write(f"step {step}: {line}")
+            if not self._bar.disable:
+                self._bar.write(f"step {step}: {line}")

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from convert.checkpoints import open_checkpoint
@@ -35,11 +34,13 @@ from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer, TextTokenizer
 from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import Model, make_model, merge, unflatten
+from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
-from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
+from pi0_jax.preemption import Preempted, Preemption
+from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, start_processes, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
@@ -49,8 +50,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     """Run an experiment in `workdir`, going on from its newest checkpoint if there is one.
 
     Leaves `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/<step>` in `workdir`, and returns the last
-    metrics. Raises ValueError for a config that cannot run, before anything is written, and FloatingPointError where
-    the loss is not finite.
+    metrics. Raises ValueError for a config that cannot run, before anything is written, FloatingPointError where the
+    loss is not finite, and Preempted where SIGTERM stopped it, once it has saved.
     """
     # config
     workdir = Path(workdir)
@@ -61,10 +62,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     recipe = read_recipe(config, model_config)
 
     # mesh
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    if config.batch_size % mesh.size:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {mesh.size} devices")
-    replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    init = functools.partial(init_state, config, model_config, optimizer, freeze)
+    shardings = state_shardings(jax.eval_shape(init), model_config, config.sharding, mesh)
+    rows = local_rows(config.batch_size, mesh)
+    lead = jax.process_index() == 0
 
     # data
     assets, training, validation = load_data(config.data, model_config, config.to_dict())
@@ -72,28 +75,40 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    base = read_base(config.base_checkpoint, model_config, config.seed) if config.base_checkpoint else None
-    init = functools.partial(init_state, config, model_config, optimizer, freeze)
-    state = jax.jit(init, out_shardings=replicated)(base)
-    print(table(state["params"], state["frozen"]))
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    if lead:
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init), shardings
+    )
+    start, state = checkpoints.restore_newest(abstract)
+    if not start:
+        base = read_base(config, model_config, join(shardings["params"], shardings["frozen"]))
+        state = jax.jit(init, out_shardings=shardings)(base)
+    if lead:
+        print(table(abstract["params"], abstract["frozen"]))
 
     # step
-    step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
+    step_fn = jax.jit(
+        functools.partial(train_step, config, model_config, optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
     loss_fn = jax.jit(functools.partial(validation_loss, model_config, recipe))
     key = jax.random.key(config.seed)
 
     # loop
     last: dict[str, float] = {}
-    with Metrics(workdir, start, config.steps) as metrics:
+    with (
+        jax.set_mesh(mesh),
+        Metrics(workdir, start, config.steps, silent=not lead) as metrics,
+        Preemption() as preempted,
+    ):
         window, window_start = [], time.perf_counter()
         for step in range(start, config.steps):
-            batch = training.batch(batch_indices(training.order, config.batch_size, config.seed, step))
-            state, scalars = step_fn(state, jax.device_put(batch, by_row), jax.random.fold_in(key, step))
+            batch = training.batch(batch_indices(training.order, config.batch_size, config.seed, step)[rows])
+            batch = global_batch(batch, config.batch_size, mesh)
+            state, scalars = step_fn(state, batch, jax.random.fold_in(key, step))
             window.append(scalars)
             metrics.advance()
             done = step + 1
@@ -107,16 +122,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
                 last |= means
                 window, window_start = [], time.perf_counter()
             if validation and (done % config.eval_every == 0 or done == config.steps):
-                losses = [
-                    loss_fn(inference_params(state), jax.device_put(validation.batch(indices), by_row))
-                    for indices in epoch_indices(len(validation), config.batch_size)
-                ]
+                losses = []
+                for indices in epoch_indices(len(validation), config.batch_size):
+                    batch = global_batch(validation.batch(indices[rows]), config.batch_size, mesh)
+                    losses.append(loss_fn(inference_params(state), batch))
                 last["validation_loss"] = float(np.mean(losses))
                 metrics.write(done, {"validation_loss": last["validation_loss"]})
                 window_start = time.perf_counter()
-            if done % config.save_every == 0 or done == config.steps:
-                checkpoints.save(done, inference_params(state), state, assets)
+            stop = preempted(done)
+            if done % config.save_every == 0 or done == config.steps or stop:
+                checkpoints.save(done, inference_params(state), state, assets, last)
+            if stop:
+                break
         checkpoints.close()
+    if start < config.steps and stop:
+        raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
 
 
@@ -201,15 +221,26 @@ def init_state(
     return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
 
 
-def read_base(source: str, model: ModelConfig, seed: int) -> dict[str, Any]:
-    """Where a fine-tuning starts: the parameters of any checkpoint, nested, with what it lacks of `model` new.
+def read_base(
+    config: ml_collections.ConfigDict, model: ModelConfig, shardings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Where a fine-tuning starts: the parameters of any checkpoint, nested and in their shardings.
 
-    That is LoRA, and PaliGemma's own weights' action expert. Raises what `open_checkpoint` does.
+    What it lacks of `model` is new: LoRA, and the action expert where it is PaliGemma's own weights. None where the
+    config names no `base_checkpoint`. Raises what `open_checkpoint` does.
     """
-    checkpoint = open_checkpoint(source, model, fresh=seed)
-    if checkpoint.fresh:
-        print(f"{source}: {len(checkpoint.fresh)} parameters are newly initialized, {checkpoint.fresh[0]} and others")
-    return unflatten({name: tensor.read(()) for name, tensor in checkpoint.ours.items()})
+    if not config.base_checkpoint:
+        return None
+    checkpoint = open_checkpoint(config.base_checkpoint, model, fresh=config.seed)
+    if checkpoint.fresh and jax.process_index() == 0:
+        print(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} and others")
+    placed = flatten(shardings)
+
+    def place(name: str) -> jax.Array:
+        array = checkpoint.ours[name].read(())
+        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
+
+    return unflatten({name: place(name) for name in checkpoint.ours})
 
 
 def inference_params(state: State) -> Any:
@@ -225,21 +256,23 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def mean_loss(
-    model: Model, batch: tuple[Observation, jax.Array], key: jax.Array, recipe: RecipeConfig | None = None
+    model: Model,
+    batch: tuple[Observation, jax.Array],
+    drawn: tuple[jax.Array, jax.Array],
+    recipe: RecipeConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean loss of a batch, with the noise and times that `key` draws where the model flows; and a recipe's parts.
+    """The mean loss of a batch, with the noise and times `drawn` for it where the model flows; and a recipe's parts.
 
-    The loss is the weighted sum of the parts; each is the mean over the whole batch, to which an example without it
-    adds nothing.
+    A recipe's loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without
+    it adds nothing.
     """
     observation, actions = batch
     if isinstance(model, Pi0Fast):
         return model.compute_loss(observation).mean(), {}
-    noise, flow_time = noise_and_time(key, actions)
     if recipe is None:
-        return model.compute_loss(observation, actions, noise, flow_time).mean(), {}
+        return model.compute_loss(observation, actions, *drawn).mean(), {}
     assert isinstance(model, Pi05)
-    losses = model.compute_losses(observation, actions, noise, flow_time, recipe)
+    losses = model.compute_losses(observation, actions, *drawn, recipe)
     parts = {f"{name}_loss": loss.mean() for name, loss in losses.items()}
     return jnp.stack([weight * parts[f"{name}_loss"] for name, weight in recipe.weights.items() if weight]).sum(), parts
 
@@ -256,10 +289,12 @@ def train_step(
 
     recipe = read_recipe(config, model)
 
-    def loss_of(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return mean_loss(merge(model, join(params, state["frozen"])), batch, key, recipe)
+    def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mean_loss(merge(model, join(params, state["frozen"])), *rows, recipe)
 
-    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+    rows = (batch, noise_and_time(key, batch[1]))  # drawn for the whole batch: it may be cut in any way
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, parts), grads = accumulate(value_and_grad, state["params"], rows, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
@@ -271,7 +306,7 @@ def validation_loss(
     model: ModelConfig, recipe: RecipeConfig | None, params: Any, batch: tuple[Observation, jax.Array]
 ) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    return mean_loss(merge(model, params), batch, jax.random.key(0), recipe)[0]
+    return mean_loss(merge(model, params), batch, noise_and_time(jax.random.key(0), batch[1]), recipe)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -283,17 +318,27 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="examples:\n"
         "  pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld\n"
         "  pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/pi05 --config.steps=1000\n"
-        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n\n"
+        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n"
+        "  pi0-train --config configs/pi0_metaworld.py --config.mesh.fsdp=8 --workdir runs/pi0_metaworld\n\n"
         "what a run leaves in its folder:\n"
         "  config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/{params,train_state,assets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    processes = parser.add_argument_group("many processes", "found out on TPU pods, GKE and SLURM; else all three")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    processes.add_argument("--process-count", type=int, metavar="N", help="how many processes there are")
+    processes.add_argument("--process-index", type=int, metavar="I", help="which of them this is, from 0")
     args, overrides = parser.parse_known_args(arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        train(read_config(args.config, overrides), args.workdir)
+        config = read_config(args.config, overrides)
+        start_processes(args.coordinator, args.process_count, args.process_index)
+        train(config, args.workdir)
+    except Preempted as stopped:
+        print(f"pi0-train: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (ValueError, OSError, flags.Error) as error:
         print(f"pi0-train: {error}", file=sys.stderr)
         sys.exit(1)

@@ -19,6 +19,7 @@ from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
 from pi0_jax.models.lora import make_lora
+from pi0_jax.sharding import constrain_rows
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 
@@ -155,7 +156,7 @@ class Expert(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
         """Text embeddings × sqrt(W)."""
-        x = self.embedding[...][tokens].astype(self.dtype)
+        x = constrain_rows(self.embedding[...][tokens].astype(self.dtype))
         return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
 
     def logits(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
@@ -232,7 +233,9 @@ def joint_forward(
     """
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
-        xs, keys_values = joint_layer(scanned[0], xs, rotations, mask, conditions, scanned[1], slot, insulated)
+        xs, keys_values = joint_layer(
+            scanned[0], [constrain_rows(x) for x in xs], rotations, mask, conditions, scanned[1], slot, insulated
+        )
         return xs, (keys_values, None if stages is None else xs)
 
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]

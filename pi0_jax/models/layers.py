@@ -95,5 +95,8 @@ def attention(
 
 
 def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
-    """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
-    return function if config_remat == "none" else jax.checkpoint(function, prevent_cse=False)
+    """`function`, whose intermediates the backward pass recomputes but for those that `config_remat` keeps."""
+    if config_remat == "none":
+        return function
+    policy = None if config_remat == "full" else getattr(jax.checkpoint_policies, config_remat)
+    return jax.checkpoint(function, prevent_cse=False, policy=policy)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
 from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
+from pi0_jax.sharding import constrain_rows
 
 
 class SelfAttention(nnx.Module):
@@ -100,7 +101,7 @@ class SigLIP(nnx.Module):
         x = (self.patch_embedding(image) + position).astype(self.dtype)
 
         def layer(x: Array, block: Block) -> tuple[Array, Array | None]:
-            x = block(x)
+            x = block(constrain_rows(x))
             return x, None if stages is None else x
 
         x, outputs = jax.lax.scan(remat(layer, self.remat), x, self.layers)

@@ -257,7 +257,7 @@ def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stor
             continue  # it may be missing
         damaged = dict(intact)
         damage(damaged, name)
-        monkeypatch.setattr(checkpoints, reader, lambda _, damaged=damaged: damaged)
+        monkeypatch.setattr(checkpoints, reader, lambda *_, damaged=damaged: damaged)
         for attempt in (
             lambda: pi0_jax.load(folder),
             lambda: pi0_torch.load(folder),
@@ -277,14 +277,14 @@ def test_any_damaged_tensor_is_refused_where_sizes_follow_from_shapes(damage: Da
     ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
     intact = {n: Tensor.of(t.read(())) for n, t in LAYOUTS["openpi_jax"].from_ours(config, ours).items()}
     (tmp_path / "_METADATA").touch()
-    monkeypatch.setattr(checkpoints, "read_orbax", lambda _: intact)
+    monkeypatch.setattr(checkpoints, "read_orbax", lambda *_: intact)
     assert open_checkpoint(tmp_path).assets.model.paligemma == config.paligemma
     for name in intact:
         if damage is _reshape and name.endswith("input_embedding"):
             continue  # another vocabulary is another model, and as good
         damaged = dict(intact)
         damage(damaged, name)
-        monkeypatch.setattr(checkpoints, "read_orbax", lambda _, damaged=damaged: damaged)
+        monkeypatch.setattr(checkpoints, "read_orbax", lambda *_, damaged=damaged: damaged)
         with pytest.raises(LayoutError) as error:
             open_checkpoint(tmp_path)
         assert name in str(error.value)
@@ -463,7 +463,7 @@ def test_a_failure_in_the_middle_keeps_what_was_there(stored, tmp_path, monkeypa
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     read, count = checkpoints.read_orbax, iter(range(1000))
 
-    def failing(folder: Path) -> dict[str, Tensor]:
+    def failing(folder: Path, *_) -> dict[str, Tensor]:
         def fail(tensor: Tensor, index: tuple[int | slice, ...]) -> np.ndarray:
             if next(count) == 20:
                 raise CheckpointError("cannot be read")
