@@ -23,7 +23,6 @@ from pi0.datasets import Annotated, LeRobotDataset, Questions
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
 from pi0.pipeline import Pipeline
-from pi0.transforms import TokenizeRecipe
 
 Call = Callable[..., Any]  # (method, observation, *arrays, **options): a model's method, NumPy in and out
 COLUMNS = ("count", "exact", "tokens", "mse", "mae", "within")
@@ -102,7 +101,7 @@ def evaluate(
     call = _runner(checkpoint, framework)
     scores: dict[str, Score] = {}
     pipeline = Pipeline.from_assets(assets)
-    if any(isinstance(step, TokenizeRecipe) for step in pipeline.transforms.steps):
+    if pipeline.recipe is not None:
         frames = Frames.read(items, pipeline, model.action_horizon)
         scores |= _text_scores(partial(_batches, call, assets, batch), frames, ("subtask", "FAST tokens"))
         if assets.subtasks:

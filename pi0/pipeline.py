@@ -75,6 +75,11 @@ class Pipeline:
         ]
         return cls(robot, Transforms(steps))
 
+    @property
+    def recipe(self) -> TokenizeRecipe | None:
+        """The step that makes the texts of π0.5's recipe, where the model was trained by it."""
+        return next((step for step in self.transforms.steps if isinstance(step, TokenizeRecipe)), None)
+
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any.
 
@@ -82,8 +87,14 @@ class Pipeline:
         """
         if "question" in item:
             return self.transforms(dict(item))
-        subtask = {"subtask": item["subtask"]} if "subtask" in item else {}
+        subtask = {"subtask": item["subtask"]} if self.recipe is not None and "subtask" in item else {}
         return self.transforms(self.robot.to_model(item) | subtask)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the subtask or answer [D] that π0.5 wrote says. Raises AssetsError for a model that writes none."""
+        if self.recipe is None:
+            raise AssetsError("the checkpoint's assets name neither subtasks nor an action tokenizer: it writes no text")
+        return self.recipe.tokenizer.read(tokens)
 
     def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].

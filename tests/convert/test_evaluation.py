@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pi0_jax
+import pi0_torch
 from convert.evaluation import evaluate, main
 from pi0.config import ConfigError
 from pi0.datasets import LeRobotDataset
@@ -105,6 +107,20 @@ def test_scores_are_the_same_in_both_frameworks(folder, capsys):
     written = json.loads((folder / "scores.json").read_text())["scores"]
     assert written["subtask"]["tokens"] == torch["subtask"].tokens
     assert f"{torch['subtask'].tokens:.1%}" in capsys.readouterr().out
+
+
+def test_policies_say_their_subtask(folder):
+    """The same in both frameworks; kept for the second of two chunks."""
+    frames = LeRobotDataset(METAWORLD, episodes=HELD_OUT)
+    said = {}
+    for framework in (pi0_jax, pi0_torch):
+        policy = framework.Policy.from_pretrained(folder / "posttrain", num_steps=2, plan_every=2)
+        results = [policy.infer(frames[i]) for i in (0, 20)]
+        assert results[0]["subtask"] == results[1]["subtask"] and results[0]["actions"].shape == (5, 4)
+        said[framework] = results
+    for ours, theirs in zip(*said.values(), strict=True):
+        assert ours["subtask"] == theirs["subtask"]
+        np.testing.assert_allclose(ours["actions"], theirs["actions"], rtol=0, atol=1e-5)  # of about 1, in float32
 
 
 def test_what_cannot_be_scored_or_trained(folder, capsys, tmp_path):

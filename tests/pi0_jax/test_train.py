@@ -155,7 +155,7 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path, monkeypat
     """Stats are those of relative actions, and the checkpoint says so in plain values; or they come from elsewhere."""
     monkeypatch.setattr("pi0_jax.train.FrameData", lambda dataset, pipeline, model: pipeline)  # no pictures
     config = get_config("tiny")
-    plain, _, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    plain, _, _ = load_data(config.data, ModelConfig.variant("tiny"), {})
     robot = {
         "name": "generic",
         "cameras": {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"},
@@ -167,7 +167,7 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path, monkeypat
     config = get_config("tiny")
     del config.data.robot
     config.data.robot = robot
-    relative, pipeline, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    relative, pipeline, _ = load_data(config.data, ModelConfig.variant("tiny"), {})
     assert json.loads(json.dumps(relative.robot)) == robot and pipeline.robot.delta_mask == (True, True, True, False)
     before, after = plain.norm_stats["actions"].mean, relative.norm_stats["actions"].mean
     shift = np.append(plain.norm_stats["state"].mean[:3], 0)
@@ -176,5 +176,5 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path, monkeypat
     relative.save(tmp_path / "assets")
     config = get_config("tiny")
     config.data.norm_stats_from = str(tmp_path)
-    again, _, _ = load_data(config.data, ModelConfig.variant("tiny"))
+    again, _, _ = load_data(config.data, ModelConfig.variant("tiny"), {})
     np.testing.assert_array_equal(again.norm_stats["actions"].mean, after)
