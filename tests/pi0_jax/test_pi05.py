@@ -46,7 +46,7 @@ def test_without_text_it_is_plain_pi05(model, fields):
     """Loss, gradients and sampled actions, bit for bit."""
     observation, *rest = plain_batch()
     shape = observation.tokenized_prompt.shape
-    given = {name: np.full(shape if name == "token_group" else BATCH, value) for name, value in fields.items()}
+    given = {n: np.full(shape, v, np.int32) if n == "token_group" else np.full(BATCH, v) for n, v in fields.items()}
     (loss, gradient), (same_loss, same) = (
         plain(model, observation, *rest),
         flow(model, dataclasses.replace(observation, **given), *rest, FLOW),
@@ -75,23 +75,6 @@ def test_knowledge_insulation(model):
             assert np.any(free[name]) or name == "paligemma.final_norm.scale", name
         else:
             np.testing.assert_allclose(value, free[name], rtol=0, atol=1e-6 * largest, err_msg=name)
-
-
-def test_insulation_leaves_the_text_to_teach_paligemma(model):
-    """The whole loss's gradient in PaliGemma is the text's alone; the text's does not depend on insulation."""
-    batch = mixed_batch()
-
-    def gradient(recipe):
-        def total(m):
-            losses = m.compute_losses(*batch, recipe)
-            return sum(recipe.weights[name] * loss.mean() for name, loss in losses.items())
-
-        return {n: g for n, g in parameters_of(jax.jit(jax.grad(total))(model)).items() if n.startswith(VLM)}
-
-    whole, text = gradient(RecipeConfig()), gradient(RecipeConfig(flow_weight=0))
-    largest = max(float(jnp.abs(value).max()) for value in text.values())
-    for name, value in whole.items():
-        np.testing.assert_allclose(value, text[name], rtol=0, atol=1e-6 * largest, err_msg=name)
 
 
 def test_the_parts_of_a_mixed_batch(model):
@@ -123,8 +106,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("insulated", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "insulated"),
+    [("pre-training", False), ("post-training", False), ("post-training", True), ("inference", False)],
+)
 def test_no_token_is_reached_by_one_that_it_may_not_see(model, stage: str, insulated: bool):
     """Row j of the batch changes token j. Whoever does not see it stays the same, bit for bit; all others change."""
     groups = np.repeat(STAGES[stage], 3)
