@@ -9,6 +9,9 @@ each process, and neither converts colours nor resizes: once with all frames, on
 than the rest. Reading at random has to decode more than the frame it wants: those from the keyframe on. So the limit is
 what the decoder alone takes for a keyframe for each picture, and for as many others as were decoded.
 Ratios are of processor time, which other work on the machine changes little.
+
+The last rows are what training gets: batches from the cache with all transforms, by Grain's worker processes, on the
+device; per second of the clock.
 """
 
 from __future__ import annotations
@@ -25,9 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import av
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs.finetune import data_config
+from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset, build_cache
+from pi0.robots import make_robot
+from pi0_jax.data import AHEAD, Loader, load_data
 
 BATCH = 32
 Job = tuple[int, int, float]  # pieces of work done, video frames decoded for them, and seconds of processor time
@@ -97,7 +106,29 @@ def keyframe_share(files: Sequence[Path]) -> float:
     return float(np.mean(keyframes))
 
 
-def benchmark(root: str, size: tuple[int, int], samples: int, workers: int, cache: Path) -> None:
+def training(root: str, robot: str, size: tuple[int, int], samples: int, workers: int, cache: Path) -> dict[str, float]:
+    """Samples per second through the whole pipeline, without and with augmentation."""
+    cameras = make_robot(robot).cameras.values()
+    model = ModelConfig.variant(
+        "tiny", image_keys=tuple(cameras), image_resolution=size, action_horizon=50, action_dim=32, max_token_len=48
+    )
+    found = {}
+    for name, augment in (("Grain, from the cache", False), ("Grain, from the cache, augmented", True)):
+        data = data_config(model, root=root, robot=robot, asset_id="benchmark", tokenizer="bundled://tokenizer.model")
+        data |= {"cache": str(cache), "workers": workers, "augment": augment, "skip_damaged": True}
+        config = ConfigDict({"seed": 0, "batch_size": BATCH, "data": data})
+        _, batches, _ = load_data(config, model)
+        with Loader(batches, model, np.arange(BATCH), jax.device_put, workers=workers) as loader:
+            for _ in range(2 * AHEAD * workers + AHEAD):  # all processes have started, and nothing was ready before
+                next(loader)
+            begin, count = time.perf_counter(), -(-samples // BATCH)
+            for _ in range(count):
+                jax.block_until_ready(next(loader))
+            found[name] = count * BATCH / (time.perf_counter() - begin)
+    return found
+
+
+def benchmark(root: str, robot: str, size: tuple[int, int], samples: int, workers: int, cache: Path) -> None:
     """Print a dataset's rows of the table."""
     options: dict[str, Any] = {"action_horizon": 50, "skip_damaged": True}
     plain = LeRobotDataset(root, **options)
@@ -131,6 +162,8 @@ def benchmark(root: str, size: tuple[int, int], samples: int, workers: int, cach
     cold = rate(resized, workers, read_batch, batches)
     row(f"random, {size[0]} x {size[1]}", cold)
     row("random, from the cache", rate(cached, workers, read_batch, batches * 10), cold)
+    for name, per_second in training(root, robot, size, samples, workers, cache).items():
+        print(f"| {Path(root).name} | {workers} | {name} | {per_second:.0f} | | | | | |", flush=True)
 
 
 def main() -> None:
@@ -140,6 +173,7 @@ def main() -> None:
     parser.add_argument("--size", default="224x224", help="height x width of the pictures (default %(default)s)")
     parser.add_argument("--samples", type=int, default=1024, help="to read at random (default %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (default: 1 and 2)")
+    parser.add_argument("--robot", default="metaworld", help="that recorded them (default %(default)s)")
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
     print("| dataset | workers | read | samples/s | ms per sample | decoded | decoder alone, ms | ratio | times cold |")
@@ -147,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pi0-data-") as cache:
         for root in args.datasets:
             for workers in args.workers:
-                benchmark(root, (height, width), args.samples, workers, Path(cache))
+                benchmark(root, args.robot, (height, width), args.samples, workers, Path(cache))
 
 
 if __name__ == "__main__":

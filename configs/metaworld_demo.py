@@ -2,13 +2,14 @@
 
 pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld
 pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/metaworld_pi05
+pi0-train --config configs/metaworld_demo.py:demo_pi0_fast --workdir runs/metaworld_pi0_fast
 """
 
 from __future__ import annotations
 
 import ml_collections
 
-from configs.finetune import SCALING
+from configs.finetune import SCALING, data_config
 from pi0.config import ModelConfig
 
 
@@ -20,14 +21,18 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "seed": 0,
             "model": model.to_dict(),
             "base_checkpoint": "",
-            "data": {
-                "root": "bundled://metaworld_v30",
-                "robot": "metaworld",
-                "asset_id": "metaworld",
-                "normalization": "zscore" if model.kind == "pi0" else "quantile",
-                "tokenizer": "bundled://tokenizer.model",
-                "validation_episodes": [3, 7, 11, 15],
-            },
+            "data": data_config(
+                model,
+                root="bundled://metaworld_v30",
+                robot="metaworld",
+                asset_id="metaworld",
+                tokenizer="bundled://tokenizer.model",
+                action_tokenizer="bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
+                validation_episodes=[3, 7, 11, 15],
+                cache="memory",
+                workers=0,
+                augment=False,
+            ),
             "optimizer": {
                 "peak_lr": 1e-3,
                 "final_lr": 1e-5,
@@ -50,6 +55,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "keep_checkpoints": 2,
             "keep_best": True,
             "keep_every": 0,
+            "wandb": "",
         }
         | SCALING
     )

@@ -9,26 +9,30 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert.conversion import convert
 from convert.parity import Inputs, compare, exact_matmuls
 from convert.replay import action_names, replay
-from pi0.datasets import LeRobotDataset
-from pi0.fetch import cache_dir
+from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.fetch import cache_dir, fetch
+from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
 from pi0.policy import Policy
 
 DRAWS = 8  # of noise: one alone can give 1.5 times the error
+NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "π0-FAST"}
+FAST_VOCABULARY = 640  # beside the bundled tokenizer's 512 pieces and the 128 left out, the model's 1280
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # what the demo has to reach: final against first loss, error against the mean's
 
 
-def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
-    """Run the demo in an empty `workdir` and return its figures.
+def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict[str, float]:
+    """Run the demo in an empty `workdir` and return its figures; π0-FAST's begins by fitting its action tokenizer.
 
-    Leaves checkpoints, an `export` folder, `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises
-    RuntimeError where the frameworks differ.
+    `variant` is a model of `pi0.config` that the bundled recordings fit. Leaves checkpoints, an `export` folder,
+    `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises RuntimeError where the frameworks differ.
     """
     import jax
 
@@ -39,11 +43,15 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
 
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     start = time.perf_counter()
-    config = get_config()
+    config = get_config(variant)
     if steps is not None:
         config.steps = steps
+    kind, held_out_episodes = config.model.kind, config.data.validation_episodes
+    if kind == "pi0_fast":
+        say("0. Fit a FAST tokenizer on the actions of the recordings")
+        fit_fast(config, workdir / "fast")
 
-    say("1. Train a small π0 in JAX on recordings of a simulated robot")
+    say(f"1. Train a small {NAMES[kind]} in JAX on recordings of a simulated robot")
     metrics = train(config, workdir)
     plot_loss(workdir / "metrics.jsonl", workdir / "loss.png")
 
@@ -55,11 +63,12 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
 
     say("3. Compare the two, stage by stage, on frames of episodes that training did not see")
     policies = {
-        "JAX": pi0_jax.Policy.from_pretrained(checkpoint),
-        "PyTorch": pi0_torch.Policy.from_pretrained(export),
+        "JAX": pi0_jax.Policy.from_pretrained(checkpoint, fallback=True),
+        "PyTorch": pi0_torch.Policy.from_pretrained(export, fallback=True),
     }
-    horizon, episodes = policies["JAX"].config.action_horizon, config.data.validation_episodes
-    held_out = LeRobotDataset(config.data.root, action_horizon=horizon, episodes=episodes)
+    robot, horizon = policies["JAX"].pipeline.robot, policies["JAX"].config.action_horizon
+    root = fetch(config.data.root)
+    held_out = open_dataset(root, robot, action_horizon=horizon, episodes=held_out_episodes)
     report = compare(checkpoint, export, inputs=parity_inputs(policies["JAX"], held_out, rows=4))
     print(report.table())
     (workdir / "parity.json").write_text(report.to_json() + "\n")
@@ -74,13 +83,26 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
     return figures
 
 
+def fit_fast(config: Any, folder: Path) -> None:
+    """Fit the action tokenizer of a π0-FAST experiment on its training episodes, into `folder`, and use it."""
+    from pi0.fit_fast import main as fit
+
+    sizes = {"--action-horizon": config.model.action_horizon, "--vocab-size": FAST_VOCABULARY}
+    options = [str(part) for pair in ({"--robot": config.data.robot} | sizes).items() for part in pair]
+    held_out = [str(episode) for episode in config.data.validation_episodes]
+    fit([config.data.root, str(folder), *options, "--held-out", *held_out, "--overwrite"])
+    config.data.action_tokenizer = str(folder)
+
+
 def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
     """A few frames, spread over all, with their recorded actions."""
     frames = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, rows)]
-    actions = np.stack([policy.pipeline(frame)["actions"] for frame in frames])
-    rng = np.random.default_rng(0)
+    inputs = [policy.pipeline(frame) for frame in frames]
+    data = {key: np.stack([row[key] for row in inputs]) for key in inputs[0]}
+    actions, rng = data.pop("actions"), np.random.default_rng(0)
     noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
-    return Inputs(policy.inputs(frames), actions, noise.astype(np.float32), flow_time.astype(np.float32))
+    observation = Observation.from_dict(data, policy.config)
+    return Inputs(observation, actions, noise.astype(np.float32), flow_time.astype(np.float32))
 
 
 def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: Path) -> dict[str, float]:
@@ -90,8 +112,9 @@ def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: P
     alike, and means over DRAWS of noise, beside those of always predicting the mean action. Draws the last episode,
     with the first noise.
     """
+    tokens = policies["JAX"].config.kind == "pi0_fast"  # which takes no noise
     with exact_matmuls():
-        replays = [replay(policy, dataset, draws=DRAWS, batch_size=64) for policy in policies.values()]
+        replays = [replay(policy, dataset, draws=1 if tokens else DRAWS, batch_size=64) for policy in policies.values()]
     stats = policies["JAX"].assets.norm_stats
     assert stats is not None
     mean, std = stats["actions"].mean, stats["actions"].std
@@ -111,12 +134,27 @@ def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: P
 
     jax_error, torch_error, mean_error = (float(np.concatenate(e).mean()) for e in zip(*errors, strict=True))
     in_jax, in_torch = (np.concatenate([e.predicted for e in episodes], axis=1) for episodes in replays)
-    return {
+    figures = {} if not tokens else written_alike(policies, dataset)
+    return figures | {
         "jax_error": jax_error,
         "torch_error": torch_error,
         "mean_error": mean_error,
         "framework_difference": float(np.linalg.norm(in_torch - in_jax) / np.linalg.norm(in_jax)),
     }
+
+
+def written_alike(policies: Mapping[str, Policy], dataset: LeRobotDataset) -> dict[str, float]:
+    """How many tokens π0-FAST writes for a chunk at every T-th frame, and how many of them the frameworks write alike.
+
+    Raises RuntimeError where one differs.
+    """
+    frames = [dataset[i] for i in range(0, len(dataset), policies["JAX"].config.action_horizon)]
+    with exact_matmuls():
+        in_jax, in_torch = (policy.sample(policy.inputs(frames), None) for policy in policies.values())
+    if not np.array_equal(in_jax, in_torch):
+        row = int(np.flatnonzero((in_jax != in_torch).any(axis=1))[0])
+        raise RuntimeError(f"chunk {row}: JAX writes {in_jax[row].tolist()}, PyTorch {in_torch[row].tolist()}")
+    return {"chunks": len(frames), "tokens": int((in_jax != 0).sum())}
 
 
 def say(title: str) -> None:
@@ -127,13 +165,16 @@ def say(title: str) -> None:
 def summarize(figures: dict[str, float], workdir: Path) -> None:
     """The figures against what they should reach, and where everything is."""
     loss, error = figures["last_loss"] / figures["first_loss"], figures["torch_error"] / figures["mean_error"]
+    alike = ""
+    if "tokens" in figures:
+        alike = f"tokens          {figures['tokens']} in {figures['chunks']} chunks, the same in both frameworks\n"
     say("Done")
     print(
         f"loss            {figures['first_loss']:.3f} -> {figures['last_loss']:.3f}, "
         f"{loss:.0%} of its start (should be under {LOSS_RATIO:.0%})\n"
         f"action error    {figures['torch_error']:.3f}, predicting the mean action {figures['mean_error']:.3f}: "
         f"{error:.0%} of it (should be under {ERROR_RATIO:.0%})\n"
-        f"JAX - PyTorch   {figures['framework_difference']:.1e} relative difference of the predicted actions\n"
+        f"JAX - PyTorch   {figures['framework_difference']:.1e} relative difference of the predicted actions\n{alike}"
         f"time            {figures['seconds']:.0f} s\n\n"
         f"{workdir}/\n"
         f"  loss.png, actions.png      pictures of the training and of predicted against recorded actions\n"
@@ -155,6 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="the run's folder (default runs/demo)")
+    parser.add_argument("--variant", choices=("demo", "demo_pi05", "demo_pi0_fast"), default="demo", help="the model")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument("--keep", action="store_true", help="go on from the checkpoints in the folder")
     args = parser.parse_args(arguments)
@@ -164,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         shutil.rmtree(args.workdir)
     try:
-        demo(args.workdir, args.steps)
+        demo(args.workdir, args.steps, args.variant)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pi0-demo: {error}", file=sys.stderr)
         sys.exit(1)

@@ -109,7 +109,7 @@ def evaluate(
         for name in questions:
             asked = Frames.read(Questions(name, model.image_keys[0]), pipeline, model.action_horizon)
             scores |= _answers(call, assets, asked, f"answers, {Path(name).stem}", batch, num_steps)
-    plain = Pipeline.from_assets(dataclasses.replace(assets, subtasks=False, action_tokenizer=None))
+    plain = Pipeline.from_assets(dataclasses.replace(assets, subtasks=False, action_tokenizer=None, training=None))
     frames = Frames.read(items, plain, model.action_horizon)
     noise = _noise(frames)
     actions = _batches(call, assets, batch, frames, "sample_actions", noise, num_steps=num_steps)

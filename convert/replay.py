@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.checkpoints import new_folder
-from pi0.datasets import LeRobotDataset
+from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.policy import Policy
 from pi0.robots import Robot
 from pi0.statistics import frame_numbers
@@ -183,7 +183,7 @@ def _main(args: argparse.Namespace) -> None:
             raise ValueError("--device is for PyTorch; JAX takes JAX_PLATFORMS")
         options["device"] = args.device
     policy = importlib.import_module(f"pi0_{args.framework}").Policy.from_pretrained(args.checkpoint, **options)
-    dataset = LeRobotDataset(args.dataset, episodes=args.episodes)
+    dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
     dimensions = action_names(dataset, policy.pipeline.robot)
     figures = compare_actions(episodes, dimensions, args.threshold)

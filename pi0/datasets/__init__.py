@@ -4,7 +4,7 @@ from pi0.datasets.annotations import Annotated, Questions
 from pi0.datasets.cache import build_cache
 from pi0.datasets.check import find_damage
 from pi0.datasets.errors import DataError
-from pi0.datasets.lerobot import Clip, Episode, LeRobotDataset
+from pi0.datasets.lerobot import Clip, Episode, LeRobotDataset, episode_numbers, open_dataset
 from pi0.datasets.mixture import Mixture, split_episodes
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Mixture",
     "Questions",
     "build_cache",
+    "episode_numbers",
     "find_damage",
+    "open_dataset",
     "split_episodes",
 ]

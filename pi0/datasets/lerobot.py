@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,9 @@ from pi0.datasets.errors import DataError
 from pi0.datasets.video import StoredImages, Video
 from pi0.fetch import fetch
 from pi0.transforms import resize_with_pad
+
+if TYPE_CHECKING:
+    from pi0.robots import Robot
 
 STATE, ACTION = "observation.state", "action"
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -277,6 +280,28 @@ class LeRobotDataset:
         for frame, dim in np.argwhere(~np.isfinite(array))[:1]:
             raise DataError(f"{name}[{dim}] is {array[frame, dim]}", frame=int(frame))
         return array
+
+
+def open_dataset(root: str | Path, robot: Robot, **options: Any) -> LeRobotDataset:
+    """A LeRobotDataset of a robot's recordings: its cameras, and the columns that its state and actions are in.
+
+    `options` are those of `LeRobotDataset`. Raises ValueError where the dataset is not the robot's.
+    """
+    root = fetch(root)
+    features = _read_info(root)["features"]
+    action = robot.action_key(features)
+    if action is None:
+        raise ValueError(f"{root} has no actions; it has {sorted(features)}")
+    own = {"cameras": robot.camera_keys(features), "states": robot.state_keys(features), "actions": [action]}
+    return LeRobotDataset(root, **own | options)
+
+
+def episode_numbers(root: str | Path) -> list[int]:
+    """The numbers of a dataset's episodes, without reading them."""
+    root = fetch(root)
+    info = _read_info(root)
+    read_table, _ = VERSIONS[info["codebase_version"]]
+    return [episode.index for episode in read_table(root, info, [])]
 
 
 def _read_info(root: Path) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class Robot:
         wanted = " or ".join(" + ".join(f"observation.{name}" for name in names) for names in self.state_names)
         raise ValueError(f"{self._name}: no {wanted} in a frame of {sorted(available)}")
 
+    def camera_keys(self, available: Collection[str]) -> list[str]:
+        """The keys of its cameras' pictures, of those that are available."""
+        return [key for name in self.cameras if (key := _find(available, name)) is not None]
+
     def action_key(self, available: Collection[str]) -> str | None:
         """The key of recorded actions, if there is one."""
         return next((key for key in ("action", "actions") if key in available), None)
