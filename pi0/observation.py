@@ -7,12 +7,13 @@ names the key, what came and what was expected.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pi0.config import ModelConfig
+from pi0.masks import FAST, PREFIX, SUBTASK
 
 
 class ObservationError(ValueError):
@@ -27,7 +28,9 @@ class Observation:
     camera is missing; `state` [B, A] float32, normalized and padded; `tokenized_prompt` [B, L] int32 and
     `tokenized_prompt_mask` [B, L] bool. π0-FAST trains on two more: `token_ar_mask` [B, L] int32, 1 where a token may
     only be seen from itself on (0: together with the token before it), and `token_loss_mask` [B, L] bool, True where
-    a token is to be predicted.
+    a token is to be predicted. π0.5's recipe trains on two others: `token_group` [B, L] int32, the group of
+    `pi0.masks` that each token belongs to (prompt, subtask or FAST), and `has_actions` [B] bool, False where an example
+    has no actions to flow to.
     """
 
     images: dict[str, Any]
@@ -37,17 +40,17 @@ class Observation:
     tokenized_prompt_mask: Any
     token_ar_mask: Any = None
     token_loss_mask: Any = None
+    token_group: Any = None
+    has_actions: Any = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], config: ModelConfig) -> Observation:
         """The observation in flat keys: `image/<key>`, `image_mask/<key>`, `state`, `tokenized_prompt(_mask)`.
 
-        A camera's mask may be left out (all True), and its image if the mask is all False. π0-FAST's `token_ar_mask`
-        and `token_loss_mask` are both there, to train, or both left out. Raises ObservationError.
+        A camera's mask may be left out (all True), and its image if the mask is all False. What a kind of model trains
+        on beside that (`_TRAINING`) is all there, or all left out. Raises ObservationError.
         """
-        known = {"state", "tokenized_prompt", "tokenized_prompt_mask"}
-        if config.kind == "pi0_fast":
-            known |= {"token_ar_mask", "token_loss_mask"}
+        known = {"state", "tokenized_prompt", "tokenized_prompt_mask", *_TRAINING[config.kind]}
         known |= {f"{part}/{key}" for part in ("image", "image_mask") for key in config.image_keys}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -67,11 +70,8 @@ class Observation:
         if config.kind == "pi0_fast":
             _refuse_holes(masks, prompt_mask)
         training = {}
-        if {"token_ar_mask", "token_loss_mask"} & set(data):
-            training = {
-                "token_ar_mask": _flags(data, "token_ar_mask", prompt.shape).astype(np.int32),
-                "token_loss_mask": _array(data, "token_loss_mask", prompt.shape, "bool"),
-            }
+        if set(_TRAINING[config.kind]) & set(data):
+            training = {name: check(data, name, prompt.shape) for name, check in _TRAINING[config.kind].items()}
         return cls(
             images=images,
             image_masks=masks,
@@ -89,16 +89,19 @@ class Observation:
             "state": self.state,
             "tokenized_prompt": self.tokenized_prompt,
             "tokenized_prompt_mask": self.tokenized_prompt_mask,
-            **({} if self.token_ar_mask is None else {"token_ar_mask": self.token_ar_mask}),
-            **({} if self.token_loss_mask is None else {"token_loss_mask": self.token_loss_mask}),
+            **{n: getattr(self, n) for names in _TRAINING.values() for n in names if getattr(self, n) is not None},
         }
 
     def prompt_only(self) -> Observation:
-        """What a training example of π0-FAST asks: without the tokens that are to be predicted."""
-        if self.token_loss_mask is None:
-            return self
-        mask = self.tokenized_prompt_mask & ~self.token_loss_mask
-        return dataclasses.replace(self, tokenized_prompt_mask=mask, token_ar_mask=None, token_loss_mask=None)
+        """What a training example asks: without the tokens that are to be predicted."""
+        training = [name for names in _TRAINING.values() for name in names if getattr(self, name) is not None]
+        mask = self.tokenized_prompt_mask
+        if self.token_loss_mask is not None:
+            mask = mask & ~self.token_loss_mask
+        if self.token_group is not None:
+            mask = mask & (self.token_group == PREFIX)
+        without: dict[str, Any] = dict.fromkeys(training)
+        return dataclasses.replace(self, tokenized_prompt_mask=mask, **without) if training else self
 
 
 def check_actions(actions: Any, config: ModelConfig, batch: int | None = None, name: str = "actions") -> np.ndarray:
@@ -151,6 +154,29 @@ def _flags(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.nda
         raise ObservationError(f"{name}: values from {array.min()} to {array.max()}; expected 0 and 1")
     return array
 
+
+def _groups(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The group of each text token; none comes before an earlier one."""
+    array = _array(data, name, shape, "int")
+    valid = _array(data, "tokenized_prompt_mask", shape, "bool")
+    ordered = np.maximum.accumulate(np.where(valid, array, PREFIX), axis=1)
+    if not np.isin(array, (PREFIX, SUBTASK, FAST)).all() or (valid & (array < ordered)).any():
+        raise ObservationError(f"{name}: expected {PREFIX} (prompt), {SUBTASK} (subtask) and {FAST} (FAST), in order")
+    return array.astype(np.int32)
+
+
+# What models of each kind train on beside their inputs, and the check of each.
+_TRAINING: dict[str, dict[str, Callable[..., np.ndarray]]] = {
+    "pi0": {},
+    "pi05": {
+        "token_group": _groups,
+        "has_actions": lambda data, name, shape: _array(data, name, shape[:1], "bool"),
+    },
+    "pi0_fast": {
+        "token_ar_mask": lambda data, name, shape: _flags(data, name, shape).astype(np.int32),
+        "token_loss_mask": lambda data, name, shape: _array(data, name, shape, "bool"),
+    },
+}
 
 _KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8 or float": "f"}
 

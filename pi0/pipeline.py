@@ -10,7 +10,7 @@ import numpy as np
 
 from pi0.assets import Assets, AssetsError
 from pi0.robots import Robot, make_robot
-from pi0.tokenizers import FASTPromptTokenizer, FASTTokenizer, TextTokenizer
+from pi0.tokenizers import FASTPromptTokenizer, FASTTokenizer, RecipeTokenizer, TextTokenizer
 from pi0.transforms import (
     CameraMasks,
     DefaultPrompt,
@@ -21,6 +21,7 @@ from pi0.transforms import (
     Step,
     TokenizeFASTPrompt,
     TokenizePrompt,
+    TokenizeRecipe,
     Transforms,
 )
 
@@ -56,6 +57,15 @@ class Pipeline:
             fast = FASTTokenizer.from_reference(assets.action_tokenizer)
             whole = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
             tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot.action_dim)
+        elif model.kind == "pi05" and (
+            assets.subtasks or assets.action_tokenizer or (assets.training or {}).get("recipe")
+        ):
+            written = None
+            if assets.action_tokenizer is not None:
+                fast = FASTTokenizer.from_reference(assets.action_tokenizer)
+                written = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
+            recipe = RecipeTokenizer(tokenizer, written)
+            tokenize = TokenizeRecipe(recipe, model.max_token_len, model.action_horizon, assets.subtasks)
         steps: list[Step] = [] if robot.delta_mask is None else [DeltaActions(robot.delta_mask)]
         steps += [Normalize(stats, assets.normalization)]
         steps += [] if robot.default_prompt is None else [DefaultPrompt(robot.default_prompt)]
@@ -67,9 +77,28 @@ class Pipeline:
         ]
         return cls(robot, Transforms(steps))
 
+    @property
+    def recipe(self) -> TokenizeRecipe | None:
+        """The step that makes the texts of π0.5's recipe, where the model was trained by it."""
+        return next((step for step in self.transforms.steps if isinstance(step, TokenizeRecipe)), None)
+
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any."""
-        return self.transforms(self.robot.to_model(item))
+        """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any.
+
+        A question of `pi0.datasets.Questions` is no robot's, and goes by its adapter.
+        """
+        if "question" in item:
+            return self.transforms(dict(item))
+        subtask = {"subtask": item["subtask"]} if self.recipe is not None and "subtask" in item else {}
+        return self.transforms(self.robot.to_model(item) | subtask)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the subtask or answer [D] that π0.5 wrote says. Raises AssetsError for a model that writes none."""
+        if self.recipe is None:
+            raise AssetsError(
+                "the checkpoint's assets name neither subtasks nor an action tokenizer: it writes no text"
+            )
+        return self.recipe.tokenizer.read(tokens)
 
     def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].

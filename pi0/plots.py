@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, predicted against recorded actions, and what the data look like."""
+"""Pictures: the loss curve, predicted against recorded actions, what the data look like, and who sees whom."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from pi0 import masks
 
 if TYPE_CHECKING:
     from pi0.statistics import RunningStats
@@ -79,6 +82,33 @@ def plot_distributions(stats: Mapping[str, RunningStats], target: Path) -> None:
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    _save(figure, target)
+
+
+def plot_masks(target: Path) -> None:
+    """Who (row) sees whom (column) in each stage of π0.5's recipe, to a PNG: `pi0.masks` as it is computed."""
+    stages = {
+        "pre-training": (masks.PREFIX, masks.SUBTASK, masks.FAST),
+        "post-training": masks.GROUPS,
+        "inference": (masks.PREFIX, masks.SUBTASK, masks.ACTIONS),
+    }
+    sizes = {masks.PREFIX: 6, masks.SUBTASK: 4, masks.FAST: 4, masks.ACTIONS: 4}
+    figure, axes = plt.subplots(1, len(stages), figsize=(15, 5.5))
+    for axis, (stage, groups) in zip(axes, stages.items(), strict=True):
+        counts = [sizes[group] for group in groups]
+        tokens = np.repeat(groups, counts)[None]
+        sees = masks.attention_mask(tokens, np.ones(tokens.shape, bool))[0]
+        insulated = sees & (tokens[0] == masks.ACTIONS)[:, None] & (tokens[0] != masks.ACTIONS)
+        axis.imshow(np.where(sees, 1 + insulated, 0), cmap=ListedColormap(["white", *_COLORS[:2]]), vmin=0, vmax=2)
+        ends = np.cumsum(counts)
+        for end in ends[:-1]:
+            axis.axhline(end - 0.5, color="black", linewidth=1)
+            axis.axvline(end - 0.5, color="black", linewidth=1)
+        names = [masks.NAMES[group] for group in groups]
+        axis.set_xticks(ends - np.array(counts) / 2 - 0.5, names, rotation=20)
+        axis.set_yticks(ends - np.array(counts) / 2 - 0.5, names)
+        axis.set_title(stage)
+    figure.suptitle("a row sees the coloured columns; orange: without gradient, with knowledge insulation")
     _save(figure, target)
 
 

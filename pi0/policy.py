@@ -16,6 +16,7 @@ from pi0.fetch import fetch
 from pi0.normalize import MODE_OF, NormStats, load_norm_stats
 from pi0.observation import Observation, ObservationError, check_actions
 from pi0.pipeline import Pipeline
+from pi0.recipe import Planner
 from pi0.robots import ROBOTS
 from pi0.tokenizers import FAST, PALIGEMMA, FASTError, FASTTokenizer, TextTokenizer
 
@@ -25,12 +26,20 @@ class Policy(abc.ABC):
 
     `num_steps` (default: the config's) are the Euler steps of π0 and π0.5, or the most tokens that π0-FAST writes.
     Noise is drawn from `seed` by NumPy, so that both frameworks draw the same. With `fallback`, text of π0-FAST that
-    is no actions gives the middle of what training saw instead of an error. Raises AssetsError for assets that do not
-    say all that a robot's data needs (`complete` adds it), or do not fit each other.
+    is no actions gives the middle of what training saw instead of an error. A π0.5 that writes subtasks writes a new
+    one every `plan_every` calls (and after `reset`, and for another batch size), and keeps it in between. Raises
+    AssetsError for assets that do not say all that a robot's data needs (`complete` adds it), or do not fit each other.
     """
 
     def __init__(
-        self, model: Any, assets: Assets, *, num_steps: int | None = None, seed: int = 0, fallback: bool = False
+        self,
+        model: Any,
+        assets: Assets,
+        *,
+        num_steps: int | None = None,
+        seed: int = 0,
+        fallback: bool = False,
+        plan_every: int = 1,
     ):
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
@@ -38,10 +47,21 @@ class Policy(abc.ABC):
         self.num_steps, self.fallback = num_steps, fallback
         self.pipeline = Pipeline.from_assets(assets)
         self._rng = np.random.default_rng(seed)
+        self._planner = Planner(self.sample_planned, plan_every)
+
+    def reset(self) -> None:
+        """Begin a new episode: the next call writes a new subtask."""
+        self._planner.reset()
 
     @abc.abstractmethod
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
+
+    def sample_planned(
+        self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """π0.5's subtask [B, D], written unless it is given, and the actions after it [B, T, A]; NumPy's both."""
+        raise TypeError(f"{type(self).__name__} writes no subtasks")
 
     def infer(self, observation: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
         """One frame of the robot's to its next actions: `infer_batch` of one, without the axis B."""
@@ -54,7 +74,7 @@ class Policy(abc.ABC):
         A frame is what the robot's adapter reads (see `Robot.to_model`): pictures of any size, state and `prompt` (or
         `task`) as recorded or live, in the robot's own keys and units, which the actions have too. Recorded actions in
         it are not looked at. `noise` [B, T, A] is drawn where not given. π0-FAST's result has `decoded` bool [B] too,
-        False where `fallback` stood in.
+        False where `fallback` stood in; that of a π0.5 which writes subtasks has `subtask`, their texts.
 
         Raises ObservationError, before the model runs, for what is missing or does not fit, by name; FASTError for
         text that is no actions.
@@ -63,12 +83,19 @@ class Policy(abc.ABC):
         observation = self.inputs(observations)
         noise = self._noise(len(observations), noise)
         ready = time.perf_counter()
-        outputs = self.sample(observation, noise)
+        if self.assets.subtasks:
+            if self._planner.subtask is not None and len(self._planner.subtask) != len(observations):
+                self.reset()
+            tokens, outputs = self._planner(observation, noise)
+        else:
+            outputs = self.sample(observation, noise)
         sampled = time.perf_counter()
         pairs = [self._actions(output, state) for output, state in zip(outputs, observation.state, strict=True)]
         result: dict[str, Any] = {"actions": np.stack([actions for actions, _ in pairs])}
         if self.config.kind == "pi0_fast":
             result["decoded"] = np.array([decoded for _, decoded in pairs])
+        if self.assets.subtasks:
+            result["subtask"] = [self.pipeline.text(row) for row in tokens]
         parts = {"inputs": ready - start, "model": sampled - ready, "actions": time.perf_counter() - sampled}
         return result | {"timing": parts}
 

@@ -80,7 +80,7 @@ class TextTokenizer:
         Raises ValueError if the state is not one vector of finite numbers.
         Source: `PaligemmaTokenizer` in openpi's models/tokenizer.py.
         """
-        text = text.strip().replace("_", " ").replace("\n", " ")
+        text = _one_line(text)
         if state is None:
             ids = self.encode(text, add_bos=True) + self.encode("\n")
         else:
@@ -362,7 +362,7 @@ class FASTPromptTokenizer:
         bins = " ".join(map(str, state_bins(state)))
         text = text.lower().strip().replace("_", " ")
         prefix = self.text.encode(f"Task: {text}, State: {bins};\n", add_bos=True)
-        answer = [] if actions is None else [*self._start, *self._action_ids(actions), *self._end, self.text.eos_id]
+        answer = [] if actions is None else [*self._start, *self.action_ids(actions)]
         ids, mask = self.text.pad(prefix + answer, max_len)
         in_answer = mask & (np.arange(max_len) >= len(prefix))
         return {
@@ -371,6 +371,11 @@ class FASTPromptTokenizer:
             "token_ar_mask": in_answer.astype(np.int32),
             "token_loss_mask": in_answer,
         }
+
+    def action_ids(self, actions: np.ndarray) -> list[int]:
+        """Normalized actions [T, A] as ids of the model's vocabulary, closed by "|" and `<eos>`."""
+        ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
+        return [*ids, *self._end, self.text.eos_id]
 
     def extract_actions(
         self, tokens: Sequence[int] | np.ndarray, time_horizon: int, action_dim: int, fallback: bool = False
@@ -386,9 +391,6 @@ class FASTPromptTokenizer:
                 raise
             return np.zeros((time_horizon, action_dim)), False
 
-    def _action_ids(self, actions: np.ndarray) -> list[int]:
-        return [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
-
     def _answer(self, tokens: list[int]) -> list[int]:
         start = _find(tokens, self._start)
         if start == len(tokens):
@@ -396,6 +398,61 @@ class FASTPromptTokenizer:
         answer = tokens[start + len(self._start) :]
         answer = answer[: min(_find(answer, self._end), _find(answer, [self.text.eos_id]))]
         return [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+
+
+class RecipeTokenizer:
+    """A whole text of π0.5's recipe: a prompt, and after it what is to be written: a subtask, an answer, FAST tokens.
+
+    `fast` is None where no FAST tokens are written. What is returned is what FASTPromptTokenizer returns, but for
+    `token_group` int32 [max_len], the group of `pi0.masks` of each token, instead of its two masks.
+    """
+
+    def __init__(self, text: TextTokenizer, fast: FASTPromptTokenizer | None = None):
+        self.text, self.fast = text, fast
+
+    def encode_prompt(
+        self,
+        text: str,
+        max_len: int,
+        state: np.ndarray,
+        subtask: str | None = None,
+        actions: np.ndarray | None = None,
+        plan: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """`<bos>Task: {text}, State: {bins};\\nSubtask: `, to `plan` or with a subtask given; else π0.5's plain prompt.
+
+        The subtask is written as `{subtask}<eos>`; normalized actions [T, A] as `{FAST tokens}|<eos>`, after a subtask
+        with `Action: ` before them. Raises ValueError for a bad state or bad actions.
+        """
+        bins = " ".join(map(str, state_bins(state)))
+        cue = "Action: " if subtask is None and not plan else "Subtask: "
+        prompt = self.text.encode(f"Task: {_one_line(text)}, State: {bins};\n{cue}", add_bos=True)
+        written = [] if subtask is None else [*self.text.encode(_one_line(subtask)), self.text.eos_id]
+        fast: list[int] = []
+        if self.fast is not None and actions is not None:
+            fast = [*([] if subtask is None else self.text.encode("Action: ")), *self.fast.action_ids(actions)]
+        return self._grouped((prompt, written, fast), max_len)
+
+    def encode_question(self, question: str, max_len: int, answer: str) -> dict[str, np.ndarray]:
+        """`<bos>Question: {question}\\nAnswer: `, and `{answer}<eos>`, which is to be written."""
+        prompt = self.text.encode(f"Question: {_one_line(question)}\nAnswer: ", add_bos=True)
+        return self._grouped((prompt, [*self.text.encode(_one_line(answer)), self.text.eos_id], []), max_len)
+
+    def read(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text that generated tokens [N] say: up to the first `<eos>`, without ids that are no text."""
+        ids = [int(t) for t in tokens]
+        ids = ids[: _find(ids, [self.text.eos_id])]
+        return self.text.decode([i for i in ids if i < self.text.vocab_size]).strip()
+
+    def _grouped(self, parts: Sequence[list[int]], max_len: int) -> dict[str, np.ndarray]:
+        ids, mask = self.text.pad([i for part in parts for i in part], max_len)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        group = np.searchsorted(ends, np.arange(max_len), side="right") * mask
+        return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask, "token_group": group.astype(np.int32)}
+
+
+def _one_line(text: str) -> str:
+    return text.strip().replace("_", " ").replace("\n", " ")
 
 
 def _find(ids: list[int], part: list[int]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pi0.normalize import MODES, NormStats
-from pi0.tokenizers import FASTPromptTokenizer
+from pi0.tokenizers import FASTPromptTokenizer, RecipeTokenizer
 
 Data = dict[str, Any]
 
@@ -208,6 +208,37 @@ class TokenizeFASTPrompt:
             return data
         actions, _ = self.tokenizer.extract_actions(data["tokens"], self.action_horizon, self.action_dim)
         return {key: value for key, value in data.items() if key != "tokens"} | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeRecipe:
+    """TokenizePrompt of π0.5's recipe: with what is to be written after the prompt, where there are `actions`.
+
+    Then it adds `token_group` [L] and `has_actions`. Frames with a `subtask` (not empty, and with `subtasks` on) are to
+    write it; without actions, a prompt asks for a subtask if `subtasks` is on. A `question` and its `answer` have
+    neither state nor actions: they are empty, for PadDims to fill. Raises ValueError without prompt or question.
+    """
+
+    tokenizer: RecipeTokenizer
+    max_token_len: int
+    action_horizon: int
+    subtasks: bool
+
+    def __call__(self, data: Data) -> Data:
+        rest = {k: value for k, value in data.items() if k not in ("prompt", "subtask", "question", "answer")}
+        if "question" in data:
+            text = self.tokenizer.encode_question(data["question"], self.max_token_len, data["answer"])
+            empty = {"state": np.zeros(0), "actions": np.zeros((self.action_horizon, 0))}
+            return rest | empty | text | {"has_actions": np.bool_(False)}
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        arguments = data["prompt"], self.max_token_len, data["state"]
+        if "actions" not in data:
+            text = self.tokenizer.encode_prompt(*arguments, plan=self.subtasks)
+            return rest | {key: value for key, value in text.items() if key != "token_group"}
+        subtask = (data.get("subtask") or None) if self.subtasks else None
+        text = self.tokenizer.encode_prompt(*arguments, subtask, data["actions"])
+        return rest | text | {"has_actions": np.bool_(True)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pi0.observation import Observation
 from pi0_jax.loading import load
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.models.pi05 import Pi05
 from pi0_jax.policy import Policy
 
 jax.tree_util.register_dataclass(
@@ -18,4 +19,4 @@ jax.tree_util.register_dataclass(
     meta_fields=[],
 )
 
-__all__ = ["Observation", "Pi0", "Pi0Fast", "Policy", "load"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "Policy", "load"]

@@ -19,7 +19,7 @@ from absl import flags
 
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
-from pi0.datasets import LeRobotDataset, Mixture, episode_numbers, open_dataset, split_episodes
+from pi0.datasets import Annotated, Mixture, Questions, episode_numbers, open_dataset, split_episodes
 from pi0.fetch import fetch
 from pi0.normalize import NormStats
 from pi0.observation import Observation, check_actions
@@ -98,12 +98,19 @@ class Recordings:
 
     config: dict[str, Any]
     robot: Robot
-    training: LeRobotDataset
-    validation: LeRobotDataset | None
+    training: Any
+    validation: Any
 
     @classmethod
     def open(cls, config: dict[str, Any], model: ModelConfig, seed: int) -> Recordings:
-        """Raises ValueError for a config that does not fit the dataset, and DataError for a damaged one."""
+        """Raises ValueError for a config that does not fit the dataset, and DataError for a damaged one.
+
+        The dataset may be a file of `questions` instead, and have `subtasks` in one (`pi0.datasets.annotations`).
+        """
+        if config.get("questions"):
+            robot = make_robot(config["robot"])
+            camera = next(key for key in model.image_keys if key in robot.cameras.values())
+            return cls(config, robot, Questions(config["questions"], camera), None)
         if not config["root"]:
             raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
         root, robot = fetch(config["root"]), make_robot(config["robot"])
@@ -126,7 +133,15 @@ class Recordings:
                 f"{root}: the longest of {len(training.episodes)} training episodes has {longest} frames, and "
                 f"model.action_horizon is {model.action_horizon}: no chunk of actions would be whole"
             )
-        return cls(config, robot, training, validation if validation and len(validation) else None)
+        held_out = validation if validation and len(validation) else None
+        if file := config.get("subtasks"):
+            return cls(config, robot, Annotated(training, file), Annotated(held_out, file) if held_out else None)
+        return cls(config, robot, training, held_out)
+
+    @property
+    def has_subtasks(self) -> bool:
+        """Whether its frames say their subtask."""
+        return "subtask" in self.training[0]
 
 
 def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[Assets, Batches, Batches | None]:
@@ -139,7 +154,10 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
     """
     recordings = [Recordings.open(source, model, config.seed) for source in data_sources(config.data.to_dict())]
     norm_stats = find_norm_stats(recordings)
-    assets = [make_assets(r.config, norm_stats[r.config["asset_id"]], model, config.to_dict()) for r in recordings]
+    subtasks = bool(config.get("recipe")) and any(r.has_subtasks for r in recordings)
+    assets = [
+        make_assets(r.config, norm_stats[r.config["asset_id"]], model, config.to_dict(), subtasks) for r in recordings
+    ]
     pipelines = [Pipeline.from_assets(a) for a in assets]
     weights = [r.config["weight"] for r in recordings if "weight" in r.config] or None
     training = Mixture([r.training for r in recordings], weights, config.seed)
@@ -179,16 +197,21 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
                 f"data.mixture has norm stats of {asset_id!r} from {places[asset_id] or 'its episodes'} and from "
                 f"{place or 'its episodes'}; give one of them another asset_id"
             )
-        if not place:
+        if not place and not isinstance(one.training, Questions):
             total = totals.setdefault(asset_id, {})
-            for key, stats in dataset_statistics(one.training, one.robot).items():
+            recorded = one.training.dataset if isinstance(one.training, Annotated) else one.training
+            for key, stats in dataset_statistics(recorded, one.robot).items():
                 total[key] = total[key] + stats if key in total else stats
     computed = {asset_id: {key: s.norm_stats() for key, s in total.items()} for asset_id, total in totals.items()}
     return computed | {asset_id: fetch_norm_stats(place, asset_id) for asset_id, place in places.items() if place}
 
 
 def make_assets(
-    data: dict[str, Any], norm_stats: dict[str, NormStats], model: ModelConfig, training: dict[str, Any]
+    data: dict[str, Any],
+    norm_stats: dict[str, NormStats],
+    model: ModelConfig,
+    training: dict[str, Any],
+    subtasks: bool = False,
 ) -> Assets:
     """The assets that one dataset's config says; `training` is the whole of the run's config."""
     fast = data.get("action_tokenizer")
@@ -200,5 +223,6 @@ def make_assets(
         tokenizer=TextTokenizer(data["tokenizer"]).reference(),
         robot=data["robot"],
         action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
+        subtasks=subtasks,
         training=training,
     )

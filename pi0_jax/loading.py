@@ -15,8 +15,10 @@ from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.models.pi05 import Pi05
 
 Model = Pi0 | Pi0Fast
+MODELS: dict[str, type[Pi0] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
 def load(
@@ -45,7 +47,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype:
 
 def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
     """A model of the config's kind, freshly initialized."""
-    return (Pi0Fast if config.kind == "pi0_fast" else Pi0)(config, rngs=rngs)
+    return MODELS[config.kind](config, rngs=rngs)
 
 
 def abstract_model(config: ModelConfig) -> Model:

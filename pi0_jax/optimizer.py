@@ -68,8 +68,8 @@ def in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def accumulate(
-    value_and_grad: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, rows: Any, count: int
-) -> tuple[jax.Array, Any]:
+    value_and_grad: Callable[[Any, Any], tuple[Any, Any]], params: Any, rows: Any, count: int
+) -> tuple[Any, Any]:
     """The mean value and gradient over `count` micro-batches of `rows`, which are computed one after the other.
 
     A micro-batch takes every `count`-th row, so that each device brings its share of each.
@@ -81,7 +81,8 @@ def accumulate(
         return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
 
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
-    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.tree.map(lambda x: x / count, jax.lax.scan(add, zeros, micro_batches)[0])
 
 

@@ -26,9 +26,10 @@ from ml_collections import config_flags
 from convert.checkpoints import open_checkpoint
 from pi0 import numerics
 from pi0.assets import Assets
-from pi0.config import ModelConfig
+from pi0.config import ConfigError, ModelConfig
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_cameras
+from pi0.recipe import RecipeConfig
 from pi0.rows import Batches
 from pi0_jax import hlo
 from pi0_jax.checkpoints import Checkpoints
@@ -37,6 +38,7 @@ from pi0_jax.evaluation import action_metrics
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.metrics import Metrics, check_wandb, device_metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.models.pi05 import Pi05
 from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
 from pi0_jax.preemption import Preempted, Preemption
 from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, start_processes, state_shardings
@@ -62,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     freeze = freeze_pattern(model_config, config.freeze)
+    recipe = read_recipe(config, model_config)
 
     check_wandb(config.wandb)
     check_same_run(workdir, config)
@@ -104,9 +107,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    loss_fn = jax.jit(functools.partial(validation_loss, model_config))
+    loss_fn = jax.jit(functools.partial(validation_loss, model_config, recipe))
     action_fn = None
-    if model_config.kind != "pi0_fast":
+    if model_config.kind != "pi0_fast" and recipe is None:  # what writes text is scored by pi0-eval-offline
         action_fn = jax.jit(functools.partial(action_metrics, model_config, action_dims(assets)))
     key = jax.random.key(config.seed)
 
@@ -241,6 +244,18 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"{workdir} has a run of another config: {said}; choose another --workdir, or --overwrite it")
 
 
+def read_recipe(config: ml_collections.ConfigDict, model: ModelConfig) -> RecipeConfig | None:
+    """The weights of π0.5's losses, where the config has a recipe. Raises ConfigError for one that cannot be."""
+    if not config.get("recipe"):
+        return None
+    if model.kind != "pi05":
+        raise ConfigError(f"a recipe is π0.5's; the model's kind is {model.kind}")
+    recipe = RecipeConfig.from_dict(config.recipe.to_dict())
+    if recipe.fast_weight and not config.data.get("action_tokenizer"):
+        raise ConfigError("recipe.fast_weight needs data.action_tokenizer, the FAST tokens' (pi0-fit-fast makes one)")
+    return recipe
+
+
 def init_state(
     config: ml_collections.ConfigDict,
     model: ModelConfig,
@@ -295,12 +310,26 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
-def mean_loss(model: Model, batch: tuple[Observation, jax.Array], drawn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The mean loss of a batch, with the noise and times `drawn` for it where the model flows."""
+def mean_loss(
+    model: Model,
+    batch: tuple[Observation, jax.Array],
+    drawn: tuple[jax.Array, jax.Array],
+    recipe: RecipeConfig | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean loss of a batch, with the noise and times `drawn` for it where the model flows; and a recipe's parts.
+
+    A recipe's loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without
+    it adds nothing.
+    """
     observation, actions = batch
     if isinstance(model, Pi0Fast):
-        return model.compute_loss(observation).mean()
-    return model.compute_loss(observation, actions, *drawn).mean()
+        return model.compute_loss(observation).mean(), {}
+    if recipe is None:
+        return model.compute_loss(observation, actions, *drawn).mean(), {}
+    assert isinstance(model, Pi05)
+    losses = model.compute_losses(observation, actions, *drawn, recipe)
+    parts = {f"{name}_loss": loss.mean() for name, loss in losses.items()}
+    return jnp.stack([weight * parts[f"{name}_loss"] for name, weight in recipe.weights.items() if weight]).sum(), parts
 
 
 def train_step(
@@ -313,21 +342,26 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
 
-    def loss_of(params: Any, rows: tuple[Any, Any]) -> jax.Array:
-        return mean_loss(merge(model, join(params, state["frozen"])), *rows)
+    recipe = read_recipe(config, model)
+
+    def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mean_loss(merge(model, join(params, state["frozen"])), *rows, recipe)
 
     rows = (batch, noise_and_time(key, batch[1]))  # drawn for the whole batch: it may be cut in any way
-    loss, grads = accumulate(jax.value_and_grad(loss_of), state["params"], rows, config.accumulate)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, parts), grads = accumulate(value_and_grad, state["params"], rows, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
-    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)} | parts
     return {"params": params, "frozen": state["frozen"], "ema": ema, "opt_state": opt_state}, scalars
 
 
-def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
+def validation_loss(
+    model: ModelConfig, recipe: RecipeConfig | None, params: Any, batch: tuple[Observation, jax.Array]
+) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    return mean_loss(merge(model, params), batch, noise_and_time(jax.random.key(0), batch[1]))
+    return mean_loss(merge(model, params), batch, noise_and_time(jax.random.key(0), batch[1]), recipe)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

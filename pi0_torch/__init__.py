@@ -8,4 +8,4 @@ from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
 from pi0_torch.policy import Policy
 
-__all__ = ["Observation", "Pi0", "Pi0Fast", "Policy", "load", "to_device"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "Policy", "load", "to_device"]

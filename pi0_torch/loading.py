@@ -17,8 +17,10 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
+from pi0_torch.models.pi05 import Pi05
 
 Model = Pi0 | Pi0Fast
+MODELS: dict[str, type[Pi0] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
 def load(
@@ -58,7 +60,7 @@ def load_model(
 
 def make_model(config: ModelConfig) -> Model:
     """A model of the config's kind, freshly initialized."""
-    return (Pi0Fast if config.kind == "pi0_fast" else Pi0)(config)
+    return MODELS[config.kind](config)
 
 
 def abstract_model(config: ModelConfig) -> Model:

@@ -33,18 +33,20 @@ class Policy(pi0.policy.Policy):
         num_steps: int | None = None,
         seed: int = 0,
         fallback: bool = False,
+        plan_every: int = 1,
         **said: Any,
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
-        `num_steps`, `seed` and `fallback` those of `pi0.policy.Policy`; and `said` is what the checkpoint itself does
-        not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). Raises what those do.
+        `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
+        itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). Raises what they
+        do.
         """
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
         assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
-        return cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback)
+        return cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
@@ -53,3 +55,13 @@ class Policy(pi0.policy.Policy):
         if isinstance(self.model, Pi0Fast):
             return to_numpy(self.model.sample_tokens(inputs, self.num_steps))
         return to_numpy(self.model.sample_actions(inputs, torch.as_tensor(noise, device=device), self.num_steps))
+
+    def sample_planned(
+        self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """π0.5's subtask [B, D], written unless it is given, and the actions after it [B, T, A]; NumPy's both."""
+        device = next(self.model.parameters()).device
+        given = None if subtask is None else torch.as_tensor(subtask, device=device)
+        inputs, noise_there = to_device(observation, device), torch.as_tensor(noise, device=device)
+        tokens, actions = self.model.sample(inputs, noise_there, given, self.num_steps)
+        return to_numpy(tokens), to_numpy(actions)

@@ -179,6 +179,7 @@ def joint_layer(
     cached: tuple[Array, Array] | None,
     slot: Int[Array, ""] | None,
     implementation: str,
+    insulated: bool,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
@@ -188,7 +189,10 @@ def joint_layer(
         k, v = (jax.lax.dynamic_update_slice_in_dim(c, x, slot, axis=1) for c, x in zip(cached, (k, v), strict=True))
     elif cached is not None:
         k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
-    attended = attention(q, k, v, mask, implementation)
+    if insulated:
+        attended = insulated_attention(q, k, v, mask, xs[0].shape[1], implementation)
+    else:
+        attended = attention(q, k, v, mask, implementation)
     outs, start = [], 0
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]]
@@ -197,6 +201,22 @@ def joint_layer(
         y, gate = block.mlp_norm(x, condition)
         outs.append(gated_residual(x, block.mlp(y), gate))
     return outs, (k, v)
+
+
+def insulated_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B S S"],
+    split: int,
+    implementation: str,
+) -> Float[Array, "B S N H"]:
+    """`attention` of two experts, of which the first has `split` tokens; its keys and values get no gradient from the
+    second one's queries, and it sees nothing of the second ("Knowledge Insulating Vision-Language-Action Models", V).
+    """
+    first = attention(q[:, :split], k[:, :split], v[:, :split], mask[:, :split, :split], implementation)
+    k, v = (jnp.concatenate([jax.lax.stop_gradient(x[:, :split]), x[:, split:]], axis=1) for x in (k, v))
+    return jnp.concatenate([first, attention(q[:, split:], k, v, mask[:, split:], implementation)], axis=1)
 
 
 def joint_forward(
@@ -208,17 +228,21 @@ def joint_forward(
     cache: Cache | None = None,
     slot: Int[Array, ""] | None = None,
     stages: dict[str, Array] | None = None,
+    insulated: bool = False,
 ) -> tuple[list[Float[Array, "B T W"]], Cache]:
     """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
 
     `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
     the S tokens of `cache` (where given) followed by all of `xs`; or, with `slot`, to the S places of `cache`, of which
     the one token of `xs` takes that one. `stages`, where given, receives `layers.{i}` [L, B, T, W] of the i-th expert.
+    `insulated` keeps the second expert's gradient out of the first (`insulated_attention`).
     """
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
         xs, (blocks, cached) = [constrain_rows(x) for x in xs], scanned
-        xs, keys_values = joint_layer(blocks, xs, rotations, mask, conditions, cached, slot, experts[0].attention)
+        xs, keys_values = joint_layer(
+            blocks, xs, rotations, mask, conditions, cached, slot, experts[0].attention, insulated
+        )
         return xs, (keys_values, None if stages is None else xs)
 
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0_jax.models.gemma import Expert, joint_forward
+from pi0_jax.models.gemma import Cache, Expert, joint_forward
 from pi0_jax.models.layers import Linear
 from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask
 
@@ -128,22 +128,32 @@ class Pi0(VisionLanguageModel):
 
         The prefix runs once and its keys and values are kept. `num_steps` (default: the config's) is static.
         """
-        num_steps = self.config.num_steps if num_steps is None else num_steps
-        prefix, prefix_valid = self.embed_prefix(observation)
-        positions = jnp.cumsum(prefix_valid, axis=1) - 1
-        prefix_blocks = np.zeros(prefix.shape[1], int)
-        prefix_mask = attention_mask(prefix_blocks, prefix_blocks, prefix_valid, prefix_valid)
-        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), prefix_mask, (None,))
+        prefix, valid = self.embed_prefix(observation)
+        positions = jnp.cumsum(valid, axis=1) - 1
+        blocks = np.zeros(prefix.shape[1], int)
+        mask = attention_mask(blocks, blocks, valid, valid)
+        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
+        return self.integrate(observation, noise, num_steps, cache, valid)
 
+    def integrate(
+        self,
+        observation: Observation,
+        noise: Float[Array, "B T A"],
+        num_steps: int | None,
+        cache: Cache,
+        seen: Bool[Array, "B S"],
+    ) -> Float[Array, "B T A"]:
+        """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
+        num_steps = self.config.num_steps if num_steps is None else num_steps
         horizon = noise.shape[1]
         blocks = self.suffix_blocks(horizon)
         suffix_valid = jnp.ones((noise.shape[0], len(blocks)), bool)
-        positions = prefix_valid.sum(axis=1, keepdims=True) + np.arange(len(blocks))
+        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
         mask = attention_mask(
             blocks,
-            np.concatenate([prefix_blocks, blocks]),
+            np.concatenate([np.zeros(seen.shape[1], int), blocks]),
             suffix_valid,
-            jnp.concatenate([prefix_valid, suffix_valid], axis=1),
+            jnp.concatenate([seen, suffix_valid], axis=1),
         )
 
         def step(x_t: Array, time: Array) -> tuple[Array, None]:

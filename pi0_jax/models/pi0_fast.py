@@ -75,10 +75,8 @@ class Pi0Fast(VisionLanguageModel):
     ) -> Int[Array, "B D"]:
         """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
 
-        The likeliest token each time; or, with a `temperature`, one drawn by `rng`. Only tokens that are `allowed`
-        (default: all) are written. Ends when all rows have. `max_decoding_steps` (default: the config's) and
-        `temperature` are static. Raises ValueError for no steps, and for a temperature
-        without `rng` or below 0.
+        The options and errors are those of `decode`; `max_decoding_steps` (default: the config's) and `temperature` are
+        static.
 
         The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
         i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
@@ -86,42 +84,20 @@ class Pi0Fast(VisionLanguageModel):
         positions and the mask, not places.
         """
         steps = self.config.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
-        if steps < 1:
-            raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
-        if temperature < 0 or (temperature > 0 and rng is None):
-            raise ValueError(f"temperature is {temperature}; it must be 0, or positive and with rng given")
         prefix, valid = self.embed_prefix(observation)
         blocks = self.text_blocks(observation)
         mask = attention_mask(blocks, blocks, valid, valid)
         positions = jnp.cumsum(valid, axis=1) - 1
         (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, steps), (0, 0), (0, 0))), cache)
-        batch, prefix_len = valid.shape
-        places, prefix_seen = jnp.arange(prefix_len + steps), jnp.pad(valid, ((0, 0), (0, steps)))
-        length = valid.sum(axis=1, keepdims=True)
-        last = jnp.argmax(jnp.where(valid, positions, -1), axis=1)
-
-        def choose(out: Array, i: Array, tokens: Array, done: Array) -> tuple[Array, Array]:
-            """Write token i [B], which the output `out` [B, 1, W] before it predicts."""
-            logits = self.paligemma.logits(out)[:, 0]
-            if allowed is not None:
-                logits = jnp.where(allowed, logits, numerics.MASKED_LOGIT)
-            if rng is not None and temperature > 0:
-                token = jax.random.categorical(jax.random.fold_in(rng, i), logits / temperature)
-            else:
-                token = jnp.argmax(logits, axis=-1)
-            token = jnp.where(done, 0, token)
-            return tokens.at[:, i].set(token), done | (token == eos_token)
-
-        def step(carry: tuple) -> tuple:
-            i, cache, tokens, done = carry
-            x = self.paligemma.embed(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1))
-            seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
-            (out,), cache = joint_forward(
-                (self.paligemma,), (x,), (length + i,), seen[:, None], (None,), cache, prefix_len + i - 1
-            )
-            return i + 1, cache, *choose(out, i, tokens, done)
-
-        start = jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool)
-        start = choose(out[jnp.arange(batch), last][:, None], jnp.int32(0), *start)
-        return jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[3].all(), step, (jnp.int32(1), cache, *start))[2]
+        tokens, _ = self.decode(
+            out,
+            cache,
+            valid,
+            steps,
+            skipped=1,
+            temperature=temperature,
+            rng=rng,
+            allowed=allowed,
+            eos_token=eos_token,
+        )
+        return tokens

@@ -179,6 +179,7 @@ def joint_layer(
     conditions: Sequence[Float[Tensor, "B W"] | None],
     cached: tuple[Tensor, Tensor] | None,
     slot: Int[Tensor, " 1"] | None,
+    insulated: bool,
 ) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
@@ -188,15 +189,30 @@ def joint_layer(
         k, v = (c.index_copy_(1, slot, x) for c, x in zip(cached, (k, v), strict=True))  # in place: nothing grows
     elif cached is not None:
         k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
-    attended = attention(q, k, v, mask).flatten(-2)
+    attended = insulated_attention(q, k, v, mask, xs[0].shape[1]) if insulated else attention(q, k, v, mask)
     outs, start = [], 0
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
-        own = attended[:, start : start + x.shape[1]]
+        own = attended[:, start : start + x.shape[1]].flatten(-2)
         start += x.shape[1]
         x = gated_residual(x, block.attention.out(own), gate)
         y, gate = block.mlp_norm(x, condition)
         outs.append(gated_residual(x, block.mlp(y), gate))
     return outs, (k, v)
+
+
+def insulated_attention(
+    q: Float[Tensor, "B S N H"],
+    k: Float[Tensor, "B S K H"],
+    v: Float[Tensor, "B S K H"],
+    mask: Bool[Tensor, "B S S"],
+    split: int,
+) -> Float[Tensor, "B S N H"]:
+    """`attention` of two experts, of which the first has `split` tokens; its keys and values get no gradient from the
+    second one's queries, and it sees nothing of the second ("Knowledge Insulating Vision-Language-Action Models", V).
+    """
+    first = attention(q[:, :split], k[:, :split], v[:, :split], mask[:, :split, :split])
+    k, v = (torch.cat([x[:, :split].detach(), x[:, split:]], dim=1) for x in (k, v))
+    return torch.cat([first, attention(q[:, split:], k, v, mask[:, split:])], dim=1)
 
 
 def joint_forward(
@@ -208,19 +224,22 @@ def joint_forward(
     cache: Cache | None = None,
     slot: Int[Tensor, " 1"] | None = None,
     stages: dict[str, Tensor] | None = None,
+    insulated: bool = False,
 ) -> tuple[list[Float[Tensor, "B T W"]], Cache]:
     """Run one or both experts through all layers. Returns their outputs after the final norms, and keys and values.
 
     `xs`, `positions`, `conditions`: one entry per expert of `experts`, in order; all queries T together attend to
     the S tokens of `cache` (where given) followed by all of `xs`; or, with `slot`, to the S places of `cache`, of which
     the one token of `xs` takes that one. `stages`, where given, receives `layers.{i}` [L, B, T, W] of the i-th expert.
+    `insulated` keeps the second expert's gradient out of the first (`insulated_attention`).
     """
     layer = remat(joint_layer, experts[0].remat)
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
-        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, None if cache is None else cache[i], slot)
+        cached = None if cache is None else cache[i]
+        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, cached, slot, insulated)
         outputs.append(xs)
         new_cache.append(keys_values)
     if stages is not None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0_torch.models.gemma import Expert, joint_forward
+from pi0_torch.models.gemma import Cache, Expert, joint_forward
 from pi0_torch.models.layers import Linear
 from pi0_torch.models.vision_language import VisionLanguageModel, attention_mask
 
@@ -122,22 +122,33 @@ class Pi0(VisionLanguageModel):
 
         The prefix runs once and its keys and values are kept. `num_steps` defaults to the config's.
         """
-        num_steps = self.config.num_steps if num_steps is None else num_steps
-        prefix, prefix_valid = self.embed_prefix(observation)
-        positions = prefix_valid.cumsum(dim=1) - 1
-        prefix_blocks = np.zeros(prefix.shape[1], int)
-        prefix_mask = attention_mask(prefix_blocks, prefix_blocks, prefix_valid, prefix_valid)
-        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), prefix_mask, (None,))
+        prefix, valid = self.embed_prefix(observation)
+        positions = valid.cumsum(dim=1) - 1
+        blocks = np.zeros(prefix.shape[1], int)
+        mask = attention_mask(blocks, blocks, valid, valid)
+        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
+        return self.integrate(observation, noise, num_steps, cache, valid)
 
+    @torch.no_grad()
+    def integrate(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "B T A"],
+        num_steps: int | None,
+        cache: Cache,
+        seen: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "B T A"]:
+        """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
+        num_steps = self.config.num_steps if num_steps is None else num_steps
         horizon = noise.shape[1]
         blocks = self.suffix_blocks(horizon)
-        suffix_valid = prefix_valid.new_ones((noise.shape[0], len(blocks)))
-        positions = prefix_valid.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=noise.device)
+        suffix_valid = seen.new_ones((noise.shape[0], len(blocks)))
+        positions = seen.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=noise.device)
         mask = attention_mask(
             blocks,
-            np.concatenate([prefix_blocks, blocks]),
+            np.concatenate([np.zeros(seen.shape[1], int), blocks]),
             suffix_valid,
-            torch.cat([prefix_valid, suffix_valid], dim=1),
+            torch.cat([seen, suffix_valid], dim=1),
         )
 
         def step(x_t: Tensor, time: float) -> Tensor:

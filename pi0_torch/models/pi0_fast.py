@@ -76,9 +76,7 @@ class Pi0Fast(VisionLanguageModel):
     ) -> Int[Tensor, "B D"]:
         """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
 
-        The likeliest token each time; or, with a `temperature`, one drawn by `rng`. Only tokens that are `allowed`
-        (default: all) are written. Ends when all rows have. `max_decoding_steps` defaults to the config's. Raises
-        ValueError for no steps, and for a temperature without `rng` or below 0.
+        The options and errors are those of `decode`; `max_decoding_steps` defaults to the config's.
 
         The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
         i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
@@ -86,46 +84,20 @@ class Pi0Fast(VisionLanguageModel):
         positions and the mask, not places.
         """
         steps = self.config.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
-        if steps < 1:
-            raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
-        if temperature < 0 or (temperature > 0 and rng is None):
-            raise ValueError(f"temperature is {temperature}; it must be 0, or positive and with rng given")
         prefix, valid = self.embed_prefix(observation)
         blocks = self.text_blocks(observation)
         mask = attention_mask(blocks, blocks, valid, valid)
         positions = valid.cumsum(dim=1) - 1
         (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        cache = [(F.pad(k, (0, 0, 0, 0, 0, steps)), F.pad(v, (0, 0, 0, 0, 0, steps))) for k, v in cache]
-        batch, prefix_len = valid.shape
-        places, prefix_seen = torch.arange(prefix_len + steps, device=valid.device), F.pad(valid, (0, steps))
-        length = valid.sum(dim=1, keepdim=True)
-        last = positions.masked_fill(~valid, -1).argmax(dim=1)
-
-        def choose(out: Tensor, i: int, tokens: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
-            """Write token i [B], which the output `out` [B, 1, W] before it predicts."""
-            logits = self.paligemma.logits(out)[:, 0]
-            if allowed is not None:
-                logits = logits.masked_fill(~allowed, numerics.MASKED_LOGIT)
-            if rng is not None and temperature > 0:
-                token = (logits / temperature).softmax(dim=-1).multinomial(1, generator=rng)[:, 0]
-            else:
-                token = logits.argmax(dim=-1)
-            token = token.masked_fill(done, 0)
-            tokens[:, i] = token
-            return tokens, done | (token == eos_token)
-
-        def step(i: int, tokens: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.paligemma.embed(tokens[:, i - 1 : i])
-            seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
-            (out,), _ = joint_forward(
-                (self.paligemma,), (x,), (length + i,), seen[:, None], (None,), cache, places[prefix_len + i - 1, None]
-            )
-            return choose(out, i, tokens, done)
-
-        tokens, done = valid.new_zeros(batch, steps, dtype=torch.int32), valid.new_zeros(batch)
-        tokens, done = choose(out[torch.arange(batch), last][:, None], 0, tokens, done)
-        for i in range(1, steps):
-            if done.all():
-                break
-            tokens, done = step(i, tokens, done)
+        tokens, _ = self.decode(
+            out,
+            cache,
+            valid,
+            steps,
+            skipped=1,
+            temperature=temperature,
+            rng=rng,
+            allowed=allowed,
+            eos_token=eos_token,
+        )
         return tokens

@@ -1,19 +1,20 @@
-"""What π0, π0.5 and π0-FAST begin with: PaliGemma, which reads the cameras and the prompt.
+"""What π0, π0.5 and π0-FAST begin with: PaliGemma, which reads the cameras and the prompt, and may write text.
 
-Axes: B batch, C cameras, T queries, S tokens, W width.
+Axes: B batch, C cameras, T queries, S tokens, W width, V vocabulary, D decoded tokens.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0_torch.models.gemma import Expert
+from pi0_torch.models.gemma import Cache, Expert, joint_forward
 from pi0_torch.models.siglip import SigLIP
 
 
@@ -69,3 +70,67 @@ class VisionLanguageModel(nn.Module):
             torch.cat([tokens, text], dim=1),
             torch.cat([masks, observation.tokenized_prompt_mask], dim=1),
         )
+
+    @torch.no_grad()
+    def decode(
+        self,
+        out: Float[Tensor, "B S W"],
+        cache: Cache,
+        valid: Bool[Tensor, "B S"],
+        steps: int,
+        *,
+        skipped: int = 0,
+        read_last: bool = False,
+        temperature: float = 0.0,
+        rng: torch.Generator | None = None,
+        allowed: Bool[Tensor, " V"] | None = None,
+        eos_token: int = numerics.EOS_TOKEN,
+    ) -> tuple[Int[Tensor, "B D"], Cache]:
+        """Write at most D = `steps` tokens after a prefix whose output, cache and valid tokens are given; int32.
+
+        Each row ends with `eos_token` and then zeros, or is cut. The likeliest token each time; or, with a
+        `temperature`, one drawn by `rng`; only those that are `allowed` (default: all). Ends when all rows have.
+        Also returns the cache, grown by D places, into which every new token's keys and values go, those of the last
+        one only if asked to `read_last`. Token i has the position prefix length + `skipped` + i. Raises ValueError for
+        no steps, and for a temperature without `rng` or below 0.
+        """
+        if steps < 1:
+            raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
+        if temperature < 0 or (temperature > 0 and rng is None):
+            raise ValueError(f"temperature is {temperature}; it must be 0, or positive and with rng given")
+        cache = [(F.pad(k, (0, 0, 0, 0, 0, steps)), F.pad(v, (0, 0, 0, 0, 0, steps))) for k, v in cache]
+        batch, prefix_len = valid.shape
+        places, prefix_seen = torch.arange(prefix_len + steps, device=valid.device), F.pad(valid, (0, steps))
+        length = valid.sum(dim=1, keepdim=True)
+        last = (valid.cumsum(dim=1) - 1).masked_fill(~valid, -1).argmax(dim=1)
+
+        def choose(out: Tensor, i: int, tokens: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+            """Write token i [B], which the output `out` [B, 1, W] before it predicts."""
+            logits = self.paligemma.logits(out)[:, 0]
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed, numerics.MASKED_LOGIT)
+            if rng is not None and temperature > 0:
+                token = (logits / temperature).softmax(dim=-1).multinomial(1, generator=rng)[:, 0]
+            else:
+                token = logits.argmax(dim=-1)
+            token = token.masked_fill(done, 0)
+            tokens[:, i] = token
+            return tokens, done | (token == eos_token)
+
+        def read(i: int, tokens: Tensor) -> Tensor:
+            """Token i − 1 [B] into the cache; the output [B, 1, W] that predicts token i."""
+            x = self.paligemma.embed(tokens[:, i - 1 : i])
+            seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
+            position, slot = length + skipped + i - 1, places[prefix_len + i - 1, None]
+            (out,), _ = joint_forward((self.paligemma,), (x,), (position,), seen[:, None], (None,), cache, slot)
+            return out
+
+        tokens, done = valid.new_zeros(batch, steps, dtype=torch.int32), valid.new_zeros(batch)
+        tokens, done = choose(out[torch.arange(batch), last][:, None], 0, tokens, done)
+        i = 1
+        while i < steps and not done.all():
+            tokens, done = choose(read(i, tokens), i, tokens, done)
+            i += 1
+        if read_last:
+            read(i, tokens)
+        return tokens, cache
