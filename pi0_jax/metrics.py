@@ -49,7 +49,7 @@ class Metrics(ExitStack):
     ):
         super().__init__()
         self._pictures, self._silent = workdir / "pictures", silent
-        self._jsonl = self.enter_context(open(os.devnull if silent else workdir / "metrics.jsonl", "a"))
+        self._jsonl = Path(os.devnull) if silent else workdir / "metrics.jsonl"
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
         self.callback(self._tensorboard.close)
         bar = {"unit": "step", "dynamic_ncols": True, "desc": "training", "disable": silent}
@@ -68,8 +68,8 @@ class Metrics(ExitStack):
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars; `loss`, `grad_norm` and `samples_per_second` also stand in the progress bar."""
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._jsonl.flush()
+        with self._jsonl.open("a") as lines:
+            lines.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec
 import pi0_jax
 from configs.finetune import SCALING
 from configs.metaworld_demo import get_config
+from convert.checkpoints import open_checkpoint
 from convert.layouts.layout import parameters
 from pi0.config import ModelConfig
 from pi0_jax.loading import parameters_of
@@ -112,6 +114,14 @@ def start(workdir: Path, mesh: tuple[int, int, int], devices: int, *flags: str) 
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def start_two(workdir: Path, *flags: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joining = ("--coordinator", address, "--process-count", "2", "--process-index")
+    return [start(workdir, (2, 4, 1), 4, *flags, *joining, str(index)) for index in range(2)]
+
+
 def finish(*runs: subprocess.Popen[str]) -> None:
     try:
         for run in runs:
@@ -159,9 +169,25 @@ def test_every_mesh_gives_the_same_run(mesh: tuple[int, int, int], on_one_device
 @pytest.mark.slow
 def test_two_processes_give_the_same_run(on_one_device: Path, tmp_path: Path):
     """Each brings its own rows of every batch and writes its own part of the checkpoint; one writes the metrics."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ("--coordinator", address, "--process-count", "2", "--process-index")
-    finish(*(start(tmp_path, (2, 4, 1), 4, *flags, str(index)) for index in range(2)))
+    finish(*start_two(tmp_path))
     check_equal(tmp_path, on_one_device)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on(tmp_path: Path):
+    """SIGKILL of one takes the other with it; both started again end bit for bit where a run left alone ends."""
+    flags = ("--config.steps=12", "--config.save_every=2")
+    finish(*start_two(tmp_path / "whole", *flags))
+    runs = start_two(tmp_path / "killed", *flags)
+    while not (tmp_path / "killed" / "checkpoints" / "4").exists() and runs[0].poll() is None:
+        time.sleep(0.01)
+    for run in runs:
+        run.kill()
+        run.communicate()
+    steps = [int(f.name) for f in (tmp_path / "killed" / "checkpoints").iterdir() if f.name.isdigit()]
+    assert 4 <= max(steps) < 12, "the run was over before it was killed"
+    finish(*start_two(tmp_path / "killed", *flags))
+    for ema in (True, False):
+        whole, killed = (open_checkpoint(tmp_path / name, step=12, ema=ema).ours for name in ("whole", "killed"))
+        for name, tensor in whole.items():
+            assert tensor.read(()).tobytes() == killed[name].read(()).tobytes(), name
