@@ -164,7 +164,7 @@ def _count_collective(
 def _group_size(rest: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", rest):
         sizes = dict(axis.split("=") for axis in found[1].split(","))
         return math.prod(int(sizes[axis]) for axis in found[2].split(","))
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)

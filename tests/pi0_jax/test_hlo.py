@@ -17,7 +17,7 @@ TPU = """
   %b = f32[8,16,32]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
   %two = u32[]{:T(128)} constant(2)
   %product = f32[8,4,32]{2,1,0} convolution(%a, %b), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf
-  %sum = f32[8,4,32]{2,1,0} all-reduce(%product), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+  %s = f32[8,4,32] all-reduce(%product), replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}, to_apply=%add
   %next = u32[]{:T(128)} add(%i, %two)
   ROOT %out = (u32[], f32[8,4,16]{2,1,0}, f32[8,16,32]{2,1,0}) tuple(%next, %a, %b)
 }
