@@ -180,8 +180,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, sampling: bool = F
         else:
             key = _laid(jax.eval_shape(jax.random.key, 0), everywhere)
             step = functools.partial(train_step, config, model, optimizer)
-            step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-            lowered = step.lower(state, batch, key)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+            lowered = jitted.lower(state, batch, key)
     parts = {"parameters": state} if sampling else {k: v for k, v in state.items() if v}
     names = {"params": "parameters", "ema": "moving average", "opt_state": "optimizer"}
     held = {names.get(name, name): _bytes_here(part) for name, part in parts.items()} | {"batch": _bytes_here(batch)}
@@ -199,9 +199,10 @@ def _compile(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, batch_size:
             raise
         used = float(found[1]) * (GIB if found[2] == "G" else 2**20)
         return made(round(used) - sum(held.values()), None, f"{found[1]}{found[2]}iB of {found[3]}GiB")
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "TPU and CPU compilers give both"
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return made(memory.temp_size_in_bytes + fresh, hlo.count(compiled.as_text()))
+    return made(memory.temp_size_in_bytes + fresh, hlo.count(text))
 
 
 def _inference_params(model: ModelConfig) -> Any:

@@ -89,7 +89,7 @@ def attention(
     """
     if implementation != "plain":
         mask = None if mask is None else mask[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # type: ignore[call-overload]
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     accumulator = numerics.rounding("attention_logits", q.dtype.name)
