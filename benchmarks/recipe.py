@@ -13,17 +13,14 @@ import json
 from pathlib import Path
 
 from convert.evaluation import evaluate, table
-from pi0.fit_fast import main as fit_fast
 from pi0_jax.train import read_config, train
 
-HELD_OUT = ("3", "7", "11", "15")
 THRESHOLD = 0.1
 
 
-def run(stage: str, folder: Path, fast: Path, base: Path | None, steps: int) -> str:
+def run(stage: str, folder: Path, base: Path | None, steps: int) -> str:
     """Train one stage; returns how each part of its loss fell, from the first window to the last."""
     options = {
-        "data.action_tokenizer": fast,
         "base_checkpoint": base or "",
         "steps": steps,
         "batch_size": 16,
@@ -48,14 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--posttrain-steps", type=int, default=250)
     args = parser.parse_args(arguments)
-    fast = args.workdir / "fast"
-    fit = ["bundled://metaworld_v30", str(fast), "--robot", "metaworld", "--action-horizon", "10"]
-    fit_fast([*fit, "--vocab-size", "512", "--overwrite", "--held-out", *HELD_OUT])
     pretrain = args.workdir / "pretrain"
-    lines = [f"pretrain: {run('pretrain', pretrain, fast, None, args.pretrain_steps)}"]
+    lines = [f"pretrain: {run('pretrain', pretrain, None, args.pretrain_steps)}"]
     for name, base in (("both stages", pretrain), ("the second alone", None)):
         folder = args.workdir / name.replace(" ", "_")
-        lines.append(f"{name}: {run('posttrain', folder, fast, base, args.posttrain_steps)}")
+        lines.append(f"{name}: {run('posttrain', folder, base, args.posttrain_steps)}")
         lines.append(table(evaluate(folder, threshold=THRESHOLD), THRESHOLD))
     print("\n\n".join(["", *lines]))
 

@@ -34,15 +34,18 @@ def experiment(size: str | None, recipe: RecipeConfig, **changes: Any) -> ml_col
     if size is None:
         model = ModelConfig.variant("pi05", action_horizon=16, max_token_len=300, max_decoding_steps=64)
         config = finetune(model, {"robot": "droid", "asset_id": "droid"}, batch_size=256)
-        data: dict[str, Any] = {"action_tokenizer": FAST, "subtasks": ""}  # "": a column of the dataset, where it has
+        data: dict[str, Any] = {"action_tokenizer": FAST, "subtasks": "", "questions": ""}  # "": the dataset's column
     else:
         del changes["steps"]
         image = {} if size == "tiny" else {"image_resolution": (56, 56)}
         config = metaworld_demo.get_config(f"{size}_pi05")
         config.model = ModelConfig.variant(f"{size}_pi05", **SMALL, **image).to_dict()
-        data = {"action_tokenizer": "runs/fast", "subtasks": "bundled://metaworld_subtasks.jsonl"}
-    # Files of questions, and the weights of the dataset and of each file in the mixture (none: by size).
-    config.data.update(data | {"questions": (), "weights": ()})
+        data = {
+            "action_tokenizer": "bundled://fast_tokenizer",
+            "subtasks": "bundled://metaworld_subtasks.jsonl",
+            "questions": "",
+        }
+    config.data.update(data)
     config.recipe = dataclasses.asdict(recipe)
     config.update(changes)
     return config

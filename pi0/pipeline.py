@@ -57,9 +57,7 @@ class Pipeline:
             fast = FASTTokenizer.from_reference(assets.action_tokenizer)
             whole = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
             tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot.action_dim)
-        elif model.kind == "pi05" and (
-            assets.subtasks or assets.action_tokenizer or (assets.training or {}).get("recipe")
-        ):
+        elif model.kind == "pi05" and (assets.subtasks or "recipe" in (assets.training or {})):
             written = None
             if assets.action_tokenizer is not None:
                 fast = FASTTokenizer.from_reference(assets.action_tokenizer)
@@ -95,9 +93,7 @@ class Pipeline:
     def text(self, tokens: np.ndarray) -> str:
         """What the subtask or answer [D] that π0.5 wrote says. Raises AssetsError for a model that writes none."""
         if self.recipe is None:
-            raise AssetsError(
-                "the checkpoint's assets name neither subtasks nor an action tokenizer: it writes no text"
-            )
+            raise AssetsError("the checkpoint's assets know no recipe of π0.5: it writes no text")
         return self.recipe.tokenizer.read(tokens)
 
     def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:

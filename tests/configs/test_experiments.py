@@ -43,7 +43,7 @@ def test_an_experiment(name: str):
     assert max(robot.state_dim, robot.action_dim) <= model.action_dim
     assert config.data.normalization in MODES and config.data.asset_id
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
-    assert bool(config.data.action_tokenizer) == (model.kind == "pi0_fast")
+    assert bool(config.data.action_tokenizer) == (model.kind == "pi0_fast" or "recipe" in config)
 
 
 def tiny(name: str, root: Path) -> ml_collections.ConfigDict:

@@ -52,7 +52,7 @@ def experiment(folder, stage: str, base: str = "", **changes):
         ],
     )
     config.data.action_tokenizer = str(folder / "fast")
-    config.data.questions, config.data.weights = (str(folder / "questions.jsonl"),), (3.0, 1.0)
+    config.data.mixture = [{"weight": 3.0}, {"questions": str(folder / "questions.jsonl"), "weight": 1.0}]
     config.data.validation_episodes = [e for e in range(16) if e not in KEPT]
     with config.unlocked():
         config.update(changes)
