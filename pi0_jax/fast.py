@@ -89,7 +89,16 @@ class Sampler:
         return self._run(compact(observation, self.config, self.text_buckets), noise)
 
     def _run(self, observation: Observation, noise: Float[Array, "B T A"]) -> Float[Array, "B T A"]:
-        inputs = {
+        inputs = self.inputs(observation, noise)
+        key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
+        if key not in self._programs:
+            run = lambda weights, inputs: sample(weights, self.config, inputs)  # noqa: E731
+            self._programs[key] = self.executables.get("sample", run, self.weights, inputs)
+        return self._programs[key](self.weights, inputs)
+
+    def inputs(self, observation: Observation, noise: Float[Array, "B T A"]) -> dict[str, Any]:
+        """What the programs take: lists of the cameras that are there, so that their names make no other program."""
+        return {
             "images": list(observation.images.values()),
             "image_masks": list(observation.image_masks.values()),
             "state": observation.state,
@@ -97,11 +106,6 @@ class Sampler:
             "prompt_mask": observation.tokenized_prompt_mask,
             "noise": noise,
         }
-        key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
-        if key not in self._programs:
-            run = lambda weights, inputs: sample(weights, self.config, inputs)  # noqa: E731
-            self._programs[key] = self.executables.get("sample", run, self.weights, inputs)
-        return self._programs[key](self.weights, inputs)
 
 
 def check_plain(model: Pi0) -> ModelConfig:

@@ -99,8 +99,16 @@ class Sampler:
 
     @torch.no_grad()
     def _run(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> Float[Tensor, "B T A"]:
+        inputs = self.inputs(observation, noise)
+        self.shapes.add(tuple((x.shape, x.dtype) for x in [*inputs["images"], inputs["prompt"], inputs["noise"]]))
+        limit = max(8, len(self.shapes) + 1)  # PyTorch's own would be 8 shapes
+        with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=256 + limit):
+            return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
+
+    def inputs(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> dict[str, Any]:
+        """What the programs take: lists of the cameras that are there, so that their names make no other program."""
         move = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # noqa: E731
-        inputs = {
+        return {
             "images": [move(x) for x in observation.images.values()],
             "image_masks": [move(x) for x in observation.image_masks.values()],
             "state": move(observation.state),
@@ -108,10 +116,6 @@ class Sampler:
             "prompt_mask": move(observation.tokenized_prompt_mask),
             "noise": move(noise),
         }
-        self.shapes.add(tuple((x.shape, x.dtype) for x in [*inputs["images"], inputs["prompt"], inputs["noise"]]))
-        limit = max(8, len(self.shapes) + 1)  # PyTorch's own would be 8 shapes
-        with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=256 + limit):
-            return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
 
 
 def check_plain(model: Pi0) -> ModelConfig:
