@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import pi0_jax
+from pi0.config import ModelConfig
+from pi0_jax import executables
+from pi0_jax.fast import Sampler
+from pi0_jax.loading import abstract_model, make_model, parameters_of, with_parameters
+from tests.fast_case import BUCKETS, config, distance, observations, random_parameters, seen, varied
+
+FLOAT32 = 3e-6  # relative L2 of actions: rounding through a whole model, as between the two frameworks
+PLAIN = jax.jit(lambda model, observation, noise: model.sample_actions(observation, noise))
+
+
+def random_model(model: ModelConfig) -> pi0_jax.Pi0:
+    shapes = {name: leaf.shape for name, leaf in parameters_of(abstract_model(model)).items()}
+    params = {name: jnp.asarray(t.read(())) for name, t in random_parameters(shapes).items()}
+    found = with_parameters(model, params)
+    assert isinstance(found, pi0_jax.Pi0)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_the_same_actions(kind: str, highest_precision: None):
+    model = random_model(config(kind))
+    sampler = Sampler(model, text_buckets=BUCKETS, warm_up=False)
+    for name, inputs in observations(model.config):
+        actions = sampler.sample(inputs.observation, inputs.noise)
+        assert actions.dtype == jnp.float32
+        assert distance(actions, PLAIN(model, inputs.observation, inputs.noise)) <= FLOAT32, name
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_model(kind: str, highest_precision: None):
+    """× 1.2 for another, equally good order of rounding; over 32 rows, so that chance evens out."""
+    exact, model = random_model(config(kind)), random_model(config(kind, "bfloat16"))
+    inputs = seen(model.config, 32, model.config.image_keys, 8, seed=0)
+    expected = PLAIN(exact, inputs.observation, inputs.noise)
+    plain = distance(PLAIN(model, inputs.observation, inputs.noise), expected)
+    for dtype in ("float32", "bfloat16"):  # of the parameters, which are the same
+        state = jax.tree.map(lambda x: x.astype(dtype), nnx.state(model))  # noqa: B023
+        stored = nnx.merge(nnx.graphdef(model), state)
+        actions = Sampler(stored, warm_up=False).sample(inputs.observation, inputs.noise)
+        if dtype == "float32":
+            assert distance(actions, expected) <= 1.2 * plain
+        else:
+            rounded = distance(PLAIN(stored, inputs.observation, inputs.noise), expected)
+            assert distance(actions, expected) <= 1.2 * rounded
+
+
+def test_arrays_on_a_device_do_too():
+    model = random_model(config("pi0"))
+    inputs = seen(model.config, 2, model.config.image_keys[1:], 4, seed=0)
+    sampler = Sampler(model, text_buckets=BUCKETS, warm_up=False)
+    from_numpy = sampler.sample(inputs.observation, inputs.noise)
+    np.testing.assert_array_equal(from_numpy, sampler.sample(*jax.device_put((inputs.observation, inputs.noise))))
+    assert sampler.executables.compiled == 2  # the weights' layout, and one sampler
+
+
+def test_nothing_compiles_after_warm_up():
+    model = random_model(config("pi0", depth=1, num_steps=1))
+    sampler = Sampler(model, text_buckets=BUCKETS, warm_up=False)
+    sampler.warm_up(batches=(1, 2, 3, 4), cameras=(1, 2, 3))
+    made, compilations = sampler.executables.compiled, []
+    assert made == 1 + 4 * 3 * 3
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if "compile" in event:
+            compilations.append(event)
+
+    calls = list(varied(model.config, 200))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for inputs in calls:
+        sampler.sample(inputs.observation, inputs.noise)
+    assert compilations == []
+    assert sampler.executables.compiled == made
+    jax.jit(lambda x: x + 0.12345)(1.0).block_until_ready()
+    assert compilations, "the counter does not count"
+
+
+def test_warm_up_is_for_one_robot_with_any_prompt():
+    sampler = Sampler(random_model(config("pi05", depth=1, num_steps=1)), text_buckets=BUCKETS)
+    assert sampler.executables.compiled == 1 + len(BUCKETS) + 1
+
+
+def test_a_restart_loads_executables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = random_model(config("pi0", depth=1))
+    inputs = seen(model.config, 1, model.config.image_keys, 8, seed=0)
+
+    def restart(**options: object) -> tuple[int, np.ndarray]:
+        sampler = Sampler(model, text_buckets=(), executables=tmp_path / "compiled", **options)
+        actions = np.asarray(sampler.sample(inputs.observation, inputs.noise))
+        return sampler.executables.compiled, actions
+
+    compiled, actions = restart()
+    assert compiled == 2
+    files = sorted((tmp_path / "compiled").iterdir())
+    assert len(files) == 2
+    assert restart()[0] == 0
+    np.testing.assert_array_equal(restart()[1], actions)
+
+    assert restart(num_steps=2)[0] == 2  # another function
+
+    damaged = bytearray(files[0].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    files[0].write_bytes(damaged)
+    compiled, again = restart()
+    assert compiled == 1
+    np.testing.assert_array_equal(again, actions)
+    assert restart()[0] == 0
+
+    with jax.default_matmul_precision("highest"):
+        assert restart()[0] == 2
+    monkeypatch.setattr(executables, "_host_processor", lambda: "another machine")
+    assert restart()[0] == 2
+    monkeypatch.setattr(jax, "__version__", "0.0")
+    assert restart()[0] == 2
+    monkeypatch.setattr(executables, "_sources", lambda: "edited")
+    assert restart()[0] == 2
+
+
+def test_lora_is_to_be_merged_first():
+    model = make_model(ModelConfig.variant("tiny_lora"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="merge"):
+        Sampler(model)
