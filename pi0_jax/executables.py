@@ -5,17 +5,19 @@ They are native code for one kind of machine, and are read with pickle: load onl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from pi0.fetch import cache_dir
 
@@ -27,7 +29,7 @@ class Executables:
 
     A program is stored under a hash of all that made it: `about`, its arguments' shapes and dtypes, this project's
     sources, JAX's version and settings, and the device. Another hash is another program, so none is ever stale.
-    Compiled programs also go to JAX's persistent compilation cache, which is set up here where the process has none.
+    Programs that are not stored go to JAX's persistent compilation cache, which is set up here where there is none.
     """
 
     def __init__(self, folder: Path | None, about: str):
@@ -45,8 +47,10 @@ class Executables:
         if file is not None and file.exists():
             check, payload = file.read_bytes()[:32], file.read_bytes()[32:]
             if hashlib.sha256(payload).digest() == check:  # else it is damaged, and is written anew
-                return serialize_executable.deserialize_and_load(*pickle.loads(payload))
-        compiled = jax.jit(function).lower(*arguments).compile()
+                stored = pickle.loads(payload)
+                return serialize_executable.deserialize_and_load(*stored, execution_devices=jax.devices()[:1])
+        with contextlib.nullcontext() if file is None else _without_cache():
+            compiled = jax.jit(function).lower(*arguments).compile()
         self.compiled += 1
         if file is not None:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
@@ -55,6 +59,19 @@ class Executables:
             partial.write_bytes(hashlib.sha256(payload).digest() + payload)
             partial.replace(file)
         return compiled
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """No persistent compilation cache: on a CPU, what came out of it lacks its functions when it is stored again."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which remembers whether it is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _environment() -> str:

@@ -107,7 +107,10 @@ class Sampler:
 
     def inputs(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> dict[str, Any]:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
-        move = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # noqa: E731
+
+        def move(x: Any) -> Tensor:  # in order, since other strides would be another program
+            return torch.as_tensor(x).to(self.device, copy=True, memory_format=torch.contiguous_format)
+
         return {
             "images": [move(x) for x in observation.images.values()],
             "image_masks": [move(x) for x in observation.image_masks.values()],

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.layouts import Tensor
 from convert.parity import Inputs
 from pi0.config import ModelConfig
 
@@ -34,17 +33,6 @@ def config(kind: str, dtype: str = "float32", depth: int = 2, num_steps: int = 3
         num_steps=num_steps,
         remat="none",
     )
-
-
-def random_parameters(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Parameters by our names, none of them 0 or 1, so that a norm or a gate left out shows."""
-    rng = np.random.default_rng(seed)
-
-    def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        scale = 0.2 if len(shape) < 3 and "kernel" not in name else np.prod(shape[-2:-1] or (1,)) ** -0.5
-        return (rng.normal(size=shape) * scale).astype(np.float32)
-
-    return {name: Tensor.of(one(name, shape)) for name, shape in shapes.items()}
 
 
 def observations(model: ModelConfig) -> Iterator[tuple[str, Inputs]]:
@@ -80,4 +68,5 @@ def varied(model: ModelConfig, calls: int, batches: int) -> Iterator[Inputs]:
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Relative L2."""
-    return float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -12,19 +12,17 @@ import pi0_jax
 from pi0.config import ModelConfig
 from pi0_jax import executables
 from pi0_jax.fast import Sampler
-from pi0_jax.loading import abstract_model, make_model, parameters_of, with_parameters
-from tests.fast_case import BUCKETS, config, distance, observations, random_parameters, seen, varied
+from pi0_jax.loading import make_model
+from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
 
 FLOAT32 = 3e-6  # relative L2 of actions: rounding through a whole model, as between the two frameworks
 PLAIN = jax.jit(lambda model, observation, noise: model.sample_actions(observation, noise))
 
 
 def random_model(model: ModelConfig) -> pi0_jax.Pi0:
-    shapes = {name: leaf.shape for name, leaf in parameters_of(abstract_model(model)).items()}
-    params = {name: jnp.asarray(t.read(())) for name, t in random_parameters(shapes).items()}
-    found = with_parameters(model, params)
-    assert isinstance(found, pi0_jax.Pi0)
-    return found
+    """No norm or gate is at its start, where leaving it out would not show."""
+    made, rng = jax.jit(lambda: make_model(model, rngs=nnx.Rngs(0)))(), np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), made)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
@@ -44,19 +42,12 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_model(kind: str, highest_pr
     inputs = seen(model.config, 32, model.config.image_keys, 8, seed=0)
     expected = PLAIN(exact, inputs.observation, inputs.noise)
     plain = distance(PLAIN(model, inputs.observation, inputs.noise), expected)
-    for dtype in ("float32", "bfloat16"):  # of the parameters, which are the same
-        state = jax.tree.map(lambda x: x.astype(dtype), nnx.state(model))  # noqa: B023
-        stored = nnx.merge(nnx.graphdef(model), state)
-        actions = Sampler(stored, warm_up=False).sample(inputs.observation, inputs.noise)
-        if dtype == "float32":
-            assert distance(actions, expected) <= 1.2 * plain
-        else:
-            rounded = distance(PLAIN(stored, inputs.observation, inputs.noise), expected)
-            assert distance(actions, expected) <= 1.2 * rounded
+    actions = Sampler(model, warm_up=False).sample(inputs.observation, inputs.noise)
+    assert distance(actions, expected) <= 1.2 * plain
 
 
 def test_arrays_on_a_device_do_too():
-    model = random_model(config("pi0"))
+    model = random_model(config("pi0", depth=1, num_steps=1))
     inputs = seen(model.config, 2, model.config.image_keys[1:], 4, seed=0)
     sampler = Sampler(model, text_buckets=BUCKETS, warm_up=False)
     from_numpy = sampler.sample(inputs.observation, inputs.noise)
@@ -64,18 +55,19 @@ def test_arrays_on_a_device_do_too():
     assert sampler.executables.compiled == 2  # the weights' layout, and one sampler
 
 
-def test_nothing_compiles_after_warm_up():
+@pytest.mark.parametrize("batches", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nothing_compiles_after_warm_up(batches: int):
     model = random_model(config("pi0", depth=1, num_steps=1))
-    sampler = Sampler(model, text_buckets=BUCKETS, warm_up=False)
-    sampler.warm_up(batches=(1, 2, 3, 4), cameras=(1, 2, 3))
+    sampler = Sampler(model, text_buckets=(4,), warm_up=False)
+    sampler.warm_up(batches=range(1, batches + 1), cameras=(1, 2))
     made, compilations = sampler.executables.compiled, []
-    assert made == 1 + 4 * 3 * 3
+    assert made == 1 + batches * 2 * 2
 
     def listen(event: str, seconds: float, **_: object) -> None:
         if "compile" in event:
             compilations.append(event)
 
-    calls = list(varied(model.config, 200))
+    calls = list(varied(model.config, 200, batches))
     jax.monitoring.register_event_duration_secs_listener(listen)
     for inputs in calls:
         sampler.sample(inputs.observation, inputs.noise)
@@ -83,11 +75,6 @@ def test_nothing_compiles_after_warm_up():
     assert sampler.executables.compiled == made
     jax.jit(lambda x: x + 0.12345)(1.0).block_until_ready()
     assert compilations, "the counter does not count"
-
-
-def test_warm_up_is_for_one_robot_with_any_prompt():
-    sampler = Sampler(random_model(config("pi05", depth=1, num_steps=1)), text_buckets=BUCKETS)
-    assert sampler.executables.compiled == 1 + len(BUCKETS) + 1
 
 
 def test_a_restart_loads_executables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,8 +93,6 @@ def test_a_restart_loads_executables(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert restart()[0] == 0
     np.testing.assert_array_equal(restart()[1], actions)
 
-    assert restart(num_steps=2)[0] == 2  # another function
-
     damaged = bytearray(files[0].read_bytes())
     damaged[len(damaged) // 2] ^= 1
     files[0].write_bytes(damaged)
@@ -116,14 +101,31 @@ def test_a_restart_loads_executables(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(again, actions)
     assert restart()[0] == 0
 
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (executables, "_host_processor", lambda: "another machine"),
+        (executables, "_sources", lambda: "edited"),
+        (jax, "__version__", "0.0"),
+    ],
+)
+def test_a_stale_executable_is_never_used(
+    where: object, name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def made(about: str = "config") -> tuple[int, float]:
+        programs = executables.Executables(tmp_path, about)
+        result = programs.get("add", lambda x: x + 1, np.float32(2))(np.float32(2))
+        return programs.compiled, float(result)
+
+    assert made() == (1, 3)
+    assert made() == (0, 3)
+    assert made("another config") == (1, 3)
     with jax.default_matmul_precision("highest"):
-        assert restart()[0] == 2
-    monkeypatch.setattr(executables, "_host_processor", lambda: "another machine")
-    assert restart()[0] == 2
-    monkeypatch.setattr(jax, "__version__", "0.0")
-    assert restart()[0] == 2
-    monkeypatch.setattr(executables, "_sources", lambda: "edited")
-    assert restart()[0] == 2
+        assert made() == (1, 3)
+    monkeypatch.setattr(where, name, value)
+    assert made() == (1, 3)
+    assert made() == (0, 3)
 
 
 def test_lora_is_to_be_merged_first():
