@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 
 from pi0 import numerics
 from pi0.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
@@ -377,12 +378,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`eager_attention` by a kernel that PyTorch generates."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     if bias is None:
-        return flex_attention(q, k, v)
+        return flex.flex_attention(q, k, v)
     rows = bias.expand(-1, -1, q.shape[2], -1)
-    return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + rows[b, 0, i, j])
+    return flex.flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + rows[b, 0, i, j])
 
 
 ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "eager": eager_attention}
@@ -390,6 +389,8 @@ ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "eager": eager_atte
 
 def attention_backend(name: str) -> Attend:
     """The attention of this name. Raises ValueError for one that is unknown or not to be had here."""
+    if name == "flash":
+        raise ValueError("attention 'flash' is not to be had: flash-attn takes no mask for padding; use sdpa or flex")
     if name not in ATTENTION:
         raise ValueError(f"attention is {name!r}; it must be one of {', '.join(ATTENTION)}")
     return ATTENTION[name]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from flax import nnx
 
 import pi0_jax
+from convert.parity import Inputs
+from pi0.buckets import compact
 from pi0.config import ModelConfig
 from pi0_jax import executables
 from pi0_jax.fast import Sampler
@@ -126,6 +129,18 @@ def test_a_stale_executable_is_never_used(
     monkeypatch.setattr(where, name, value)
     assert made() == (1, 3)
     assert made() == (0, 3)
+
+
+def test_fast_tokens_of_a_cut_prompt():
+    """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
+    model = random_model(ModelConfig.variant("tiny_pi0_fast"))
+    inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
+    mask = inputs.tokenized_prompt_mask & (np.arange(model.config.max_token_len) < 5)
+    observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
+    cut = compact(observation, model.config, BUCKETS)
+    assert cut.tokenized_prompt.shape == (3, 5)
+    sample = jax.jit(lambda model, o: model.sample_tokens(o, 6, eos_token=-1))
+    np.testing.assert_array_equal(sample(model, cut), sample(model, observation))
 
 
 def test_lora_is_to_be_merged_first():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 import pi0_torch
+from convert.parity import Inputs
+from pi0.buckets import compact
 from pi0.config import ModelConfig
 from pi0_torch.fast import ATTENTION, Sampler
 from pi0_torch.loading import make_model
@@ -96,10 +99,24 @@ def test_compiled(kind: str, attention: str):
     assert distance(sampler.sample(inputs.observation, inputs.noise), plain(model, inputs)) <= FLOAT32
 
 
-@pytest.mark.parametrize(("attention", "message"), [("fast", "must be one of sdpa"), ("flash", "flash")])
+@pytest.mark.parametrize(("attention", "message"), [("fast", "must be one of sdpa"), ("flash", "takes no mask")])
 def test_attention_that_is_not_to_be_had(attention: str, message: str):
     with pytest.raises(ValueError, match=message):
         Sampler(random_model(config("pi0", depth=1)), attention=attention)
+
+
+def test_fast_tokens_of_a_cut_prompt():
+    """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
+    model = make_model(ModelConfig.variant("tiny_pi0_fast"))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
+    mask = inputs.tokenized_prompt_mask & (np.arange(model.config.max_token_len) < 5)
+    observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
+    cut = compact(observation, model.config, BUCKETS)
+    assert cut.tokenized_prompt.shape == (3, 5)
+    tokens = [model.sample_tokens(pi0_torch.to_device(o), 6, eos_token=-1) for o in (cut, observation)]
+    assert torch.equal(*tokens)
 
 
 def test_lora_is_to_be_merged_first():
