@@ -80,8 +80,8 @@ class Sampler:
         self.mode = "reduce-overhead" if mode is None and cuda else mode
         self._program = lambda inputs: sample(self.weights, self.config, attend, inputs)
         if self.compile:
+            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)  # shapes; else 8
             self._program = torch.compile(self._program, fullgraph=True, dynamic=False, mode=self.mode)
-        self.shapes: set[tuple] = set()
         if warm_up:
             self.warm_up()
 
@@ -101,10 +101,7 @@ class Sampler:
     @torch.no_grad()
     def _run(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> Float[Tensor, "B T A"]:
         inputs = self.inputs(observation, noise)
-        self.shapes.add(tuple((x.shape, x.dtype) for x in [*inputs["images"], inputs["prompt"], inputs["noise"]]))
-        limit = max(8, len(self.shapes) + 1)  # PyTorch's own would be 8 shapes
-        with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=256 + limit):
-            return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
+        return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
 
     def inputs(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> dict[str, Any]:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""

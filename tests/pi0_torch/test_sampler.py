@@ -111,7 +111,7 @@ def test_fast_tokens_of_a_cut_prompt():
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
-    mask = inputs.tokenized_prompt_mask & (np.arange(model.config.max_token_len) < 5)
+    mask = np.arange(model.config.max_token_len) < np.array([[5], [2], [4]])
     observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
     cut = compact(observation, model.config, BUCKETS)
     assert cut.tokenized_prompt.shape == (3, 5)
