@@ -149,6 +149,7 @@ def lay_out(model: Pi0, num_steps: int) -> dict[str, Any]:
 
 def vision_weights(vision: SigLIP) -> dict[str, Any]:
     """The vision tower: patches as a matrix product, its bias within the position embedding; fused projections."""
+    layers: Any = vision.layers  # which mypy takes for tensors
     patches = vision.patch_embedding
     kernel, bias, position = (
         cast(p, "patches", vision.dtype) for p in (patches.weight, patches.bias, vision.position_embedding)
@@ -164,7 +165,7 @@ def vision_weights(vision: SigLIP) -> dict[str, Any]:
                 "up": projection(block.mlp.up),
                 "down": projection(block.mlp.down),
             }
-            for block in vision.layers
+            for block in layers
         ],
         "final_norm": layer_norm_weights(vision.final_norm),
         "head": projection(vision.head),
@@ -173,6 +174,7 @@ def vision_weights(vision: SigLIP) -> dict[str, Any]:
 
 def expert_weights(expert: Expert) -> list[dict[str, Any]]:
     """The projections of each layer: query, key and value in one, and gate and up."""
+    layers: Any = expert.layers
     return [
         {
             "qkv": projection(block.attention.query, block.attention.key, block.attention.value),
@@ -180,12 +182,13 @@ def expert_weights(expert: Expert) -> list[dict[str, Any]]:
             "gate_up": projection(block.mlp.gate, block.mlp.up),
             "down": projection(block.mlp.down),
         }
-        for block in expert.layers
+        for block in layers
     ]
 
 
 def step_weights(model: Pi0, num_steps: int) -> dict[str, Any]:
     """What each Euler step adds that no observation changes: leaves [E, ...]."""
+    assert model.config.action_expert is not None
     times = torch.from_numpy(numerics.euler_times(num_steps)).to(model.action_in_proj.weight.device)
     embedded = embed_time(times, model.config.action_expert.width)
     condition, bias = None, projection(model.action_in_proj)[1].expand_as(embedded)
@@ -198,9 +201,10 @@ def step_weights(model: Pi0, num_steps: int) -> dict[str, Any]:
 
 def norm_weights(expert: Expert, condition: Float[Tensor, "E W"] | None, num_steps: int) -> dict[str, Any]:
     """An expert's norms in each step."""
+    layers: Any = expert.layers
     return {
-        "attention_norms": [modulation(block.attention_norm, condition, num_steps) for block in expert.layers],
-        "mlp_norms": [modulation(block.mlp_norm, condition, num_steps) for block in expert.layers],
+        "attention_norms": [modulation(block.attention_norm, condition, num_steps) for block in layers],
+        "mlp_norms": [modulation(block.mlp_norm, condition, num_steps) for block in layers],
         "final_norm": modulation(expert.final_norm, condition, num_steps),
     }
 
@@ -227,7 +231,7 @@ def projection(*linears: Linear) -> tuple[Tensor, ...]:
     weight = torch.cat([one.weight.to(one.dtype) for one in linears])
     if linears[0].bias is None:
         return (weight,)
-    return weight, torch.cat([one.bias.to(one.dtype) for one in linears])
+    return weight, torch.cat([one.bias.to(one.dtype) for one in linears if one.bias is not None])
 
 
 def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
@@ -331,6 +335,7 @@ def denoise(
 ) -> Float[Tensor, "B T A"]:
     """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache."""
     gemma, now = config.action_expert, weights["steps"]
+    assert gemma is not None
     x = linear(x_t, weights["action_in"][0], now["bias"][0][step])
     if state is not None:
         x = torch.cat([state, linear(F.silu(x), *weights["action_mix"])], dim=1)
