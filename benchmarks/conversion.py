@@ -25,7 +25,7 @@ import numpy as np
 
 from convert.conversion import convert
 from convert.formats import write_orbax
-from convert.layouts import LAYOUTS, Tensor
+from convert.layouts import LAYOUTS, WRITTEN, Tensor
 from pi0.assets import Assets
 from pi0.config import GEMMA_300M, ModelConfig
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, help="where to make a temporary folder; it is deleted at the end")
     parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary, to try it at a smaller size")
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=["pi0_torch"])
+    parser.add_argument("--layouts", nargs="+", choices=WRITTEN, default=["pi0_torch"])
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:

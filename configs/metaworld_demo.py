@@ -2,12 +2,14 @@
 
 pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld
 pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/metaworld_pi05
+pi0-train --config configs/metaworld_demo.py:demo_pi0_fast --workdir runs/metaworld_pi0_fast
 """
 
 from __future__ import annotations
 
 import ml_collections
 
+from configs.finetune import SCALING, data_config
 from pi0.config import ModelConfig
 
 
@@ -18,14 +20,19 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "model": model.to_dict(),
-            "data": {
-                "root": "bundled://metaworld_v30",
-                "robot": "metaworld",
-                "asset_id": "metaworld",
-                "normalization": "quantile" if model.kind == "pi05" else "zscore",
-                "tokenizer": "bundled://tokenizer.model",
-                "validation_episodes": [3, 7, 11, 15],
-            },
+            "base_checkpoint": "",
+            "data": data_config(
+                model,
+                root="bundled://metaworld_v30",
+                robot="metaworld",
+                asset_id="metaworld",
+                tokenizer="bundled://tokenizer.model",
+                action_tokenizer="bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
+                validation_episodes=[3, 7, 11, 15],
+                cache="memory",
+                workers=0,
+                augment=False,
+            ),
             "optimizer": {
                 "peak_lr": 1e-3,
                 "final_lr": 1e-5,
@@ -35,8 +42,10 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
                 "clip_norm": 1.0,
+                "moments_dtype": "float32",
             },
             "freeze": "",
+            "frozen_dtype": "float32",
             "ema_decay": 0.98,
             "batch_size": 32,
             "steps": 300,
@@ -44,5 +53,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
             "eval_every": 100,
             "save_every": 150,
             "keep_checkpoints": 2,
+            "keep_best": True,
+            "keep_every": 0,
+            "wandb": "",
         }
+        | SCALING
     )

@@ -14,6 +14,5 @@ from pi0.config import ModelConfig
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
     """The experiment."""
     robot = {"name": "libero", "delta": True}  # as openpi's π0 LIBERO checkpoints
-    return finetune(
-        ModelConfig.variant("pi0_lora"), {"robot": robot, "asset_id": "libero"}, freeze="lora", ema_decay=None
-    )
+    data = {"robot": robot, "asset_id": "libero"}
+    return finetune(ModelConfig.variant("pi0_lora"), data, freeze="lora", frozen_dtype="bfloat16", ema_decay=None)

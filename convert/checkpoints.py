@@ -28,6 +28,7 @@ from convert.formats import (
     write_orbax,
     write_safetensors,
 )
+from convert.fresh import source_config, with_fresh
 from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
 from convert.layouts.layout import experts_of, infer_sizes
 from pi0.assets import Assets
@@ -39,7 +40,8 @@ from pi0.fetch import fetch
 class Checkpoint:
     """An opened checkpoint that has been found to fit its layout: our parameters, lazily, and what lies beside them.
 
-    `norm_stats` are the files of all norm stats beside it, by asset id; `assets` has those of one.
+    `norm_stats` are the files of all norm stats beside it, by asset id; `assets` has those of one. `fresh` names the
+    parameters that are newly initialized.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Checkpoint:
     assets: Assets
     ours: dict[str, Tensor]
     norm_stats: dict[str, Path] = dataclasses.field(default_factory=dict)
+    fresh: list[str] = dataclasses.field(default_factory=list)
 
     def in_layout(self, layout: str) -> dict[str, Tensor]:
         """The tensors of another layout, read lazily."""
@@ -63,7 +66,9 @@ class Stored:
     tensors: dict[str, Tensor]
 
 
-def read_tensors(source: str | Path, *, step: int | None = None, ema: bool = True) -> Stored:
+def read_tensors(
+    source: str | Path, *, step: int | None = None, ema: bool = True, dtype: np.dtype | None = None
+) -> Stored:
     """The tensors in a checkpoint's files, whatever they are; see `open_checkpoint`. Raises CheckpointError."""
     path = fetch(source)
     if path.suffix == ".npz":
@@ -76,7 +81,7 @@ def read_tensors(source: str | Path, *, step: int | None = None, ema: bool = Tru
             return Stored(folder, folder / file, folder, read(folder / file))
     for params, beside in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
-            return Stored(folder, params, beside, read_orbax(params))
+            return Stored(folder, params, beside, read_orbax(params, dtype))
     raise CheckpointError(f"{folder} holds neither model.safetensors (or its index) nor an Orbax params folder")
 
 
@@ -87,6 +92,8 @@ def open_checkpoint(
     step: int | None = None,
     ema: bool = True,
     asset_id: str | None = None,
+    fresh: int | None = None,
+    dtype: np.dtype | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout, checked against its table; weights are not read yet.
 
@@ -96,10 +103,16 @@ def open_checkpoint(
 
     The layout follows from the names of the tensors, the model config from a `config.json` of ours, openpi's or
     LeRobot's; without one, sizes follow from the shapes, and what shapes do not say (horizon, text length, cameras) is
-    that of the released models. `config` overrides both. `asset_id` chooses among several norm stats. Raises
-    CheckpointError and LayoutError that name what is wrong.
+    that of the released models. `config` overrides both. `asset_id` chooses among several norm stats.
+
+    With `dtype`, all parameters are read as that, each value rounded once.
+
+    With the seed `fresh`, a `config` may have what the source has not at all, an action expert (PaliGemma's weights)
+    or LoRA: that is newly initialized, and named in the result's `fresh`.
+
+    Raises CheckpointError and LayoutError that name what is wrong.
     """
-    stored = read_tensors(source, step=step, ema=ema)
+    stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout, kind, lora = detect(shapes)
@@ -108,7 +121,17 @@ def open_checkpoint(
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point one")
     assets = find_assets(stored, layout, kind, lora, config, asset_id)
     norm_stats = norm_stats_files(stored.beside)
-    return Checkpoint(folder, layout, assets, layout.to_ours(assets.model, tensors), norm_stats)
+    new: list[str] = []
+    if fresh is None:
+        ours = layout.to_ours(assets.model, tensors)
+    else:
+        (embedding,) = (rule.theirs for rule in layout.rules if rule.ours == "paligemma.embedding")
+        rows = next((shape[0] for name, shape in shapes.items() if layout.spell(name) == embedding), 0)
+        ours = layout.to_ours(source_config(assets.model, kind, lora, rows), tensors)
+        ours, new = with_fresh(assets.model, ours, fresh)
+    if dtype is not None:  # arrays of Orbax are that already
+        ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
+    return Checkpoint(folder, layout, assets, ours, norm_stats, new)
 
 
 def find_assets(

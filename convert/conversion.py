@@ -16,12 +16,12 @@ from tqdm import tqdm
 from convert.beside import WRITERS, variants_of
 from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
 from convert.formats import CheckpointError, pieces
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts import WRITTEN, LayoutError, Tensor, parameters
 from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
 from pi0.config import ModelConfig
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SMALL = 1_000_000_000  # parameters up to which a conversion is verified unless told otherwise
 
 
@@ -38,6 +38,7 @@ def convert(
     action_horizon: int | None = None,
     config: ModelConfig | None = None,
     asset_id: str | None = None,
+    fresh: int | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -45,16 +46,23 @@ def convert(
     """Write the checkpoint `source`, of any layout, to the folder `target` in the layout `to`.
 
     `dtype` "keep", "float32" or "bfloat16" (rounded once); `lora` "keep" or "merge"; `ema`, `step` choose what is read
-    of a training run, `config` replaces the model config found, `asset_id` chooses among norm stats. `action_dim` pads
-    the projections of state and actions with zeros or cuts them; `action_horizon` only changes the config. Each change
-    is told to `say`. With `verify` (default: for models up to a billion parameters) what was written is read again and
-    compared byte by byte.
+    of a training run, `config` replaces the model config found, `asset_id` chooses among norm stats; with the seed
+    `fresh` an action expert or LoRA that the source has not is newly initialized. `action_dim` pads the projections of
+    state and actions with zeros or cuts them; `action_horizon` only changes the config. Each change is told to `say`.
+    With `verify` (default: for models up to a billion parameters) what was written is read again and compared byte by
+    byte.
 
     Returns the opened result. Raises CheckpointError or LayoutError (which NaN and infinite values are too), and
     FileExistsError where `target` exists; then nothing is left behind.
     """
-    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id)
-    checkpoint = _changed(checkpoint, dtype, lora, action_dim, action_horizon, say)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES)}")
+    target_dtype = DTYPES[dtype]
+    read_dtype = target_dtype if lora == "keep" else None  # LoRA is merged as it is stored, and then rounded
+    checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id, fresh=fresh, dtype=read_dtype)
+    if checkpoint.fresh:
+        say(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} to {checkpoint.fresh[-1]}")
+    checkpoint = _changed(checkpoint, target_dtype, lora, action_dim, action_horizon, say)
     if to in WRITERS and variants_of(checkpoint.assets.model) is None:
         say(f"these sizes have no name in the layout {to}: its own config.json is not written")
     if verify is None:
@@ -74,7 +82,7 @@ def convert(
 
 def _changed(
     checkpoint: Checkpoint,
-    dtype: str,
+    dtype: np.dtype | None,
     lora: str,
     action_dim: int | None,
     action_horizon: int | None,
@@ -96,16 +104,10 @@ def _changed(
     if action_horizon is not None and action_horizon != model.action_horizon:
         say(f"action_horizon {model.action_horizon} -> {action_horizon}: no parameter depends on it")
         model = dataclasses.replace(model, action_horizon=action_horizon)
-    if dtype != "keep":
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; it must be keep, {', '.join(DTYPES)}")
-        ours = {name: _cast(tensor, DTYPES[dtype]) for name, tensor in ours.items()}
+    if dtype is not None:
+        ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
     assets = dataclasses.replace(checkpoint.assets, model=model)
     return dataclasses.replace(checkpoint, assets=assets, ours=ours)
-
-
-def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    return dataclasses.replace(tensor, dtype=dtype, read=lambda index: tensor.read(index).astype(dtype))
 
 
 def _resized(model: ModelConfig, ours: Mapping[str, Tensor], action_dim: int) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -129,12 +131,20 @@ def _watched(name: str, tensor: Tensor, progress: Callable[[int], object]) -> Te
 
     def read(index: Index) -> np.ndarray:
         array = tensor.read(index)
-        if not np.isfinite(array).all():
+        if not _finite(array):
             raise CheckpointError(f"{name} has NaN or infinite values; the source is damaged, or its training diverged")
         progress(array.nbytes)
         return array
 
     return dataclasses.replace(tensor, read=read)
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; bfloat16 by its bits, since its arithmetic is slow in NumPy."""
+    if array.dtype == DTYPES["bfloat16"]:
+        bits = array.view(np.uint16)
+        return not any(((row & 0x7F80) == 0x7F80).any() for row in (bits if bits.ndim > 1 else [bits]))
+    return bool(np.isfinite(array).all())
 
 
 def verify_equal(a: Checkpoint, b: Checkpoint) -> None:
@@ -156,13 +166,14 @@ def main(arguments: list[str] | None = None) -> None:
         "  pi0-convert runs/demo exported --to pi0_torch                      a training run's newest checkpoint\n"
         "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch    an openpi checkpoint to PyTorch\n"
         "  pi0-convert lora_run/params exported --to pi0_torch --lora merge   a LoRA fine-tuning, merged\n"
-        "  pi0-convert exported back --to openpi_jax                          and back, the same bytes",
+        "  pi0-convert exported back --to openpi_jax                          and back, the same bytes\n"
+        "  pi0-convert pt_224.npz start --to pi0_jax --model pi0 --fresh 0    PaliGemma and a new action expert",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
     parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
-    parser.add_argument("--to", required=True, choices=list(LAYOUTS), help="the layout to write")
-    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of all tensors (default keep)")
+    parser.add_argument("--to", required=True, choices=WRITTEN, help="the layout to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of all tensors (default keep)")
     parser.add_argument("--lora", choices=("keep", "merge"), default="keep", help="what to do with LoRA (default keep)")
     parser.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="of a run: the moving average, or not"
@@ -177,6 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
         "from head dim): a variant of pi0.config, such as pi0 or pi05, or a JSON file of its fields",
     )
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
+    parser.add_argument(
+        "--fresh",
+        type=int,
+        metavar="SEED",
+        help="newly initialize what --model has and the source has not: an action expert, or LoRA",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="read and compare what was written (default: if small)"

@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.conversion import convert
-from convert.parity import Inputs, compare
-from pi0.assets import Assets
-from pi0.datasets import LeRobotDataset
+from convert.parity import Inputs, compare, exact_matmuls
+from convert.replay import action_names, replay
+from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
-from pi0.pipeline import Pipeline
 from pi0.plots import plot_actions, plot_loss
+from pi0.policy import Policy
 
+DRAWS = 8  # of noise: one alone can give 1.5 times the error
+NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "π0-FAST"}
+FAST_VOCABULARY = 640  # beside the bundled tokenizer's 512 pieces and the 128 left out, the model's 1280
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # what the demo has to reach: final against first loss, error against the mean's
 
 
-def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
-    """Run the demo in an empty `workdir` and return its figures.
+def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict[str, float]:
+    """Run the demo in an empty `workdir` and return its figures; π0-FAST's begins by fitting its action tokenizer.
 
-    Leaves checkpoints, an `export` folder, `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises
-    RuntimeError where the frameworks differ.
+    `variant` is a model of `pi0.config` that the bundled recordings fit. Leaves checkpoints, an `export` folder,
+    `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises RuntimeError where the frameworks differ.
     """
     import jax
 
+    import pi0_jax
+    import pi0_torch
     from configs.metaworld_demo import get_config
     from pi0_jax.train import train
 
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     start = time.perf_counter()
-    config = get_config()
+    config = get_config(variant)
     if steps is not None:
         config.steps = steps
+    kind, held_out_episodes = config.model.kind, config.data.validation_episodes
+    if kind == "pi0_fast":
+        say("0. Fit a FAST tokenizer on the actions of the recordings")
+        fit_fast(config, workdir / "fast")
 
-    say("1. Train a small π0 in JAX on recordings of a simulated robot")
+    say(f"1. Train a small {NAMES[kind]} in JAX on recordings of a simulated robot")
     metrics = train(config, workdir)
     plot_loss(workdir / "metrics.jsonl", workdir / "loss.png")
 
@@ -54,114 +62,99 @@ def demo(workdir: Path, steps: int | None = None) -> dict[str, float]:
     print(f"{len(result.in_layout('pi0_torch'))} tensors, {size:.1f} MiB in {export}")
 
     say("3. Compare the two, stage by stage, on frames of episodes that training did not see")
-    held_out = HeldOut.load(export, fetch(config.data.root), config.data.validation_episodes)
-    report = compare(checkpoint, export, inputs=held_out.parity_inputs(rows=4))
+    policies = {
+        "JAX": pi0_jax.Policy.from_pretrained(checkpoint, fallback=True),
+        "PyTorch": pi0_torch.Policy.from_pretrained(export, fallback=True),
+    }
+    robot, horizon = policies["JAX"].pipeline.robot, policies["JAX"].config.action_horizon
+    root = fetch(config.data.root)
+    held_out = open_dataset(root, robot, action_horizon=horizon, episodes=held_out_episodes)
+    report = compare(checkpoint, export, inputs=parity_inputs(policies["JAX"], held_out, rows=4))
     print(report.table())
     (workdir / "parity.json").write_text(report.to_json() + "\n")
     if not report.passed:
         raise RuntimeError("the exported model does not compute what the trained one does")
 
     say("4. Predict the actions of those episodes, in both frameworks")
-    figures = evaluate(held_out, checkpoint, export, workdir / "actions.png")
+    figures = evaluate(policies, held_out, workdir / "actions.png")
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     figures |= {"first_loss": first, "last_loss": metrics["loss"], "seconds": time.perf_counter() - start}
     summarize(figures, workdir)
     return figures
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Episodes that training did not see: every T-th frame of each as model input, F chunks in all."""
+def fit_fast(config: Any, folder: Path) -> None:
+    """Fit the action tokenizer of a π0-FAST experiment on its training episodes, into `folder`, and use it."""
+    from pi0.fit_fast import main as fit
 
-    assets: Assets
-    pipeline: Pipeline
-    datasets: list[LeRobotDataset]  # one per episode
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def load(cls, export: Path, root: Path, episodes: Sequence[int]) -> HeldOut:
-        """The episodes of a dataset, as the model in `export` sees them."""
-        assets = Assets.load(export)
-        if assets is None:
-            raise ValueError(f"{export} has no config.json")
-        pipeline, horizon = Pipeline.from_assets(assets), assets.model.action_horizon
-        datasets = [LeRobotDataset(root, action_horizon=horizon, episodes=[episode]) for episode in episodes]
-        return cls(assets, pipeline, datasets, [pipeline(d[i]) for d in datasets for i in range(0, len(d), horizon)])
-
-    def observation(self, rows: Sequence[dict[str, Any]]) -> Observation:
-        """Some rows as a batch."""
-        data = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "actions"}
-        return Observation.from_dict(data, self.assets.model)
-
-    def parity_inputs(self, rows: int) -> Inputs:
-        """A few rows, spread over all, with their recorded actions."""
-        chosen = [self.rows[i] for i in np.linspace(0, len(self.rows) - 1, rows).astype(int)]
-        actions = np.stack([row["actions"] for row in chosen])
-        rng = np.random.default_rng(0)
-        noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
-        return Inputs(self.observation(chosen), actions, noise.astype(np.float32), flow_time.astype(np.float32))
+    sizes = {"--action-horizon": config.model.action_horizon, "--vocab-size": FAST_VOCABULARY}
+    options = [str(part) for pair in ({"--robot": config.data.robot} | sizes).items() for part in pair]
+    held_out = [str(episode) for episode in config.data.validation_episodes]
+    fit([config.data.root, str(folder), *options, "--held-out", *held_out, "--overwrite"])
+    config.data.action_tokenizer = str(folder)
 
 
-def evaluate(held_out: HeldOut, checkpoint: Path, export: Path, picture: Path) -> dict[str, float]:
-    """Predict every held-out episode open loop: a new chunk of actions whenever the last one is used up.
+def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
+    """A few frames, spread over all, with their recorded actions."""
+    frames = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, rows)]
+    inputs = [policy.pipeline(frame) for frame in frames]
+    data = {key: np.stack([row[key] for row in inputs]) for key in inputs[0]}
+    actions, rng = data.pop("actions"), np.random.default_rng(0)
+    noise, flow_time = rng.normal(size=actions.shape), rng.uniform(0.1, 0.9, rows)
+    observation = Observation.from_dict(data, policy.config)
+    return Inputs(observation, actions, noise.astype(np.float32), flow_time.astype(np.float32))
+
+
+def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: Path) -> dict[str, float]:
+    """Predict every episode open loop in "JAX" and in "PyTorch".
 
     Errors are mean squares in units of each dimension's standard deviation in training, so that all dimensions count
-    alike, beside those of always predicting the mean action. Draws the last episode.
+    alike, and means over DRAWS of noise, beside those of always predicting the mean action. Draws the last episode,
+    with the first noise.
     """
-    assets, pipeline = held_out.assets, held_out.pipeline
-    assert assets.norm_stats is not None
-    stats, observation = assets.norm_stats["actions"], held_out.observation(held_out.rows)
-    shape = (len(held_out.rows), assets.model.action_horizon, assets.model.action_dim)
-    noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    chunks = {"JAX": sample_jax(checkpoint, observation, noise), "PyTorch": sample_torch(export, observation, noise)}
-    predicted = {name: np.stack([pipeline.actions(c) for c in chunk]) for name, chunk in chunks.items()}
+    tokens = policies["JAX"].config.kind == "pi0_fast"  # which takes no noise
+    with exact_matmuls():
+        replays = [replay(policy, dataset, draws=1 if tokens else DRAWS, batch_size=64) for policy in policies.values()]
+    stats = policies["JAX"].assets.norm_stats
+    assert stats is not None
+    mean, std = stats["actions"].mean, stats["actions"].std
 
     print(f"{'episode':>7}  {'task':<32}{'frames':>7}{'error':>9}{'mean action':>13}")
-    start, errors = 0, []
-    for dataset in held_out.datasets:
-        recorded, count = dataset.table("action"), -(-len(dataset) // assets.model.action_horizon)
-        own = {
-            name: p[start : start + count].reshape(-1, p.shape[-1])[: len(recorded)] for name, p in predicted.items()
-        }
-        start += count
+    errors = []
+    for own in zip(*replays, strict=True):
+        recorded = own[0].recorded
         # The order of frameworks is that of the columns returned below; the last one is the mean action.
-        guesses = [*own.values(), np.broadcast_to(stats.mean, recorded.shape)]
-        errors += [[np.square((guess - recorded) / stats.std).mean(1) for guess in guesses]]
+        guesses = [*(e.predicted for e in own), np.broadcast_to(mean, (1, *recorded.shape))]
+        errors += [[np.square((guess - recorded) / std).mean((0, 2)) for guess in guesses]]
         _, torch_error, mean_error = (float(e.mean()) for e in errors[-1])
-        number, task = dataset.episodes[0].index, dataset[0]["task"]
-        print(f"{number:>7}  {task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
-    plot_actions(recorded, own, dataset.features["action"]["names"], picture, f"episode {number}: {task}")
+        print(f"{own[0].episode:>7}  {own[0].task:<32}{len(recorded):>7}{torch_error:>9.3f}{mean_error:>13.3f}")
+    shown = {name: episode.predicted[0] for name, episode in zip(policies, own, strict=True)}
+    names, title = action_names(dataset, policies["JAX"].pipeline.robot), f"episode {own[0].episode}: {own[0].task}"
+    plot_actions(recorded, shown, names, picture, title)
 
     jax_error, torch_error, mean_error = (float(np.concatenate(e).mean()) for e in zip(*errors, strict=True))
-    difference = np.linalg.norm(predicted["PyTorch"] - predicted["JAX"]) / np.linalg.norm(predicted["JAX"])
-    return {
+    in_jax, in_torch = (np.concatenate([e.predicted for e in episodes], axis=1) for episodes in replays)
+    figures = {} if not tokens else written_alike(policies, dataset)
+    return figures | {
         "jax_error": jax_error,
         "torch_error": torch_error,
         "mean_error": mean_error,
-        "framework_difference": float(difference),
+        "framework_difference": float(np.linalg.norm(in_torch - in_jax) / np.linalg.norm(in_jax)),
     }
 
 
-def sample_jax(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [B, T, A] of a checkpoint, sampled in JAX."""
-    import jax
+def written_alike(policies: Mapping[str, Policy], dataset: LeRobotDataset) -> dict[str, float]:
+    """How many tokens π0-FAST writes for a chunk at every T-th frame, and how many of them the frameworks write alike.
 
-    import pi0_jax
-
-    model = pi0_jax.load(path)
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(pi0_jax.Pi0.sample_actions)(model, observation, noise))
-
-
-def sample_torch(path: Path, observation: Observation, noise: np.ndarray) -> np.ndarray:
-    """Actions [B, T, A] of a checkpoint, sampled in PyTorch."""
-    import torch
-
-    import pi0_torch
-
-    model = pi0_torch.load(path)
-    assert isinstance(model, pi0_torch.Pi0)
-    return model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(noise)).numpy()
+    Raises RuntimeError where one differs.
+    """
+    frames = [dataset[i] for i in range(0, len(dataset), policies["JAX"].config.action_horizon)]
+    with exact_matmuls():
+        in_jax, in_torch = (policy.sample(policy.inputs(frames), None) for policy in policies.values())
+    if not np.array_equal(in_jax, in_torch):
+        row = int(np.flatnonzero((in_jax != in_torch).any(axis=1))[0])
+        raise RuntimeError(f"chunk {row}: JAX writes {in_jax[row].tolist()}, PyTorch {in_torch[row].tolist()}")
+    return {"chunks": len(frames), "tokens": int((in_jax != 0).sum())}
 
 
 def say(title: str) -> None:
@@ -172,13 +165,16 @@ def say(title: str) -> None:
 def summarize(figures: dict[str, float], workdir: Path) -> None:
     """The figures against what they should reach, and where everything is."""
     loss, error = figures["last_loss"] / figures["first_loss"], figures["torch_error"] / figures["mean_error"]
+    alike = ""
+    if "tokens" in figures:
+        alike = f"tokens          {figures['tokens']} in {figures['chunks']} chunks, the same in both frameworks\n"
     say("Done")
     print(
         f"loss            {figures['first_loss']:.3f} -> {figures['last_loss']:.3f}, "
         f"{loss:.0%} of its start (should be under {LOSS_RATIO:.0%})\n"
         f"action error    {figures['torch_error']:.3f}, predicting the mean action {figures['mean_error']:.3f}: "
         f"{error:.0%} of it (should be under {ERROR_RATIO:.0%})\n"
-        f"JAX - PyTorch   {figures['framework_difference']:.1e} relative difference of the predicted actions\n"
+        f"JAX - PyTorch   {figures['framework_difference']:.1e} relative difference of the predicted actions\n{alike}"
         f"time            {figures['seconds']:.0f} s\n\n"
         f"{workdir}/\n"
         f"  loss.png, actions.png      pictures of the training and of predicted against recorded actions\n"
@@ -200,6 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="the run's folder (default runs/demo)")
+    parser.add_argument("--variant", choices=("demo", "demo_pi05", "demo_pi0_fast"), default="demo", help="the model")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument("--keep", action="store_true", help="go on from the checkpoints in the folder")
     args = parser.parse_args(arguments)
@@ -209,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         shutil.rmtree(args.workdir)
     try:
-        demo(args.workdir, args.steps)
+        demo(args.workdir, args.steps, args.variant)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pi0-demo: {error}", file=sys.stderr)
         sys.exit(1)

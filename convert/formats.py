@@ -40,14 +40,29 @@ def pieces(tensor: Tensor) -> list[tuple[slice, ...]]:
     return [(slice(i, min(i + rows, tensor.shape[0])),) for i in range(0, tensor.shape[0], rows)]
 
 
+def _contiguous(array: np.ndarray, side: int = 64) -> np.ndarray:
+    """The array in C order. Transposed matrices are copied in squares that fit the cache, which NumPy does not."""
+    if array.flags.c_contiguous or array.ndim < 2 or array.size < PIECE >> 8 or array.strides[-1] == array.itemsize:
+        return np.ascontiguousarray(array)
+    out = np.empty(array.shape, array.dtype)
+    bits = np.dtype(f"u{array.itemsize}")  # NumPy copies bfloat16 by a call for each value
+    source, target = array.view(bits), out.view(bits)
+    rows, columns = (range(0, size, side) for size in array.shape[-2:])
+    for index in np.ndindex(array.shape[:-2]):
+        for i, j in itertools.product(rows, columns):
+            square = (*index, slice(i, i + side), slice(j, j + side))
+            target[square] = source[square]
+    return out
+
+
 # ---- Orbax ----------------------------------------------------------------------------------------------------------
 
 
-def read_orbax(folder: Path) -> dict[str, Tensor]:
-    """The arrays of an Orbax PyTree checkpoint, by their key paths joined with slashes.
+def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]:
+    """The arrays of an Orbax PyTree checkpoint, by their key paths joined with slashes, as `dtype` where it is given.
 
-    A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names.
-    Raises CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
+    A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names. Raises
+    CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
     """
     metadata, paths = orbax_paths(folder)
     spec = {
@@ -57,7 +72,7 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     }
     stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
     held = _Held()
-    return {name: _array_tensor(future, folder, name, held) for name, future in stored.items()}
+    return {name: _array_tensor(future, folder, name, held, dtype) for name, future in stored.items()}
 
 
 def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
@@ -158,9 +173,11 @@ class _Held:
         return self.rows[(chosen, *within)]  # a view: keeping it would keep all of these rows in memory
 
 
-def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held) -> Tensor:
+def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held, dtype: np.dtype | None) -> Tensor:
     try:
         array = future.result()
+        if dtype is not None and array.dtype.numpy_dtype != dtype:
+            array = ts.cast(array, ts.dtype(dtype.name))
     except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
         raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
 
@@ -200,7 +217,7 @@ def write_orbax(
             spec, dtype=ts.dtype(tensor.dtype.name), shape=tensor.shape, create=True, context=context
         ).result()
         for part in parts:
-            array[part].write(np.ascontiguousarray(tensor.read(part))).result()
+            array[part].write(_contiguous(tensor.read(part))).result()
         tree[str(path)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in path],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
@@ -308,7 +325,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors.values():
             for part in pieces(tensor):
-                stream.write(np.ascontiguousarray(tensor.read(part)).reshape(-1).view(np.uint8).data)
+                stream.write(_contiguous(tensor.read(part)).reshape(-1).view(np.uint8).data)
 
 
 # ---- npz: big_vision's, read only -----------------------------------------------------------------------------------

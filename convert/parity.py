@@ -298,7 +298,7 @@ def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     """The config both share; where one of them has none of its own, the other's."""
     ours = a.assets.model
     theirs = b.assets.model
-    free = ("dtype", "remat", "num_steps", "max_decoding_steps")
+    free = ("dtype", "remat", "attention", "num_steps", "max_decoding_steps")
     theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in free})
     if ours != theirs:
         ours_fields, theirs_fields = dataclasses.asdict(ours), dataclasses.asdict(theirs)

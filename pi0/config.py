@@ -13,7 +13,8 @@ from typing import Any
 
 KINDS = ("pi0", "pi05", "pi0_fast")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full")
+ATTENTIONS = ("plain", "xla", "cudnn")
+REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  # the latter two as in JAX
 
 
 class ConfigError(ValueError):
@@ -120,8 +121,10 @@ class ModelConfig:
     `image_resolution` is (height, width) in pixels; `action_dim` A and `action_horizon` T are the padded action
     chunk's; `max_token_len` the text's length in tokens, π0-FAST's action tokens included; `num_steps` the Euler steps
     of sampling, `max_decoding_steps` the most tokens that π0-FAST decodes; `dtype` the compute dtype; `remat` what the
-    backward pass recomputes: "none", or "full" (all of a layer, the least memory). Raises ConfigError for impossible
-    sizes.
+    backward pass recomputes: "none", "full" (all of a layer, the least memory), or all but matrix products, as two of
+    JAX's checkpoint policies have it (PyTorch: as "full"); `attention` what JAX computes it by: "plain", our own
+    products and softmax, or `jax.nn.dot_product_attention` in its "xla" or, on GPUs, "cudnn" implementation. Raises
+    ConfigError for impossible sizes.
     """
 
     kind: str
@@ -138,12 +141,21 @@ class ModelConfig:
     max_decoding_steps: int = 256
     dtype: str = "bfloat16"
     remat: str = "full"
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
         _require_positive(self, "model")
         _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
         _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         _require(self.remat in REMATS, f"remat is {self.remat!r}; it must be one of {', '.join(REMATS)}")
+        known = ", ".join(ATTENTIONS)
+        _require(self.attention in ATTENTIONS, f"attention is {self.attention!r}; it must be one of {known}")
+        _require(
+            self.attention == "plain"
+            or (self.kind != "pi0_fast" and (self.attention == "xla" or self.dtype == "bfloat16")),
+            f"attention is {self.attention}, kind {self.kind} and dtype {self.dtype}; pi0_fast, whose queries are in "
+            f"another dtype than its keys, takes plain only, and cudnn takes bfloat16 only",
+        )
         if self.action_expert is not None:
             _require_shared_attention(self.paligemma, self.action_expert)
         _require(

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.datasets import LeRobotDataset
+from pi0.datasets import LeRobotDataset, episode_numbers, open_dataset, split_episodes
 from pi0.fetch import fetch
 from pi0.normalize import MODES
 from pi0.robots import Robot, make_robot
-from pi0.statistics import dataset_statistics
+from pi0.statistics import dataset_statistics, frame_numbers
 from pi0.tokenizers import FASTTokenizer
-from pi0.transforms import DeltaActions, Transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +65,7 @@ def action_chunks(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
 
     No picture is looked at. Raises ValueError where the dataset is not the robot's.
     """
-    delta = Transforms(() if robot.delta_mask is None else (DeltaActions(robot.delta_mask),))
-    return np.stack([delta(robot.numbers(dataset[i]))["actions"] for i in range(len(dataset))])
+    return np.concatenate([numbers["actions"] for numbers in frame_numbers(dataset, robot)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,24 +98,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    root, held_out = fetch(args.dataset), set(args.held_out)
-    every = [episode.index for episode in LeRobotDataset(root, cameras=[]).episodes]
-    if not held_out < set(every):
-        raise ValueError(f"--held-out {sorted(held_out)} must leave some of the episodes {every}")
+    root = fetch(args.dataset)
+    try:
+        kept, held_out = split_episodes(episode_numbers(root), args.held_out)
+    except ValueError as error:
+        raise ValueError(f"--held-out: {error}") from error
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists already: choose another folder, or --overwrite it")
     robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
 
     def dataset_of(episodes: list[int]) -> LeRobotDataset:
-        return LeRobotDataset(root, action_horizon=args.action_horizon, episodes=episodes, cameras=[])
+        return open_dataset(root, robot, action_horizon=args.action_horizon, episodes=episodes, cameras=[])
 
-    fitted = dataset_of([e for e in every if e not in held_out])
+    fitted = dataset_of(kept)
     stats = dataset_statistics(fitted, robot)["actions"].norm_stats()
     chunks = stats.apply(action_chunks(fitted, robot), args.normalization)
     tokenizer = FASTTokenizer.fit(list(chunks), args.scale, args.vocab_size)
     lines = [HEAD, Report.measure(tokenizer, chunks).row("fitted")]
     if held_out:
-        others = stats.apply(action_chunks(dataset_of(sorted(held_out)), robot), args.normalization)
+        others = stats.apply(action_chunks(dataset_of(held_out), robot), args.normalization)
         lines.append(Report.measure(tokenizer, others).row("held out"))
     tokenizer.save(args.output, args.overwrite)
     print("\n".join(lines))

@@ -10,6 +10,7 @@ import numpy as np
 
 LAYER_NORM_EPS = 1e-6  # SigLIP
 RMS_NORM_EPS = 1e-6  # Gemma
+LORA_INIT_STDDEV = 0.01  # of both factors, as in openpi
 MASKED_LOGIT = -2.3819763e38  # attention logit of a token that may not be seen
 ROPE_BASE = 10_000.0
 TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the flow time's embedding

@@ -101,10 +101,10 @@ class Observation:
         return dataclasses.replace(self, tokenized_prompt_mask=mask, token_ar_mask=None, token_loss_mask=None)
 
 
-def check_actions(actions: Any, config: ModelConfig, batch: int | None = None) -> np.ndarray:
-    """Actions (or noise) as float32 [B, T, A]. Raises ObservationError for another shape, dtype or NaN."""
+def check_actions(actions: Any, config: ModelConfig, batch: int | None = None, name: str = "actions") -> np.ndarray:
+    """Actions (or noise, by `name`) as float32 [B, T, A]. Raises ObservationError for another shape, dtype or NaN."""
     shape = (batch, config.action_horizon, config.action_dim)
-    return _array({"actions": actions}, "actions", shape, "float")
+    return _array({name: actions}, name, shape, "float")
 
 
 def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,18 @@ def plot_actions(
     _save(figure, target)
 
 
+def plot_cameras(images: Mapping[str, np.ndarray], target: Path) -> None:
+    """A few frames of each camera, uint8 [B, H, W, 3] by its name, one row for each camera."""
+    count = len(next(iter(images.values())))
+    figure, axes = plt.subplots(len(images), count, figsize=(2 * count, 2.2 * len(images)), squeeze=False)
+    for row, (name, frames) in zip(axes, images.items(), strict=True):
+        for axis, frame in zip(row, frames, strict=True):
+            axis.imshow(frame)
+            axis.set_axis_off()
+        row[0].set_title(name, fontsize=9, loc="left")
+    _save(figure, target)
+
+
 def plot_distributions(stats: Mapping[str, RunningStats], target: Path) -> None:
     """The distribution of each dimension of each key, one panel each, with q01 and q99."""
     panels = [(key, dim) for key, running in stats.items() for dim in range(len(running.mean))]

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.datasets import LeRobotDataset
-from pi0.fetch import fetch
+from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.normalize import NormStats, save_norm_stats
 from pi0.robots import Robot, make_robot
 from pi0.transforms import DeltaActions
@@ -221,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
-        dataset = LeRobotDataset(fetch(args.dataset), action_horizon=args.action_horizon, cameras=[])
+        dataset = open_dataset(args.dataset, robot, action_horizon=args.action_horizon, cameras=[])
         stats = dataset_statistics(dataset, robot)
         print(report(stats))
         folder = args.out / args.asset_id

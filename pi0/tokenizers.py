@@ -101,7 +101,7 @@ class TextTokenizer:
         if reference.get("kind") != "sentencepiece":
             raise ValueError(f"not a reference to a SentencePiece tokenizer: {reference}")
         tokenizer = cls(reference["source"])
-        _require_sha256(tokenizer.source, tokenizer.sha256, reference["sha256"])
+        _require_sha256(tokenizer.source, tokenizer.sha256, reference.get("sha256"))
         return tokenizer
 
     def pad(self, ids: list[int], max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -423,8 +423,8 @@ def _characters(coefficients: np.ndarray, min_token: int) -> str:
     return "".join(map(chr, codes.tolist()))
 
 
-def _require_sha256(source: str, found: str, expected: str) -> None:
-    if found != expected:
+def _require_sha256(source: str, found: str, expected: str | None) -> None:
+    if expected not in (None, found):  # None: a reference of LeRobot's, by name alone
         raise ValueError(
             f"{source} is not the tokenizer that was used: its sha256 is {found}, expected {expected}. Put the "
             "original there, or remove a stale copy from the cache."

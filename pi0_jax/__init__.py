@@ -1,4 +1,4 @@
-"""π0, π0.5 and π0-FAST in JAX: `load`, then `compute_loss` and `sample_actions` (`sample_tokens`). Needs no torch."""
+"""π0, π0.5 and π0-FAST in JAX: `load` and `compute_loss`, or a robot's `Policy` and `infer`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pi0.observation import Observation
 from pi0_jax.loading import load
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.policy import Policy
 
 jax.tree_util.register_dataclass(
     Observation,
@@ -17,4 +18,4 @@ jax.tree_util.register_dataclass(
     meta_fields=[],
 )
 
-__all__ = ["Observation", "Pi0", "Pi0Fast", "load"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Policy", "load"]

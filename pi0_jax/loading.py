@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.checkpoints import open_checkpoint
+from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
 from pi0_jax.models.pi0 import Pi0
@@ -28,7 +28,11 @@ def load(
     stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
     that is missing, unknown or of another shape.
     """
-    checkpoint = open_checkpoint(path, config)
+    return load_model(open_checkpoint(path, config), dtype=dtype, param_dtype=param_dtype)
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype: str | None = None) -> Model:
+    """The model of an opened checkpoint; see `load`."""
     model = checkpoint.assets.model
     if dtype is not None:
         model = dataclasses.replace(model, dtype=dtype)

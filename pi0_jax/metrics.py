@@ -1,29 +1,66 @@
-"""Where a run's numbers go: a progress bar, `metrics.jsonl` and TensorBoard."""
+"""Where a run's numbers and pictures go: a progress bar, `metrics.jsonl`, TensorBoard, and W&B where asked for."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+# Peak bfloat16 operations per second of one device, by what JAX calls its kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
-class Metrics:
-    """Writes scalars by step to every place. Use as a context manager."""
 
-    def __init__(self, workdir: Path, start: int, total_steps: int):
-        self._jsonl = (workdir / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True, desc="training")
+def check_wandb(project: str) -> None:
+    """Raise ValueError where W&B is asked for, by the name of a project, and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"wandb is {project!r}, but the package is not installed: pip install wandb, or wandb=''")
 
-    def __enter__(self) -> Metrics:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        self._tensorboard.close()
-        self._jsonl.close()
+class Metrics(ExitStack):
+    """Writes scalars and pictures by step to every place; `silent`, for all processes of a run but one, to none."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        config: dict[str, Any],
+        *,
+        total_steps: int,
+        wandb: str = "",
+        silent: bool = False,
+    ):
+        super().__init__()
+        self._pictures, self._silent = workdir / "pictures", silent
+        self._jsonl = Path(os.devnull) if silent else workdir / "metrics.jsonl"
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
+        self.callback(self._tensorboard.close)
+        bar = {"unit": "step", "dynamic_ncols": True, "desc": "training", "disable": silent}
+        self._bar = self.enter_context(tqdm(total=total_steps, initial=start, **bar))
+        self._wandb: Any = None
+        if wandb and not silent:
+            import wandb as client
+
+            options = {"name": workdir.resolve().name, "id": workdir.resolve().name, "resume": "allow"}
+            self._wandb = client.init(project=wandb, dir=workdir, config=config, **options)
+            self.callback(self._wandb.finish)
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar on."""
@@ -31,15 +68,49 @@ class Metrics:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars; `loss`, `grad_norm` and `samples_per_second` also stand in the progress bar."""
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._jsonl.flush()
+        with self._jsonl.open("a") as lines:
+            lines.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
         if "loss" in scalars:
             self._bar.set_postfix_str(
                 f"loss {scalars['loss']:.4f}, grad norm {scalars['grad_norm']:.2f}, "
                 f"{scalars['samples_per_second']:.0f} samples/s"
             )
-        else:
-            line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
+        elif not self._silent:
+            line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "/" not in name)
             self._bar.write(f"step {step}: {line}")
+
+    def picture(self, name: str, step: int) -> Path | None:
+        """Where to draw a picture as PNG; `show` it then. None in a silent process."""
+        if self._silent:
+            return None
+        self._pictures.mkdir(exist_ok=True)
+        return self._pictures / f"{name}_{step}.png"
+
+    def show(self, name: str, step: int, file: Path) -> None:
+        """Show a picture that was drawn in TensorBoard and W&B too."""
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb as client
+
+            self._wandb.log({name: client.Image(pixels)}, step=step)
+
+
+def device_metrics(flops: float, steps_per_second: float) -> dict[str, float]:
+    """`memory_gib`, the most that a device held, and `mfu`, `flops` of a device's step against its peak.
+
+    Each where it is known: not on CPUs.
+    """
+    device, found = jax.local_devices()[0], {}
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["memory_gib"] = stats["peak_bytes_in_use"] / 2**30
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    if kinds:
+        found["mfu"] = flops * steps_per_second / PEAK_FLOPS[max(kinds, key=len)]
+    return found

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
+
+from pi0.config import DTYPES
+
+MOST_B2 = 0.99  # a second moment moves by 1 − b2 of itself, and bfloat16 has 8 bits: 1/256
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -26,11 +33,56 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay on all parameters."""
+    """Clipping, then AdamW with decoupled weight decay on all parameters.
+
+    Its moments are kept in `moments_dtype`, "float32" or "bfloat16". Raises ValueError for another one, and for
+    bfloat16 with a `b2` so near 1 that the second moment's steps would be rounded away.
+    """
+    if config.moments_dtype not in DTYPES:
+        raise ValueError(f"optimizer.moments_dtype is {config.moments_dtype!r}; it must be one of {', '.join(DTYPES)}")
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.moments_dtype == "bfloat16":
+        if config.b2 > MOST_B2:
+            raise ValueError(f"optimizer.b2 is {config.b2}; with moments_dtype bfloat16 it must be at most {MOST_B2}")
+        adam = in_bfloat16(adam)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+        adam,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+def in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam`, computed in float32 as it is, with both moments rounded to bfloat16 between steps."""
+
+    def rounded(state: Any, dtype: Any) -> Any:
+        cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
+        return state._replace(mu=cast(state.mu), nu=cast(state.nu))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, rounded(state, jnp.float32), params)
+        return updates, rounded(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(lambda params: rounded(adam.init(params), jnp.bfloat16), update)
+
+
+def accumulate(
+    value_and_grad: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, rows: Any, count: int
+) -> tuple[jax.Array, Any]:
+    """The mean value and gradient over `count` micro-batches of `rows`, which are computed one after the other.
+
+    A micro-batch takes every `count`-th row, so that each device brings its share of each.
+    """
+    if count == 1:
+        return value_and_grad(params, rows)
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
+
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.tree.map(lambda x: x / count, jax.lax.scan(add, zeros, micro_batches)[0])
 
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:

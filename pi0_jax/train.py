@@ -6,8 +6,11 @@ import argparse
 import functools
 import json
 import logging
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +21,40 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from convert.checkpoints import open_checkpoint
 from pi0 import numerics
-from pi0.assets import Assets, fetch_norm_stats
+from pi0.assets import Assets
 from pi0.config import ModelConfig
-from pi0.datasets import LeRobotDataset
-from pi0.fetch import fetch
 from pi0.observation import Observation
-from pi0.pipeline import Pipeline
-from pi0.robots import make_robot
-from pi0.statistics import dataset_statistics
-from pi0.tokenizers import FASTTokenizer, TextTokenizer
+from pi0.plots import plot_actions, plot_cameras
+from pi0.rows import Batches
+from pi0_jax import hlo
 from pi0_jax.checkpoints import Checkpoints
-from pi0_jax.data import FrameData, batch_indices, epoch_indices
-from pi0_jax.loading import Model, make_model, merge
-from pi0_jax.metrics import Metrics
+from pi0_jax.data import Loader, load_data
+from pi0_jax.evaluation import action_metrics
+from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
+from pi0_jax.metrics import Metrics, check_wandb, device_metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
-from pi0_jax.optimizer import make_optimizer, make_schedule, update_ema
+from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
+from pi0_jax.preemption import Preempted, Preemption
+from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, start_processes, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
+
+PROFILED = range(5, 10)  # steps after the first one
+SHOWN = 4  # rows of a batch in pictures
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bool = False) -> dict[str, float]:
     """Run an experiment in `workdir`, going on from its newest checkpoint if there is one.
 
-    Leaves `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/<step>` in `workdir`, and returns the last
-    metrics. Raises ValueError for a config that cannot run, before anything is written, and FloatingPointError where
-    the loss is not finite.
+    Leaves `config.json`, `metrics.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/<step>` in `workdir`, with
+    `profile` a trace of a few steps too, and returns the last metrics. Raises ValueError for a config that cannot run,
+    before anything is written, FloatingPointError where the loss is not finite, and Preempted where SIGTERM stopped it,
+    once it has saved.
     """
     # config
     workdir = Path(workdir)
@@ -56,111 +63,224 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     optimizer = make_optimizer(config.optimizer, schedule)
     freeze = freeze_pattern(model_config, config.freeze)
 
+    check_wandb(config.wandb)
+    check_same_run(workdir, config)
+
     # mesh
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    if config.batch_size % mesh.size:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {mesh.size} devices")
-    replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    init = functools.partial(init_state, config, model_config, optimizer, freeze)
+    shardings = state_shardings(jax.eval_shape(init), model_config, config.sharding, mesh)
+    lead = jax.process_index() == 0
 
     # data
-    assets, training, validation = load_data(config.data, model_config, config.to_dict())
-    batch_indices(len(training), config.batch_size, config.seed, 0)  # refuses a batch larger than the data
+    assets, training, validation = load_data(config, model_config)
+    load = functools.partial(
+        Loader,
+        model=model_config,
+        rows=local_rows(config.batch_size, mesh),
+        place=functools.partial(global_batch, batch_size=config.batch_size, mesh=mesh),
+        workers=config.data.workers,
+    )
 
     # state
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    state = jax.jit(functools.partial(init_state, config, model_config, optimizer, freeze), out_shardings=replicated)()
-    print(table(state["params"], state["frozen"]))
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    if lead:
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init), shardings
+    )
+    start, state = checkpoints.restore_newest(abstract)
+    if not start:
+        base = read_base(config, model_config, join(shardings["params"], shardings["frozen"]))
+        state = jax.jit(init, out_shardings=shardings)(base)
+    if lead:
+        print(table(abstract["params"], abstract["frozen"]))
 
     # step
-    step_fn = jax.jit(functools.partial(train_step, config, model_config, optimizer), donate_argnums=0)
+    step_fn = jax.jit(
+        functools.partial(train_step, config, model_config, optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
     loss_fn = jax.jit(functools.partial(validation_loss, model_config))
+    action_fn = None
+    if model_config.kind != "pi0_fast":
+        action_fn = jax.jit(functools.partial(action_metrics, model_config, action_dims(assets)))
     key = jax.random.key(config.seed)
 
     # loop
     last: dict[str, float] = {}
-    with Metrics(workdir, start, config.steps) as metrics:
-        window, window_start = [], time.perf_counter()
+    with (
+        jax.set_mesh(mesh),
+        load(training, start=start) as batches,
+        load(validation) if validation else nullcontext() as held_out,
+        Metrics(
+            workdir, start, config.to_dict(), total_steps=config.steps, wandb=config.wandb, silent=not lead
+        ) as metrics,
+        Preemption() as preempted,
+    ):
+        window, window_start, waited, flops = [], time.perf_counter(), 0.0, 0.0
         for step in range(start, config.steps):
-            batch = training.batch(batch_indices(len(training), config.batch_size, config.seed, step))
-            state, scalars = step_fn(state, jax.device_put(batch, by_row), jax.random.fold_in(key, step))
+            batch = next(batches)
+            if step == start:
+                compiled = step_fn.lower(state, batch, key).compile()
+                flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
+                show_cameras(metrics, batch[0], step)
+            if profile and step == start + PROFILED.start:
+                jax.profiler.start_trace(workdir / "profile")
+            state, scalars = compiled(state, batch, jax.random.fold_in(key, step))
             window.append(scalars)
             metrics.advance()
             done = step + 1
+            if profile and (step == start + PROFILED.stop or (done == config.steps and step >= start + PROFILED.start)):
+                jax.block_until_ready(scalars)
+                jax.profiler.stop_trace()
+                profile = False
             if step == start or done % config.log_every == 0 or done == config.steps:
                 means = {name: float(np.mean([row[name] for row in window])) for name in scalars}
                 if not np.isfinite(means["loss"]):
-                    raise FloatingPointError(f"the loss is {means['loss']} at step {done}; lower optimizer.peak_lr?")
-                means["samples_per_second"] = len(window) * config.batch_size / (time.perf_counter() - window_start)
+                    bad = next(i for i, row in enumerate(window) if not np.isfinite(row["loss"]))
+                    raise not_finite(workdir, done - len(window) + bad, training)
+                elapsed = time.perf_counter() - window_start
+                means["samples_per_second"] = len(window) * config.batch_size / elapsed
                 means["learning_rate"] = float(schedule(step))
+                means["data_wait"] = (batches.waited - waited) / elapsed
+                means |= device_metrics(flops, len(window) / elapsed)
                 metrics.write(done, means)
                 last |= means
-                window, window_start = [], time.perf_counter()
-            if validation and (done % config.eval_every == 0 or done == config.steps):
-                losses = [
-                    loss_fn(inference_params(state), jax.device_put(validation.batch(indices), by_row))
-                    for indices in epoch_indices(len(validation), config.batch_size)
-                ]
-                last["validation_loss"] = float(np.mean(losses))
-                metrics.write(done, {"validation_loss": last["validation_loss"]})
+                window, window_start, waited = [], time.perf_counter(), batches.waited
+            if held_out and (done % config.eval_every == 0 or done == config.steps):
+                scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
+                metrics.write(done, scalars)
+                last |= scalars
                 window_start = time.perf_counter()
-            if done % config.save_every == 0 or done == config.steps:
-                checkpoints.save(done, inference_params(state), state, assets)
+            stop = preempted(done)
+            if done % config.save_every == 0 or done == config.steps or stop:
+                checkpoints.save(done, inference_params(state), state, assets, last)
+            if stop:
+                break
         checkpoints.close()
+    if start < config.steps and stop:
+        raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
 
 
-def load_data(
-    config: ml_collections.ConfigDict, model: ModelConfig, training: dict[str, Any]
-) -> tuple[Assets, FrameData, FrameData | None]:
-    """The run's assets and its training and validation frames.
+def validate(
+    params: Any,
+    held_out: Loader,
+    loss_fn: Callable[[Any, Any], jax.Array],
+    action_fn: Callable[[Any, Any], tuple[dict[str, jax.Array], jax.Array]] | None,
+    metrics: Metrics,
+    step: int,
+) -> dict[str, float]:
+    """The mean loss over all held-out frames, and of the first batch what `action_metrics` gives, drawn too."""
+    losses, scalars = [], {}
+    for i, batch in enumerate(held_out.one_pass()):
+        losses.append(loss_fn(params, batch))
+        if i == 0 and action_fn is not None:
+            found, sampled = action_fn(params, batch)
+            scalars = {name: float(value) for name, value in found.items()}
+            show_actions(metrics, batch[1], sampled, step)
+    return {"validation_loss": float(np.mean(losses)), **scalars}
 
-    Norm stats are those that a base checkpoint, `config.norm_stats_from`, has under `asset_id`; where that is not
-    given, those of the training episodes.
-    """
-    if not config.root:
-        raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
-    root, held_out = fetch(config.root), set(config.validation_episodes)
-    reference = config.robot if isinstance(config.robot, str) else config.robot.to_dict()
-    robot = make_robot(reference)
-    every = [episode.index for episode in LeRobotDataset(root).episodes]
-    if not held_out < set(every):
-        raise ValueError(f"data.validation_episodes {sorted(held_out)} must leave some of the episodes {every}")
-    kept = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=[e for e in every if e not in held_out])
-    if config.get("norm_stats_from"):
-        norm_stats = fetch_norm_stats(config.norm_stats_from, config.asset_id)
-    else:
-        norm_stats = {key: stats.norm_stats() for key, stats in dataset_statistics(kept, robot).items()}
-    fast = config.get("action_tokenizer")
-    assets = Assets(
-        model,
-        norm_stats=norm_stats,
-        asset_id=config.asset_id,
-        normalization=config.normalization,
-        tokenizer=TextTokenizer(config.tokenizer).reference(),
-        robot=reference,
-        action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
-        training=training,
+
+def action_dims(assets: Assets) -> int:
+    """How many of the model's action dimensions the robot has."""
+    assert assets.norm_stats is not None
+    return min(len(assets.norm_stats["actions"].mean), assets.model.action_dim)
+
+
+def show_cameras(metrics: Metrics, observation: Observation, step: int) -> None:
+    """Draw what the model sees of this process's first rows, augmented as it is."""
+    file = metrics.picture("cameras", step)
+    if file is not None:
+        plot_cameras({name: local_part(x)[:SHOWN] for name, x in observation.images.items()}, file)
+        metrics.show("cameras", step, file)
+
+
+def show_actions(metrics: Metrics, recorded: jax.Array, sampled: jax.Array, step: int) -> None:
+    """Draw the first rows' recorded and sampled chunks, one after the other, in normalized units."""
+    file = metrics.picture("actions", step)
+    if file is not None:
+        dims = sampled.shape[-1]
+        chunks = [local_part(x)[:SHOWN, :, :dims].reshape(-1, dims) for x in (recorded, sampled)]
+        names, title = [f"action {i}" for i in range(dims)], f"{SHOWN} held-out chunks, step {step}"
+        plot_actions(chunks[0], {"sampled": chunks[1]}, names, file, title)
+        metrics.show("actions", step, file)
+
+
+def local_part(x: jax.Array) -> np.ndarray:
+    """The rows of a batch that lie on this process's first device."""
+    return np.asarray(x.addressable_data(0))
+
+
+def not_finite(workdir: Path, step: int, training: Batches) -> FloatingPointError:
+    """The error for a loss that is not finite; which frames it was of is left in `non_finite.json`."""
+    frames = [{"dataset": dataset, "frame": frame} for dataset, frame in training.frames(step)]
+    if jax.process_index() == 0:
+        (workdir / "non_finite.json").write_text(json.dumps({"step": step, "frames": frames}, indent=2) + "\n")
+    return FloatingPointError(
+        f"the loss of step {step + 1} is not finite; its frames are in {workdir / 'non_finite.json'}. Look at them and "
+        "at the norm stats (pi0-stats warns of dimensions that hardly vary), or lower optimizer.peak_lr"
     )
-    pipeline = Pipeline.from_assets(assets)
-    validation = None
-    if held_out:
-        dataset = LeRobotDataset(root, action_horizon=model.action_horizon, episodes=sorted(held_out))
-        validation = FrameData(dataset, pipeline, model)
-    return assets, FrameData(kept, pipeline, model), validation
+
+
+def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError where `workdir` has a run of another config, but for what does not change its result."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    free = ("steps", "log_every", "eval_every", "save_every", "keep_", "mesh", "sharding", "wandb", "data.workers")
+    before, now = (flatten(json.loads(text)) for text in (file.read_text(), json.dumps(config.to_dict())))
+    names = sorted(before.keys() | now.keys())
+    changed = [n for n in names if before.get(n) != now.get(n) and not n.startswith(free)]
+    if changed:
+        said = ", ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in changed[:5])
+        raise ValueError(f"{workdir} has a run of another config: {said}; choose another --workdir, or --overwrite it")
 
 
 def init_state(
-    config: ml_collections.ConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, freeze: str
+    config: ml_collections.ConfigDict,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    freeze: str,
+    base: dict[str, Any] | None = None,
 ) -> State:
-    """Freshly initialized parameters; for those that train, their moving average and the optimizer's state."""
-    params, frozen = split(nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed)))), freeze)
+    """The parameters `base`, or fresh ones; for those that train, their moving average and the optimizer's state.
+
+    What trains is float32, what is frozen `config.frozen_dtype`.
+    """
+    if base is None:
+        base = nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(config.seed))))
+    params, frozen = split(base, freeze)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
+
+
+def read_base(
+    config: ml_collections.ConfigDict, model: ModelConfig, shardings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Where a fine-tuning starts: the parameters of any checkpoint, nested and in their shardings.
+
+    What it lacks of `model` is new: LoRA, and the action expert where it is PaliGemma's own weights. None where the
+    config names no `base_checkpoint`. Raises what `open_checkpoint` does.
+    """
+    if not config.base_checkpoint:
+        return None
+    checkpoint = open_checkpoint(config.base_checkpoint, model, fresh=config.seed)
+    if checkpoint.fresh and jax.process_index() == 0:
+        print(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} and others")
+    placed = flatten(shardings)
+
+    def place(name: str) -> jax.Array:
+        array = checkpoint.ours[name].read(())
+        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
+
+    return unflatten({name: place(name) for name in checkpoint.ours})
 
 
 def inference_params(state: State) -> Any:
@@ -175,13 +295,12 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
-def mean_loss(model: Model, batch: tuple[Observation, jax.Array], key: jax.Array) -> jax.Array:
-    """The mean loss of a batch, with the noise and times that `key` draws where the model flows."""
+def mean_loss(model: Model, batch: tuple[Observation, jax.Array], drawn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The mean loss of a batch, with the noise and times `drawn` for it where the model flows."""
     observation, actions = batch
     if isinstance(model, Pi0Fast):
         return model.compute_loss(observation).mean()
-    noise, flow_time = noise_and_time(key, actions)
-    return model.compute_loss(observation, actions, noise, flow_time).mean()
+    return model.compute_loss(observation, actions, *drawn).mean()
 
 
 def train_step(
@@ -194,10 +313,11 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars."""
 
-    def loss_of(params: Any) -> jax.Array:
-        return mean_loss(merge(model, join(params, state["frozen"])), batch, key)
+    def loss_of(params: Any, rows: tuple[Any, Any]) -> jax.Array:
+        return mean_loss(merge(model, join(params, state["frozen"])), *rows)
 
-    loss, grads = jax.value_and_grad(loss_of)(state["params"])
+    rows = (batch, noise_and_time(key, batch[1]))  # drawn for the whole batch: it may be cut in any way
+    loss, grads = accumulate(jax.value_and_grad(loss_of), state["params"], rows, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = None if state["ema"] is None else update_ema(state["ema"], params, config.ema_decay)
@@ -207,7 +327,7 @@ def train_step(
 
 def validation_loss(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
     """The mean loss of a batch, with the same noise and times at every evaluation."""
-    return mean_loss(merge(model, params), batch, jax.random.key(0))
+    return mean_loss(merge(model, params), batch, noise_and_time(jax.random.key(0), batch[1]))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,18 +339,32 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="examples:\n"
         "  pi0-train --config configs/metaworld_demo.py --workdir runs/metaworld\n"
         "  pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/pi05 --config.steps=1000\n"
-        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n\n"
+        "  pi0-train --config configs/metaworld_demo.py --config.model.action_horizon=20 --workdir runs/long\n"
+        "  pi0-train --config configs/pi0_metaworld.py --config.mesh.fsdp=8 --workdir runs/pi0_metaworld\n\n"
         "what a run leaves in its folder:\n"
         "  config.json, metrics.jsonl, tensorboard/, checkpoints/<step>/{params,train_state,assets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    processes = parser.add_argument_group("many processes", "found out on TPU pods, GKE and SLURM; else all three")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    processes.add_argument("--process-count", type=int, metavar="N", help="how many processes there are")
+    processes.add_argument("--process-index", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder, if there is one")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard or Perfetto")
     args, overrides = parser.parse_known_args(arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        train(read_config(args.config, overrides), args.workdir)
-    except (ValueError, OSError, flags.Error) as error:
+        config = read_config(args.config, overrides)
+        start_processes(args.coordinator, args.process_count, args.process_index)
+        if args.overwrite and (args.workdir / "config.json").exists() and jax.process_index() == 0:
+            shutil.rmtree(args.workdir)
+        train(config, args.workdir, profile=args.profile)
+    except Preempted as stopped:
+        print(f"pi0-train: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except (ValueError, OSError, FloatingPointError, flags.Error) as error:
         print(f"pi0-train: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,27 +1,11 @@
-"""π0, π0.5 and π0-FAST in PyTorch: `load`, then `compute_loss` and `sample_actions` (`sample_tokens`). Needs no jax."""
+"""π0, π0.5 and π0-FAST in PyTorch: `load` and `compute_loss`, or a robot's `Policy` and `infer`. Needs no jax."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import torch
-
 from pi0.observation import Observation
-from pi0_torch.loading import load
+from pi0_torch.loading import load, to_device
 from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
+from pi0_torch.policy import Policy
 
-
-def to_device(observation: Observation, device: str | torch.device = "cpu") -> Observation:
-    """A NumPy observation as PyTorch tensors on `device`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
-        return None if value is None else torch.as_tensor(value).to(device)
-
-    return Observation(**{f.name: move(getattr(observation, f.name)) for f in dataclasses.fields(observation)})
-
-
-__all__ = ["Observation", "Pi0", "Pi0Fast", "load", "to_device"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Policy", "load", "to_device"]

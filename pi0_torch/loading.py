@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from convert.checkpoints import open_checkpoint
+from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts import Tensor
 from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
+from pi0.observation import Observation
 from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
 
@@ -33,7 +35,17 @@ def load(
     stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
     that is missing, unknown or of another shape.
     """
-    checkpoint = open_checkpoint(path, config)
+    return load_model(open_checkpoint(path, config), dtype=dtype, param_dtype=param_dtype, device=device)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """The model of an opened checkpoint; see `load`."""
     model = checkpoint.assets.model
     if dtype is not None:
         model = dataclasses.replace(model, dtype=dtype)
@@ -67,6 +79,17 @@ def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> 
 def parameters_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
     """PyTorch tensors (a state dict, or gradients) as tensors that `convert.layouts` reads."""
     return {name: Tensor.of(to_numpy(tensor)) for name, tensor in tensors.items()}
+
+
+def to_device(observation: Observation, device: str | torch.device = "cpu") -> Observation:
+    """A NumPy observation as PyTorch tensors on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        return None if value is None else torch.as_tensor(value).to(device)
+
+    return Observation(**{f.name: move(getattr(observation, f.name)) for f in dataclasses.fields(observation)})
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

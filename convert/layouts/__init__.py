@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from convert.layouts import lerobot, openpi_jax, openpi_torch, pi0_jax, pi0_torch
+from convert.layouts import lerobot, openpi_jax, openpi_torch, paligemma, pi0_jax, pi0_torch
 from convert.layouts.layout import Layout, LayoutError, Parameter, Rule, Tensor, parameters
 
-LAYOUTS: dict[str, Layout] = {
-    table.LAYOUT.name: table.LAYOUT for table in (pi0_jax, pi0_torch, openpi_jax, openpi_torch, lerobot)
-}
+_TABLES = (
+    *(table.LAYOUT for table in (pi0_jax, pi0_torch, openpi_jax, openpi_torch, lerobot)),
+    paligemma.NPZ,
+    paligemma.HF,
+)
+LAYOUTS: dict[str, Layout] = {table.name: table for table in _TABLES}
+WRITTEN = tuple(name for name, table in LAYOUTS.items() if table.format != "npz")  # the others are only read
 
-__all__ = ["LAYOUTS", "Layout", "LayoutError", "Parameter", "Rule", "Tensor", "parameters"]
+__all__ = ["LAYOUTS", "WRITTEN", "Layout", "LayoutError", "Parameter", "Rule", "Tensor", "parameters"]

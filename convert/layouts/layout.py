@@ -42,6 +42,12 @@ class Tensor:
         """In bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, dtype: np.dtype) -> Tensor:
+        """The same in another dtype."""
+        if self.dtype == dtype:
+            return self
+        return dataclasses.replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype))
+
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
         """A tensor that is in memory already."""
@@ -217,8 +223,8 @@ def _is_index(group: tuple[str, ...]) -> bool:
 class Layout:
     """A named table of rules. Rules for parameters that a model does not have are passed over.
 
-    `kinds` are those it has a place for; `format` is that of its files, "orbax" or "safetensors"; `root` the keys
-    around an Orbax tree. `spellings` are
+    `kinds` are those it has a place for; `format` is that of its files, "orbax", "safetensors" or "npz", which is only
+    read; `root` the keys around an Orbax tree. `spellings` are
     patterns of other names for its tensors, each with its replacement: they are read, not written, and a tensor that
     is there under several names must be the same in all. `unused` are tensors that no model of ours has (`ours` says
     where they would be) and none uses: they may be there, in that shape; the strict loaders of such a layout want

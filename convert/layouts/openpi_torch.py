@@ -23,15 +23,16 @@ _PROJECTIONS = (
 )
 
 
-def _linear(ours: str, theirs: str, axes: str, bias: str) -> tuple[Rule, Rule]:
+def linear_rules(ours: str, theirs: str, axes: str, bias: str) -> tuple[Rule, Rule]:
     """A linear layer with a bias; `axes` are its weight's."""
     return Rule(f"{ours}.kernel", f"{theirs}.weight", axes), Rule(f"{ours}.bias", f"{theirs}.bias", bias)
 
 
-def _vision(tower: str) -> tuple[Rule, ...]:
+def vision_rules(tower: str) -> tuple[Rule, ...]:
+    """The rules of SigLIP, whose names begin with `tower`."""
     ours, layer = "vision.layers", f"{tower}.encoder.layers.{{l}}"
     return (
-        *_linear("vision.patch_embedding", f"{tower}.embeddings.patch_embedding", "d c p q", "d"),
+        *linear_rules("vision.patch_embedding", f"{tower}.embeddings.patch_embedding", "d c p q", "d"),
         Rule("vision.position_embedding", f"{tower}.embeddings.position_embedding.weight", "s d"),
         *(
             Rule(f"{ours}.{norm}.{part}", f"{layer}.{theirs}.{x}", "d")
@@ -41,17 +42,18 @@ def _vision(tower: str) -> tuple[Rule, ...]:
         *(
             rule
             for part, x, _ in _HEADS
-            for rule in _linear(f"{ours}.attention.{part}", f"{layer}.self_attn.{x}", "(n h) d", "(n h)")
+            for rule in linear_rules(f"{ours}.attention.{part}", f"{layer}.self_attn.{x}", "(n h) d", "(n h)")
         ),
-        *_linear(f"{ours}.attention.out", f"{layer}.self_attn.out_proj", "d (n h)", "d"),
-        *_linear(f"{ours}.mlp.up", f"{layer}.mlp.fc1", "m d", "m"),
-        *_linear(f"{ours}.mlp.down", f"{layer}.mlp.fc2", "d m", "d"),
+        *linear_rules(f"{ours}.attention.out", f"{layer}.self_attn.out_proj", "d (n h)", "d"),
+        *linear_rules(f"{ours}.mlp.up", f"{layer}.mlp.fc1", "m d", "m"),
+        *linear_rules(f"{ours}.mlp.down", f"{layer}.mlp.fc2", "d m", "d"),
         Rule("vision.final_norm.scale", f"{tower}.post_layernorm.weight", "d"),
         Rule("vision.final_norm.bias", f"{tower}.post_layernorm.bias", "d"),
     )
 
 
-def _gemma(ours: str, theirs: str) -> tuple[Rule, ...]:
+def gemma_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The rules of one Gemma, whose names begin with `theirs`."""
     layer = f"{theirs}.layers.{{l}}"
     return (
         *(
@@ -66,10 +68,10 @@ def _gemma(ours: str, theirs: str) -> tuple[Rule, ...]:
         *(
             rule
             for norm, x in _RMS_NORMS
-            for rule in _linear(f"{ours}.layers.{norm}.modulation", f"{layer}.{x}.dense", "t d", "t")
+            for rule in linear_rules(f"{ours}.layers.{norm}.modulation", f"{layer}.{x}.dense", "t d", "t")
         ),
         Rule(f"{ours}.final_norm.scale", f"{theirs}.norm.weight", "d"),
-        *_linear(f"{ours}.final_norm.modulation", f"{theirs}.norm.dense", "t d", "t"),
+        *linear_rules(f"{ours}.final_norm.modulation", f"{theirs}.norm.dense", "t d", "t"),
     )
 
 
@@ -83,15 +85,15 @@ def transformers_layout(name: str, prefix: str, tower: str, other_tower: str, ki
     return Layout(
         name,
         (
-            *_vision(f"{paligemma}.model.{tower}"),
-            *_linear("vision.head", f"{paligemma}.model.multi_modal_projector.linear", "w d", "w"),
+            *vision_rules(f"{paligemma}.model.{tower}"),
+            *linear_rules("vision.head", f"{paligemma}.model.multi_modal_projector.linear", "w d", "w"),
             Rule("paligemma.embedding", f"{paligemma}.lm_head.weight", "v d"),
-            *_gemma("paligemma", f"{paligemma}.model.language_model"),
-            *_gemma("action_expert", f"{expert}.model"),
+            *gemma_rules("paligemma", f"{paligemma}.model.language_model"),
+            *gemma_rules("action_expert", f"{expert}.model"),
             *(
                 rule
                 for projection, axes in _PROJECTIONS
-                for rule in _linear(projection, f"{prefix}{projection}", axes, axes[0])
+                for rule in linear_rules(projection, f"{prefix}{projection}", axes, axes[0])
             ),
         ),
         kinds=kinds,

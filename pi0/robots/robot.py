@@ -56,21 +56,23 @@ class Robot:
         item = _flatten(item)
         data = self.numbers(item) | self._images(item)
         prompt = next((item[key] for key in ("task", "prompt") if key in item), None)
-        return data if prompt is None else data | {"prompt": str(prompt)}
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"{self._name}: the prompt is {prompt!r:.80}; expected text")
+        return data if prompt is None else data | {"prompt": prompt}
 
     def numbers(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The state [..., S] and, if any, actions [..., T, A] of frames as the model has them, float64.
 
         Any leading axes: statistics pass many frames at once, without pictures. Raises ValueError.
         """
-        parts = [np.asarray(item[key], np.float64) for key in self.state_keys(item)]
+        parts = [self._vector(item, key) for key in self.state_keys(item)]
         axes = max(part.ndim for part in parts)
         state = np.concatenate([p if p.ndim == axes else p[..., None] for p in parts], axis=-1)  # a gripper alone
         self._check("state", state, state.shape[:-1], self.state_dim)
         data = {"state": self.adapt_state(state)}
         key = self.action_key(item)
         if key is not None:
-            actions = np.asarray(item[key], np.float64)
+            actions = self._vector(item, key)
             self._check(key, actions, (*state.shape[:-1], "T"), self.action_dim)
             data["actions"] = self.adapt_actions(actions)
         return data
@@ -106,6 +108,10 @@ class Robot:
         wanted = " or ".join(" + ".join(f"observation.{name}" for name in names) for names in self.state_names)
         raise ValueError(f"{self._name}: no {wanted} in a frame of {sorted(available)}")
 
+    def camera_keys(self, available: Collection[str]) -> list[str]:
+        """The keys of its cameras' pictures, of those that are available."""
+        return [key for name in self.cameras if (key := _find(available, name)) is not None]
+
     def action_key(self, available: Collection[str]) -> str | None:
         """The key of recorded actions, if there is one."""
         return next((key for key in ("action", "actions") if key in available), None)
@@ -113,6 +119,16 @@ class Robot:
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    def _vector(self, item: Mapping[str, Any], key: str) -> np.ndarray:
+        try:
+            x = np.asarray(item[key], np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._name}: {key} is no array of numbers: {error}") from error
+        bad = np.argwhere(~np.isfinite(x))
+        if len(bad):
+            raise ValueError(f"{self._name}: {key} is {x[tuple(bad[0])]} at {bad[0].tolist()}; expected finite numbers")
+        return x
 
     def _check(self, key: str, x: np.ndarray, leading: Sequence[int | str], dim: int) -> None:
         if x.ndim != len(leading) + 1 or x.shape[-1] != dim:
@@ -142,7 +158,7 @@ def to_uint8(image: Any, where: str) -> np.ndarray:
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[-1] != 3:
+    if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise ValueError(f"{where}: a picture of shape {list(np.shape(image))}; expected [H, W, 3] or [3, H, W]")
     if array.dtype == np.uint8:
         return array

@@ -19,6 +19,7 @@ from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
 from pi0_jax.models.lora import make_lora
+from pi0_jax.sharding import constrain_rows
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 
@@ -140,9 +141,10 @@ class Expert(nnx.Module):
         dtype: str,
         query_dtype: str | None = None,
         remat: str,
+        attention: str = "plain",
         rngs: nnx.Rngs,
     ):
-        self.head_dim, self.dtype, self.remat = config.head_dim, dtype, remat
+        self.head_dim, self.dtype, self.remat, self.attention = config.head_dim, dtype, remat, attention
         if vocab_size is not None:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
         stack = nnx.split_rngs(splits=config.depth)(
@@ -155,7 +157,7 @@ class Expert(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
         """Text embeddings × sqrt(W)."""
-        x = self.embedding[...][tokens].astype(self.dtype)
+        x = constrain_rows(self.embedding[...][tokens].astype(self.dtype))
         return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
 
     def logits(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
@@ -176,6 +178,7 @@ def joint_layer(
     conditions: Sequence[Float[Array, "B W"] | None],
     cached: tuple[Array, Array] | None,
     slot: Int[Array, ""] | None,
+    implementation: str,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
@@ -185,7 +188,7 @@ def joint_layer(
         k, v = (jax.lax.dynamic_update_slice_in_dim(c, x, slot, axis=1) for c, x in zip(cached, (k, v), strict=True))
     elif cached is not None:
         k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
-    attended = attention(q, k, v, mask)
+    attended = attention(q, k, v, mask, implementation)
     outs, start = [], 0
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]]
@@ -214,7 +217,8 @@ def joint_forward(
     """
 
     def layer(xs: list[Array], scanned: tuple[list[Block], Cache | None]) -> tuple[list[Array], Any]:
-        xs, keys_values = joint_layer(scanned[0], xs, rotations, mask, conditions, scanned[1], slot)
+        xs, (blocks, cached) = [constrain_rows(x) for x in xs], scanned
+        xs, keys_values = joint_layer(blocks, xs, rotations, mask, conditions, cached, slot, experts[0].attention)
         return xs, (keys_values, None if stages is None else xs)
 
     rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]

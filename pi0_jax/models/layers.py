@@ -81,8 +81,15 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"] | None = None,
+    implementation: str = "plain",
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise."""
+    """Grouped-query attention, scaled by H^-0.5; float32 logits and softmax, `v`'s dtype otherwise.
+
+    `implementation` is the config's `attention`; "xla" and "cudnn" round at the same places as "plain".
+    """
+    if implementation != "plain":
+        mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     accumulator = numerics.rounding("attention_logits", q.dtype.name)
@@ -95,5 +102,8 @@ def attention(
 
 
 def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
-    """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
-    return function if config_remat == "none" else jax.checkpoint(function, prevent_cse=False)
+    """`function`, whose intermediates the backward pass recomputes but for those that `config_remat` keeps."""
+    if config_remat == "none":
+        return function
+    policy = None if config_remat == "full" else getattr(jax.checkpoint_policies, config_remat)
+    return jax.checkpoint(function, prevent_cse=False, policy=policy)

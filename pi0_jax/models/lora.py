@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pi0 import numerics
 from pi0.config import GemmaConfig
-
-INIT_STDDEV = 0.01  # of both factors, as in openpi
 
 
 class LoRA(nnx.Module):
@@ -25,8 +24,12 @@ class LoRA(nnx.Module):
         kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
         self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
         self.scale, self.dtype = scale, dtype
-        self.a = nnx.Param(jax.random.normal(rngs.params(), [sizes[axis] for axis in a_axes]) * INIT_STDDEV)
-        self.b = nnx.Param(jax.random.normal(rngs.params(), [sizes[axis] for axis in b_axes]) * INIT_STDDEV)
+        self.a = nnx.Param(
+            jax.random.normal(rngs.params(), [sizes[axis] for axis in a_axes]) * numerics.LORA_INIT_STDDEV
+        )
+        self.b = nnx.Param(
+            jax.random.normal(rngs.params(), [sizes[axis] for axis in b_axes]) * numerics.LORA_INIT_STDDEV
+        )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x = jnp.einsum(self.first, x.astype(self.dtype), self.a[...].astype(self.dtype))

@@ -37,7 +37,14 @@ class Pi0(VisionLanguageModel):
         assert config.action_expert is not None
         super().__init__(config, queries="queries", rngs=rngs)
         dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
-        self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.action_expert = Expert(
+            config.action_expert,
+            adaptive=pi05,
+            dtype=dtype,
+            remat=config.remat,
+            attention=config.attention,
+            rngs=rngs,
+        )
 
         def projection(inputs: int, outputs: int) -> Linear:
             float32 = numerics.rounding("action_projections", dtype)

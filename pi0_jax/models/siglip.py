@@ -13,12 +13,14 @@ from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
 from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
+from pi0_jax.sharding import constrain_rows
 
 
 class SelfAttention(nnx.Module):
     """Multi-head attention of all image tokens with each other."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.implementation = config.attention
         width, heads = config.vision.width, (config.vision.num_heads, config.vision.head_dim)
         self.query = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
         self.key = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
@@ -26,7 +28,7 @@ class SelfAttention(nnx.Module):
         self.out = Linear(heads, (width,), bias=True, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        return self.out(attention(self.query(x), self.key(x), self.value(x)))
+        return self.out(attention(self.query(x), self.key(x), self.value(x), None, self.implementation))
 
 
 class MLP(nnx.Module):
@@ -100,7 +102,7 @@ class SigLIP(nnx.Module):
         x = (self.patch_embedding(image) + position).astype(self.dtype)
 
         def layer(x: Array, block: Block) -> tuple[Array, Array | None]:
-            x = block(x)
+            x = block(constrain_rows(x))
             return x, None if stages is None else x
 
         x, outputs = jax.lax.scan(remat(layer, self.remat), x, self.layers)

@@ -15,6 +15,7 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_jax.models.gemma import Expert
 from pi0_jax.models.siglip import SigLIP
+from pi0_jax.sharding import constrain_rows
 
 
 def attention_mask(
@@ -47,6 +48,7 @@ class VisionLanguageModel(nnx.Module):
             dtype=config.dtype,
             query_dtype=numerics.rounding(queries, config.dtype),
             remat=config.remat,
+            attention=config.attention,
             rngs=rngs,
         )
 
@@ -57,7 +59,8 @@ class VisionLanguageModel(nnx.Module):
         keys = self.config.image_keys
         images = jnp.stack([pixels(observation.images[key]) for key in keys], axis=1)
         batch, cameras = images.shape[:2]
-        tokens = self.vision(images.reshape(batch * cameras, *images.shape[2:]), stages)
+        images = constrain_rows(images.reshape(batch * cameras, *images.shape[2:]))
+        tokens = self.vision(images, stages)
         masks = jnp.stack([observation.image_masks[key] for key in keys], axis=1)
         masks = jnp.repeat(masks, tokens.shape[1], axis=1)
         tokens = tokens.reshape(batch, -1, tokens.shape[-1])

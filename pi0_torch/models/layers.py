@@ -89,7 +89,7 @@ def attention(
 
 
 def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
-    """`function`, whose intermediates the backward pass recomputes if `config_remat` is "full"."""
+    """`function`, whose intermediates the backward pass recomputes, all of them unless `config_remat` is "none"."""
     if config_remat == "none" or not torch.is_grad_enabled():
         return function
     return lambda *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pi0 import numerics
 from pi0.config import GemmaConfig
-
-INIT_STDDEV = 0.01  # of both factors, as in openpi
 
 
 class LoRA(nn.Module):
@@ -26,8 +25,8 @@ class LoRA(nn.Module):
         self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
         self.scale, self.dtype = scale, getattr(torch, dtype)
         self.in_sizes, self.out_ndim = tuple(sizes[axis] for axis in in_axes), len(out_axes)
-        self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]) * INIT_STDDEV)
-        self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]) * INIT_STDDEV)
+        self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]) * numerics.LORA_INIT_STDDEV)
+        self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]) * numerics.LORA_INIT_STDDEV)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))

@@ -5,15 +5,27 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pi0.config import ModelConfig
+from pi0.datasets import LeRobotDataset
 from pi0.normalize import MODES
+from pi0.observation import Observation
 from pi0.robots import make_robot
+from pi0.sample import METAWORLD
+from pi0.tokenizers import BUNDLED
 
 pytest.importorskip("ml_collections")
+import ml_collections
+
+import pi0_jax
+from configs import debug
+from pi0_jax.data import load_data
 from pi0_jax.optimizer import make_optimizer, make_schedule
 from pi0_jax.train import read_config, train
+from tests.convert.test_parity import random_checkpoint, write
+from tests.recording import write_recording
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(f.name for f in FOLDER.glob("*.py") if f.name not in ("__init__.py", "finetune.py"))
@@ -31,13 +43,84 @@ def test_an_experiment(name: str):
     assert max(robot.state_dim, robot.action_dim) <= model.action_dim
     assert config.data.normalization in MODES and config.data.asset_id
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
+    assert bool(config.data.action_tokenizer) == (model.kind == "pi0_fast")
+
+
+def tiny(name: str, root: Path) -> ml_collections.ConfigDict:
+    """An experiment with a tiny model of its kind from a base, two steps on a small recording of its robot."""
+    config = read_config(str(FOLDER / name), ["--config.steps=2"])
+    model = ModelConfig.from_dict(config.model.to_dict())
+    variant = {"pi0": "tiny", "pi05": "tiny_pi05", "pi0_fast": "tiny_pi0_fast"}[model.kind]
+    lora = "_lora" if model.paligemma.lora_rank else ""
+    sizes = {"image_keys": model.image_keys, "action_dim": 16, "action_horizon": 10}
+    vocab = {"max_token_len": 128, "vocab_size": 512 + 128 + 512} if model.kind == "pi0_fast" else {}
+    base = random_checkpoint(ModelConfig.variant(variant, **sizes, **vocab))  # LoRA is new
+    config.base_checkpoint = str(write(base, root / "base", "pi0_jax"))
+    config.model = ModelConfig.variant(variant + lora, **sizes, **vocab, remat="none").to_dict()
+    reference = config.data.robot if isinstance(config.data.robot, str) else config.data.robot.to_dict()
+    config.data.root = str(write_recording(root / "recording", make_robot(reference)))
+    config.data.update({"tokenizer": BUNDLED, "validation_episodes": [1]})
+    if "norm_stats_from" in config.data:
+        config.data.norm_stats_from = ""
+    config.data.action_tokenizer = "bundled://fast_tokenizer" if model.kind == "pi0_fast" else ""
+    config.optimizer.warmup_steps = 1
+    config.batch_size = 2
+    return config
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_experiment_reads_its_robot(name: str, tmp_path):
+    """Data and transforms, to the batch that the model gets: checked by `Observation.from_dict`."""
+    config = tiny(name, tmp_path)
+    model = ModelConfig.from_dict(config.model.to_dict())
+    assets, training, validation = load_data(config, model)
+    data = training.read(0, rows=np.arange(2))
+    actions, observation = data.pop("actions"), Observation.from_dict(data, model)
+    assert validation is not None and actions.shape == (2, 10, 16)
+    assert set(assets.norm_stats) == {"state", "actions"} and assets.normalization == config.data.normalization
+    robot = make_robot(assets.robot)
+    for key, picture in observation.images.items():
+        seen = key in robot.cameras.values()
+        assert picture.any() == seen and observation.image_masks[key].all() == (seen or model.kind == "pi0_fast")
+    assert (observation.token_loss_mask is not None) == (model.kind == "pi0_fast")
+
+
+QUICK = ("pi0_fast_droid.py",)  # the others compile much the same
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
-    [([], "pi0_base"), (["--config.base_checkpoint="], r"--config\.data\.root=")],
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FILES if n != "debug.py"]
 )
-def test_what_a_run_lacks_is_said_before_anything_is_written(overrides: list[str], said: str, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        train(read_config(str(FOLDER / "pi0_libero_lora.py"), overrides), tmp_path / "run")
+def test_an_experiment_trains(name: str, tmp_path):
+    metrics = train(tiny(name, tmp_path / "data"), tmp_path / "run")
+    assert np.isfinite([metrics["loss"], metrics["validation_loss"], metrics["grad_norm"]]).all()
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.slow  # new parameters take long to compile
+@pytest.mark.parametrize("variant", debug.DEMO)
+def test_a_run_to_debug(variant: str, tmp_path):
+    """As it is, on the bundled recordings; and the checkpoint acts."""
+    metrics = train(read_config(f"{FOLDER / 'debug.py'}:{variant}", []), tmp_path)
+    assert np.isfinite(metrics["validation_loss"])
+    policy = pi0_jax.Policy.from_pretrained(tmp_path, fallback=True)
+    assert policy.infer(LeRobotDataset(METAWORLD)[0])["actions"].shape == (5, 4)
+
+
+def test_only_tiny_models_to_debug():
+    with pytest.raises(ValueError, match="tiny_pi05"):
+        debug.get_config("pi0")
+
+
+def test_what_a_run_lacks_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"--config\.data\.root="):
+        train(read_config(str(FOLDER / "pi0_libero_lora.py"), []), tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0.05", 0.05), ("[3, 7]", [3, 7]), ("(3,)", (3,)), ("[]", [])])
+def test_validation_episodes_are_a_list_or_a_fraction(value: str, expected: object):
+    for name in ("pi0_libero_lora.py", "pi0_metaworld.py", "metaworld_demo.py"):
+        config = read_config(str(FOLDER / name), [f"--config.data.validation_episodes={value}"])
+        assert config.data.validation_episodes == expected
+        assert config.data.to_dict()["validation_episodes"] == expected

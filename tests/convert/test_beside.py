@@ -15,11 +15,11 @@ from convert.checkpoints import open_checkpoint
 from convert.conversion import convert
 from convert.formats import read_safetensors
 from convert.inspection import inspect
-from convert.layouts import LAYOUTS, LayoutError
+from convert.layouts import LayoutError
 from pi0.assets import Assets, AssetsError
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats, save_norm_stats
-from tests.convert.test_checkpoints import random_checkpoint, write
+from tests.convert.test_checkpoints import OF_PI0, random_checkpoint, write
 
 POLICIES = Path(__file__).parent / "lerobot_policies"
 KINDS = ("pi0", "pi05")
@@ -118,7 +118,7 @@ def test_openpi_pytorch_config_gives_the_sizes(tmp_path):
 def test_the_training_config_travels(tmp_path):
     checkpoint = random_checkpoint()
     checkpoint = dataclasses.replace(checkpoint, assets=dataclasses.replace(checkpoint.assets, training={"steps": 7}))
-    for layout in LAYOUTS:
+    for layout in OF_PI0:
         assert open_checkpoint(write(checkpoint, tmp_path / layout, layout)).assets.training == {"steps": 7}
 
 

@@ -18,13 +18,14 @@ from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_c
 from convert.conversion import convert
 from convert.conversion import main as convert_main
 from convert.formats import CheckpointError, read_orbax, read_safetensors, write_orbax, write_safetensors
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts import LAYOUTS, WRITTEN, LayoutError, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
-from tests.golden_case import CASES, GoldenCase
+from tests.golden_case import CASES, FAST, GoldenCase
 
 CONFIG = ModelConfig.variant("tiny")
+OF_PI0 = [name for name, layout in LAYOUTS.items() if "pi0" in layout.kinds]
 
 
 def random_checkpoint(variant: str = "tiny", dtype: str = "float32") -> Checkpoint:
@@ -52,15 +53,19 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def stored(tmp_path_factory) -> dict[str, Path]:
     """A tiny checkpoint in every layout; not to be changed."""
     root = tmp_path_factory.mktemp("stored")
-    return {layout: write(random_checkpoint(), root / layout, layout) for layout in LAYOUTS}
+    return {layout: write(random_checkpoint(), root / layout, layout) for layout in OF_PI0}
 
 
 # ---- there and back
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32")])
+@pytest.mark.parametrize("layout", WRITTEN)
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32"), ("tiny_pi0_fast", "float32")]
+)
 def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: str, tmp_path):
+    if ModelConfig.variant(variant).kind not in LAYOUTS[layout].kinds:
+        pytest.skip(f"{layout} has no such model")
     checkpoint = random_checkpoint(variant, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     opened = open_checkpoint(write(checkpoint, tmp_path / "out", layout))
     assert opened.layout.name == layout
@@ -69,16 +74,23 @@ def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: 
     np.testing.assert_array_equal(opened.assets.norm_stats["state"].q99, checkpoint.assets.norm_stats["state"].q99)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, FAST])
 def test_openpi_checkpoints_go_around_all_layouts(name: str, tmp_path):
     """Both of openpi's styles: released key paths (π0) and those of a training run (π0.5)."""
     case = GoldenCase(name)
     source = open_checkpoint(case.checkpoint, case.config("float32"))
     convert(case.checkpoint, tmp_path / "torch", to="pi0_torch", config=case.config("float32"))
-    convert(tmp_path / "torch", tmp_path / "jax", to="pi0_jax")
+    convert(tmp_path / "torch", tmp_path / "lerobot", to="lerobot")
+    convert(tmp_path / "lerobot", tmp_path / "jax", to="pi0_jax", config=case.config("float32"))
     convert(tmp_path / "jax", tmp_path / "openpi", to="openpi_jax")
     assert_same(read_orbax(tmp_path / "openpi" / "params"), read_orbax(case.checkpoint / "params"))
     assert_same(open_checkpoint(tmp_path / "openpi").ours, source.ours)
+
+
+def test_openpi_has_no_pi0_fast_in_pytorch(tmp_path):
+    with pytest.raises(LayoutError, match="openpi_torch has no place for pi0_fast; it is one of pi0, pi05"):
+        convert(GoldenCase(FAST).checkpoint, tmp_path / "out", to="openpi_torch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_conversion_is_deterministic(stored, tmp_path):
@@ -88,7 +100,7 @@ def test_conversion_is_deterministic(stored, tmp_path):
     assert one == other
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", OF_PI0)
 def test_models_load_from_every_layout(stored, layout: str):
     """Both frameworks, in the dtypes asked for."""
     model = pi0_jax.load(stored[layout], dtype="bfloat16", param_dtype="bfloat16")
@@ -161,7 +173,7 @@ def test_orbax_reads_what_we_write_in_slices(tmp_path, monkeypatch):
     assert_same(read_orbax(tmp_path / "params"), {name: Tensor.of(array) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", OF_PI0)
 @pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
 def test_large_tensors_are_written_as_small_ones(layout: str, dtype, stored, tmp_path, monkeypatch):
     checkpoint = random_checkpoint(dtype=dtype)
@@ -232,7 +244,7 @@ def _transpose(tensors: dict[str, Tensor], name: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [_remove, _add, _rename, _reshape, _transpose])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", OF_PI0)
 def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stored, tmp_path, monkeypatch):
     """Every tensor in turn; the files are those in `stored`, what is read from them is damaged on the way."""
     folder = stored[layout]
@@ -245,7 +257,7 @@ def test_any_damaged_tensor_is_refused_by_name(layout: str, damage: Damage, stor
             continue  # it may be missing
         damaged = dict(intact)
         damage(damaged, name)
-        monkeypatch.setattr(checkpoints, reader, lambda _, damaged=damaged: damaged)
+        monkeypatch.setattr(checkpoints, reader, lambda *_, damaged=damaged: damaged)
         for attempt in (
             lambda: pi0_jax.load(folder),
             lambda: pi0_torch.load(folder),
@@ -265,14 +277,14 @@ def test_any_damaged_tensor_is_refused_where_sizes_follow_from_shapes(damage: Da
     ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
     intact = {n: Tensor.of(t.read(())) for n, t in LAYOUTS["openpi_jax"].from_ours(config, ours).items()}
     (tmp_path / "_METADATA").touch()
-    monkeypatch.setattr(checkpoints, "read_orbax", lambda _: intact)
+    monkeypatch.setattr(checkpoints, "read_orbax", lambda *_: intact)
     assert open_checkpoint(tmp_path).assets.model.paligemma == config.paligemma
     for name in intact:
         if damage is _reshape and name.endswith("input_embedding"):
             continue  # another vocabulary is another model, and as good
         damaged = dict(intact)
         damage(damaged, name)
-        monkeypatch.setattr(checkpoints, "read_orbax", lambda _, damaged=damaged: damaged)
+        monkeypatch.setattr(checkpoints, "read_orbax", lambda *_, damaged=damaged: damaged)
         with pytest.raises(LayoutError) as error:
             open_checkpoint(tmp_path)
         assert name in str(error.value)
@@ -451,7 +463,7 @@ def test_a_failure_in_the_middle_keeps_what_was_there(stored, tmp_path, monkeypa
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     read, count = checkpoints.read_orbax, iter(range(1000))
 
-    def failing(folder: Path) -> dict[str, Tensor]:
+    def failing(folder: Path, *_) -> dict[str, Tensor]:
         def fail(tensor: Tensor, index: tuple[int | slice, ...]) -> np.ndarray:
             if next(count) == 20:
                 raise CheckpointError("cannot be read")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +16,7 @@ from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
 from convert.lora import merge_lora
 from pi0.assets import Assets
 from pi0.config import ModelConfig
+from tests.convert.test_checkpoints import OF_PI0
 from tests.golden_case import LORA, GoldenCase
 
 
@@ -126,6 +129,14 @@ def test_merging_rounds_once(tmp_path):
         np.testing.assert_array_equal(merged[name].read((part,)), merged[name].read(())[part])
 
 
+def test_pi0_fast_changes_as_the_others_do(tmp_path):
+    """LoRA is merged; no parameter depends on the action dim."""
+    source, said = write(random_checkpoint("tiny_pi0_fast_lora"), tmp_path / "lora"), []
+    result = convert(source, tmp_path / "out", to="lerobot", lora="merge", action_dim=9, say=said.append)
+    assert said[:2] == ["LoRA of paligemma merged in float32", "action_dim 7 -> 9: no parameter depends on it"]
+    assert result.assets.model == ModelConfig.variant("tiny_pi0_fast", action_dim=9)
+
+
 def test_lora_is_not_dropped(source, tmp_path):
     with pytest.raises(LayoutError, match="no LoRA"):
         convert(source, tmp_path / "out", to="pi0_torch", lora="merge")
@@ -133,7 +144,7 @@ def test_lora_is_not_dropped(source, tmp_path):
     plain = ModelConfig.variant("tiny")
     with pytest.raises(LayoutError, match=r"unknown .*lora/a"):  # read as a model without: unknown tensors
         convert(lora, tmp_path / "out", to="pi0_torch", config=plain)
-    without = {name for name, layout in LAYOUTS.items() if not layout.has_lora}
+    without = {name for name in OF_PI0 if not LAYOUTS[name].has_lora}
     for layout in without:
         with pytest.raises(LayoutError, match="--lora merge"):
             convert(lora, tmp_path / "out", to=layout)
@@ -194,7 +205,7 @@ def test_unknown_dtype(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.format == "safetensors"])
+@pytest.mark.parametrize("layout", [name for name in OF_PI0 if LAYOUTS[name].format == "safetensors"])
 def test_a_flat_layout_without_a_config_is_told_its_model(layout: str, tmp_path, capsys):
     folder = write(random_checkpoint(), tmp_path / "x", layout)
     (folder / ("" if layout == "pi0_torch" else "assets") / "config.json").unlink()
@@ -208,3 +219,18 @@ def test_a_flat_layout_without_a_config_is_told_its_model(layout: str, tmp_path,
     with pytest.raises(SystemExit):
         main([str(folder), str(tmp_path / "out2"), "--to", "pi0_jax", "--model", "pi1"])
     assert "pi1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["pi0_torch", "pi0_jax"])
+def test_a_disk_that_fills(layout: str, source, tmp_path):
+    """Real writes that the system refuses, here for their size: one line that says so, exit code 1, nothing left."""
+    command = f"""
+import resource
+from convert.conversion import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+main([{str(source)!r}, {str(tmp_path / "out")!r}, "--to", "{layout}"])
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("pi0-convert: ") and "File too large" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from convert.conversion import convert
 from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
+from tests.convert.test_checkpoints import OF_PI0
 
 CASES_PER_LAYOUT = 50
 DAMAGES = ("dropped", "renamed", "transposed", "nan", "dtype", "extra", "halves", "truncated")
@@ -65,13 +66,13 @@ def damage(kind: str, tensors: dict[str, np.ndarray], name: str, rng: np.random.
 def folders(tmp_path_factory) -> dict[str, Path]:
     root, config = tmp_path_factory.mktemp("fuzz"), ModelConfig.variant("tiny")
     ours = {n: Tensor.of(np.ones(p.shape, np.float32)) for n, p in parameters(config).items()}
-    for layout in LAYOUTS:
+    for layout in OF_PI0:
         with new_folder(root / layout) as folder:
             write_checkpoint(Checkpoint(folder, LAYOUTS["pi0_jax"], Assets(config), ours), folder, layout)
-    return {layout: root / layout for layout in LAYOUTS}
+    return {layout: root / layout for layout in OF_PI0}
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", OF_PI0)
 def test_damaged_checkpoints_are_refused(layout: str, folders: dict[str, Path], tmp_path):
     rng, intact, other = np.random.default_rng(1), arrays("tiny", layout), arrays("tiny_pi05", layout)
     causes = set()
@@ -106,7 +107,7 @@ def test_damaged_checkpoints_are_refused(layout: str, folders: dict[str, Path], 
 
 
 def test_there_are_200_cases():
-    assert CASES_PER_LAYOUT * len(LAYOUTS) >= 200
+    assert CASES_PER_LAYOUT * len(OF_PI0) >= 200
 
 
 def test_a_config_of_another_model_is_refused(folders, tmp_path):

@@ -15,10 +15,11 @@ from convert.layouts import LAYOUTS, Tensor, parameters
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.normalize import NormStats
-from tests.golden_case import CASES, LORA, GoldenCase
+from tests.convert.test_checkpoints import OF_PI0
+from tests.golden_case import CASES, FAST, LORA, GoldenCase
 
 
-@pytest.mark.parametrize("name", [*CASES, LORA])
+@pytest.mark.parametrize("name", [*CASES, FAST, LORA])
 def test_openpi_checkpoints(name: str):
     """No config beside them: everything follows from names and shapes."""
     case = GoldenCase(name)
@@ -28,12 +29,13 @@ def test_openpi_checkpoints(name: str):
     # LoRA's alpha is no shape; None means the rank, which it is in all of openpi's variants.
     assert found.config.paligemma == dataclasses.replace(config.paligemma, lora_alpha=None)
     assert found.config.vision == config.vision
+    assert (found.config.action_expert is None) == (name == FAST)
     assert found.lora_experts == (("paligemma", "action_expert") if name == LORA else ())
     assert found.parameters == sum(int(np.prod(p.shape)) for p in parameters(config).values())
     assert set(found.dtypes["vision"]) == {"float32"} and (found.step, found.norm_stats) == (None, [])
 
 
-@pytest.fixture(params=list(LAYOUTS))
+@pytest.fixture(params=OF_PI0)
 def stored(request, tmp_path) -> tuple[str, Path]:
     config, rng = ModelConfig.variant("tiny"), np.random.default_rng(0)
     stats = NormStats.from_data(rng.normal(size=(10, 4)))

@@ -21,6 +21,7 @@ from convert.parity import (
     run_jax,
     run_torch,
 )
+from convert.report import to_html
 from pi0.assets import Assets
 from pi0.config import SO400M, GemmaConfig, ModelConfig
 
@@ -40,9 +41,13 @@ def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) 
     return rng.standard_normal(shape, np.float32) / np.sqrt(fan_in, dtype=np.float32)
 
 
-def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
+def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    ours = {n: Tensor.of(random_parameter(n, p, rng)) for n, p in parameters(config).items()}
+    return {n: random_parameter(n, p, rng) for n, p in parameters(config).items()}
+
+
+def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
+    ours = {n: Tensor.of(array) for n, array in random_parameters(config, seed).items()}
     return Checkpoint(Path("memory"), LAYOUTS["pi0_jax"], Assets(config), ours)
 
 
@@ -129,6 +134,38 @@ def test_bfloat16_rounds_at_the_same_places(pair):
         a, b = (run(checkpoint, config, inputs, 1, False) for run in RUN.values())
     for stage in ("vision layer 0", "prefix layer 0", "suffix layer 0"):
         assert np.mean(a.stages[stage] != b.stages[stage]) < 0.05, stage
+
+
+@pytest.fixture(scope="module")
+def fast_pair(tmp_path_factory) -> tuple[Path, Path]:
+    """The same tiny π0-FAST in JAX and in PyTorch."""
+    checkpoint, root = random_checkpoint(ModelConfig.variant("tiny_pi0_fast")), tmp_path_factory.mktemp("fast")
+    return write(checkpoint, root / "jax", "pi0_jax"), write(checkpoint, root / "torch", "pi0_torch")
+
+
+def test_fast(fast_pair):
+    """The same tokens, and everything before them to 1e-5; its own gradients too, the tied embedding's among them."""
+    report = assert_parity(*fast_pair, num_steps=6, batch=3)
+    names = [row.stage for row in report.rows]
+    assert names[-6:] == ["pre-logits", "logits", "loss", "gradients, all", "gradients, worst parameter", "tokens"]
+    assert report.rows[-1].l2_error == 0 and "Sampled actions" not in to_html(report)
+
+
+def test_fast_in_bfloat16(fast_pair):
+    report = assert_parity(*fast_pair, dtype="bfloat16", batch=3, num_steps=1, gradients=False)
+    assert "tokens" not in [row.stage for row in report.rows]  # a near tie may fall either way
+
+
+def test_other_tokens_are_seen(fast_pair, tmp_path):
+    """One token's embedding a little longer: it is the likeliest now, which the loss may not see."""
+    checkpoint = random_checkpoint(ModelConfig.variant("tiny_pi0_fast"))
+    name = "paligemma.embedding"
+    embedding = checkpoint.ours[name].read(()).copy()
+    embedding[7] *= 30
+    checkpoint.ours[name] = Tensor.of(embedding)
+    other = write(checkpoint, tmp_path / "other", "pi0_torch")
+    rows = {row.stage: row for row in compare(fast_pair[1], other, gradients=False, num_steps=6).rows}
+    assert not rows["tokens"].passed and rows["tokens"].l2_error > 0.5
 
 
 # ---- the tool

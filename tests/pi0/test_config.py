@@ -33,6 +33,15 @@ def test_released_sizes():
     assert pi0.image_keys == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
+def test_released_pi0_fast():
+    pi0, fast = (ModelConfig.variant(name) for name in ("pi0", "pi0_fast"))
+    assert (fast.paligemma, fast.vision, fast.action_expert) == (pi0.paligemma, pi0.vision, None)
+    assert fast.image_keys == ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
+    assert (fast.max_token_len, fast.action_dim, fast.action_horizon, fast.max_decoding_steps) == (250, 32, 32, 256)
+    lora = ModelConfig.variant("pi0_fast_lora").paligemma
+    assert (lora.lora_rank, lora.lora_scale) == (16, 1.0)
+
+
 def test_variant_with_changes():
     assert ModelConfig.variant("pi0", action_horizon=10).action_horizon == 10
     with pytest.raises(ConfigError, match=r"pi1.*pi0_small"):
@@ -56,6 +65,9 @@ def test_variant_with_changes():
         ({"action_expert": dataclasses.replace(TINY.action_expert, depth=4)}, "depth"),
         ({"action_expert": dataclasses.replace(TINY.action_expert, head_dim=8)}, "head_dim"),
         ({"action_expert": dataclasses.replace(TINY.action_expert, width=21)}, "width"),
+        ({"action_expert": None}, "action_expert None; pi0_fast has none"),
+        ({"kind": "pi0_fast"}, "action_expert given; pi0_fast has none"),
+        ({"max_decoding_steps": 0}, "max_decoding_steps"),
     ],
 )
 def test_impossible_models_are_refused_with_a_reason(changes: dict, named: str):

@@ -58,7 +58,7 @@ def test_same_recordings_same_bytes_in_another_process(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         (["--robot", "toaster"], "unknown robot 'toaster'"),
-        (["--held-out", "99"], "--held-out [99] must leave some"),
+        (["--held-out", "99"], "--held-out: validation episodes [99] must be"),
         (["--vocab-size", "100"], "at least 256 tokens"),
         (["--scale", "0"], "scale 0.0"),
         (["--action-horizon", "0"], "action_horizon is 0"),

@@ -112,3 +112,67 @@ def test_actions():
         check_actions(actions, CONFIG, batch=3)
     with pytest.raises(ObservationError, match="actions: nan"):
         check_actions(actions * np.nan, CONFIG)
+
+
+# ---- π0-FAST
+
+FAST = ModelConfig.variant("tiny_pi0_fast")
+
+
+def fast_data() -> dict[str, np.ndarray]:
+    """A training example of 9 tokens, the last 4 to be predicted, and one of 14, the last 3."""
+    data = {"state": np.zeros((2, FAST.action_dim)), "tokenized_prompt": np.ones((2, FAST.max_token_len), int)}
+    place, end, start = np.arange(FAST.max_token_len), np.array([[9], [14]]), np.array([[5], [11]])
+    data["tokenized_prompt_mask"] = place < end
+    data["token_loss_mask"] = (start <= place) & (place < end)
+    data["token_ar_mask"] = data["token_loss_mask"].astype(int)
+    return data | {f"image/{key}": np.zeros((2, *FAST.image_resolution, 3), np.uint8) for key in FAST.image_keys}
+
+
+def test_masks_of_training():
+    given = fast_data()
+    observation = Observation.from_dict(given, FAST)
+    assert observation.token_ar_mask.dtype == np.int32 and observation.token_loss_mask.dtype == bool
+    again = Observation.from_dict(observation.to_dict(), FAST)
+    for name in ("token_ar_mask", "token_loss_mask"):
+        np.testing.assert_array_equal(getattr(again, name), given[name])
+    asked = observation.prompt_only()
+    np.testing.assert_array_equal(asked.tokenized_prompt_mask.sum(axis=1), [5, 11])
+    del given["token_ar_mask"], given["token_loss_mask"]
+    plain = Observation.from_dict(given, FAST)
+    assert (
+        plain.token_ar_mask is None
+        and plain.prompt_only() is plain
+        and asked.to_dict().keys() == plain.to_dict().keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("token_ar_mask", lambda x: x[:, 1:], r"token_ar_mask: shape \[2, 13\]; expected \[2, 14\] int"),
+        ("token_ar_mask", lambda x: 2 * x, "token_ar_mask: values from 0 to 2; expected 0 and 1"),
+        ("token_ar_mask", lambda x: x - 1, "token_ar_mask: values from -1 to 0"),
+        ("token_loss_mask", lambda x: x.astype(float), "token_loss_mask: dtype float64; expected.*bool"),
+        ("tokenized_prompt_mask", lambda x: np.roll(x, 1, axis=1), r"tokenized_prompt_mask: False at index \[0, 0\]"),
+        ("tokenized_prompt_mask", lambda x: x & (np.arange(14) != 3), r"False at index \[0, 3\] and True after it"),
+    ],
+)
+def test_refusals_of_masks(key: str, change, said: str):
+    given = fast_data()
+    with pytest.raises(ObservationError, match=said):
+        Observation.from_dict(given | {key: change(given[key])}, FAST)
+
+
+def test_one_mask_of_training_asks_for_the_other():
+    for one, other in (("token_ar_mask", "token_loss_mask"), ("token_loss_mask", "token_ar_mask")):
+        with pytest.raises(ObservationError, match=f"{other}: missing"):
+            Observation.from_dict({k: v for k, v in fast_data().items() if k != other}, FAST)
+        with pytest.raises(ObservationError, match=f"unknown keys .*{one}"):
+            Observation.from_dict(data() | {one: fast_data()[one]}, CONFIG)
+
+
+def test_a_masked_camera_is_refused():
+    given = fast_data() | {"image_mask/wrist_0_rgb": np.array([True, False])}
+    with pytest.raises(ObservationError, match=r"image_mask/wrist_0_rgb: False in row 1; .*black images"):
+        Observation.from_dict(given, FAST)

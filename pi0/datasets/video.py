@@ -1,0 +1,164 @@
+"""Pictures as recordings store them, read by number: videos, and encoded pictures in the rows of Parquet files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from pi0.datasets.errors import DataError
+
+
+class Video:
+    """A video file read by time. Where no keyframe lies between, reading goes on decoding; else it seeks to one.
+
+    The file is opened when first read, so a `Video` can be pickled and sent to another process. `decoded` counts the
+    frames that went through the decoder, also those on the way from a keyframe.
+    """
+
+    def __init__(self, file: Path, fps: float):
+        self.file, self.fps, self.decoded = file, fps, 0
+        self._half = 0.5 / fps
+        self._container: Any = None
+        self._frames: Any = None
+        self._next = -1  # the number of the frame that the decoder gives next
+        self._checked: set[tuple[float, float, int]] = set()
+        self._converter = VideoReformatter()  # kept: one per picture costs more than decoding it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Video, (self.file, self.fps)
+
+    def check(self, start: float, end: float, length: int) -> None:
+        """Raise DataError unless `length` frames, one per period, lie from `start` to `end` seconds, all in the file.
+
+        Looks at the file's index alone and decodes nothing.
+        """
+        self._open()
+        if (start, end, length) in self._checked:
+            return
+        first, last = np.searchsorted(self._times, (start - self._half, end - self._half))
+        if last - first != length:
+            problem = f"the video has {last - first} frames for this episode, the episode table says {length}"
+            raise DataError(problem, self.file, frame=min(int(last - first), length))
+        cut = np.flatnonzero(self._ends[first:last] > self._size)
+        if len(cut):
+            problem = (
+                f"the file is cut off: it has {self._size} bytes and this frame ends at {self._ends[first + cut[0]]}"
+            )
+            raise DataError(problem, self.file, frame=int(cut[0]))
+        late = np.abs(self._times[first:last] - start - np.arange(length) / self.fps)
+        if (late >= self._half).any():
+            frame = int(np.argmax(late >= self._half))
+            problem = f"it is shown at {self._times[first + frame] - start:.3f} s, not at {frame / self.fps:.3f} s"
+            raise DataError(problem, self.file, frame=frame)
+        self._checked.add((start, end, length))
+
+    def frame(self, time: float) -> np.ndarray:
+        """The picture at `time` seconds, uint8 [H, W, 3]: the one within half a frame period of it.
+
+        Stored times are rounded to the file's time base, and the time asked for is a sum of floats, so neither is
+        exact; half a period still tells every frame from its neighbours. Raises DataError where there is none.
+        """
+        self._open()
+        number = int(np.searchsorted(self._times, time - self._half))
+        if number == len(self._times):
+            raise DataError(f"the video ends before {time:.3f} s", self.file)
+        if self._times[number] >= time + self._half:
+            raise DataError(f"no frame at {time:.3f} s; the nearest is at {self._times[number]:.3f} s", self.file)
+        keyframe = self._keyframes[np.searchsorted(self._keyframes, number, side="right") - 1]
+        try:
+            if not keyframe <= self._next <= number:
+                self._seek(self._times[keyframe], time)
+            for frame in self._frames:
+                self.decoded += 1
+                if frame.time > time - self._half:
+                    break
+            else:
+                raise DataError(f"the video cannot be decoded up to {time:.3f} s", self.file)
+        except (OSError, av.FFmpegError) as error:
+            self._next = -1
+            raise DataError(f"cannot be decoded at {time:.3f} s: {error}", self.file) from error
+        self._next = number + 1
+        if frame.time >= time + self._half or frame.is_corrupt:
+            self._next = -1
+            raise DataError(f"the frame at {time:.3f} s is damaged", self.file)
+        return self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+    def _open(self) -> None:
+        """Open the file and read its index: the time and the end in bytes of every frame, and which are keyframes."""
+        if self._container is not None:
+            return
+        try:
+            container = av.open(str(self.file))
+        except (OSError, av.FFmpegError) as error:
+            raise DataError(f"cannot be opened: {error}", self.file) from error
+        stream = container.streams.video[0] if container.streams.video else None
+        entries = [] if stream is None else [entry for entry in stream.index_entries if not entry.is_discard]
+        if stream is None or stream.time_base is None or not stream.frames or not entries:
+            raise DataError("has no index of its frames; write it as MP4: `ffmpeg -i FILE -c copy FILE.mp4`", self.file)
+        # One thread: a forked process has none of the parent's threads, and would wait for them for ever.
+        stream.codec_context.thread_count = 1
+        # The index has decoding times, which are those of showing but for their order and where they start.
+        times = np.sort(np.array([entry.timestamp for entry in entries], float))
+        self._times = (times - times[0] + (stream.start_time or 0)) * float(stream.time_base)
+        self._ends = np.array([entry.pos + entry.size for entry in entries])
+        self._keyframes = np.flatnonzero([entry.is_keyframe for entry in entries])
+        self._size = self.file.stat().st_size
+        self._container = container
+
+    def _seek(self, keyframe: float, time: float) -> None:
+        """Go to the keyframe at `keyframe` seconds, or one before if it is shown after `time` (an open group)."""
+        stream = self._container.streams.video[0]
+        for back in (0.0, 1.0, np.inf):
+            target = max(keyframe + self._half / 2 - back, 0.0)  # behind it, so that rounding does not miss it
+            self._container.seek(int(target / stream.time_base), stream=stream, backward=True)
+            self._frames = self._container.decode(stream)
+            first = next(self._frames, None)
+            if first is None or first.time < time + self._half:
+                break
+        self._frames = iter([]) if first is None else _chain(first, self._frames)
+
+
+def _chain(first: Any, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+class StoredImages:
+    """Encoded pictures (PNG, JPEG) in one column of a Parquet file, read by row; keeps the row group read last."""
+
+    def __init__(self, file: Path, column: str):
+        self.file, self.column = file, column
+        self._parquet: pq.ParquetFile | None = None
+        self._group, self._encoded = -1, pa.array([], pa.binary())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredImages, (self.file, self.column)
+
+    def frame(self, row: int) -> np.ndarray:
+        """The picture of a row, uint8 [H, W, 3]. Raises DataError."""
+        try:
+            if self._parquet is None:
+                self._parquet = pq.ParquetFile(self.file, memory_map=True)
+                meta = self._parquet.metadata
+                self._starts = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+            group = int(np.searchsorted(self._starts, row, side="right")) - 1
+            if group != self._group:
+                column = self._parquet.read_row_group(group, columns=[self.column])[self.column]
+                self._group, self._encoded = group, pa.compute.struct_field(column, "bytes")
+            encoded = self._encoded[row - int(self._starts[group])].as_py()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"cannot be read: {error}", self.file) from error
+        if encoded is None:
+            raise DataError(f"row {row} has no bytes in {self.column}", self.file)
+        try:
+            return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+            raise DataError(f"the picture in row {row} of {self.column} cannot be decoded", self.file) from error

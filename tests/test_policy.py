@@ -1,0 +1,373 @@
+"""From a robot's raw frame to its actions, equal in both frameworks and in every layout of the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import pi0_jax
+import pi0_torch
+from convert.checkpoints import Checkpoint
+from convert.conversion import WRITTEN, convert
+from convert.layouts import LAYOUTS
+from pi0.assets import Assets, AssetsError
+from pi0.config import ModelConfig
+from pi0.datasets import LeRobotDataset
+from pi0.normalize import MODE_OF, NormStats, save_norm_stats
+from pi0.observation import Observation, ObservationError
+from pi0.pipeline import Pipeline
+from pi0.robots import make_robot
+from pi0.sample import METAWORLD
+from pi0.tokenizers import BUNDLED, FASTError, FASTTokenizer, TextTokenizer
+from pi0.transforms import DeltaActions, Normalize
+from pi0_jax.loading import load_model as load_jax
+from pi0_torch.loading import load_model as load_torch
+from pi0_torch.loading import parameters_of
+from tests.convert.test_parity import random_checkpoint, write
+from tests.pi0.robots.test_robots import CASES, frame
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
+FRAMEWORKS = {"jax": pi0_jax.Policy, "torch": pi0_torch.Policy}
+FAST_SIZE = 300  # tokens
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb", "wrist_0_rgb")
+SIZES = {"image_keys": CAMERAS, "action_dim": 16}  # room for every robot
+CONFIGS = {
+    "pi0": ModelConfig.variant("tiny", **SIZES, max_token_len=24),
+    "pi05": ModelConfig.variant("tiny_pi05", **SIZES, max_token_len=96),
+    "pi0_fast": ModelConfig.variant(
+        "tiny_pi0_fast",
+        **SIZES,
+        max_token_len=64,
+        vocab_size=512 + 128 + FAST_SIZE,
+        max_decoding_steps=24,
+        remat="none",
+    ),
+}
+TAUGHT = ("metaworld", "droid_fast", "libero_pi0")  # whose actions our π0-FAST learns to write
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For models this small, PyTorch's threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recorded(name: str, seed: int = 0) -> dict[str, Any]:
+    """A frame of the robot's with random pictures, and actions that do not change within the chunk."""
+    item, rng = frame(name, seed), np.random.default_rng(seed)
+    item["action"] = np.repeat(item["action"][:1], 5, axis=0)
+    return item | {k: rng.integers(0, 256, (9, 11, 3)).astype(np.uint8) for k in item if "images" in k}
+
+
+@functools.cache
+def stats(name: str) -> dict[str, NormStats]:
+    robot = make_robot(CASES[name].reference)
+    delta = DeltaActions(robot.delta_mask or ())
+    frames = [delta(robot.numbers(recorded(name, seed))) for seed in range(40)]
+    return {
+        "state": NormStats.from_data(np.stack([f["state"] for f in frames])),
+        "actions": NormStats.from_data(np.concatenate([f["actions"] for f in frames])),
+    }
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory) -> FASTTokenizer:
+    """An action tokenizer fitted on all robots' actions."""
+    chunks = []
+    for name in CASES:
+        robot = make_robot(CASES[name].reference)
+        for seed in range(40):
+            data = DeltaActions(robot.delta_mask or ())(robot.numbers(recorded(name, seed)))
+            chunks.append(Normalize(stats(name), "quantile")(data)["actions"])
+    tokenizer = FASTTokenizer.fit(chunks, vocab_size=FAST_SIZE)
+    tokenizer.save(tmp_path_factory.mktemp("fast") / "tokenizer")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def assets_of(fast: FASTTokenizer):
+    def make(kind: str, name: str) -> Assets:
+        return Assets(
+            CONFIGS[kind],
+            stats(name),
+            asset_id=name,
+            normalization=MODE_OF[kind],
+            tokenizer=TextTokenizer(BUNDLED).reference(),
+            robot=CASES[name].reference,
+            action_tokenizer=fast.reference() if kind == "pi0_fast" else None,
+        )
+
+    return make
+
+
+def taught(rows: list[dict[str, Any]], steps: int = 200) -> Checkpoint:
+    """A π0-FAST that knows these examples by heart, so that what it writes is actions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    checkpoint = random_checkpoint(CONFIGS["pi0_fast"])
+    model = load_torch(checkpoint)
+    data = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "actions"}
+    observation = pi0_torch.to_device(Observation.from_dict(data, model.config))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model.compute_loss(observation).mean()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            break
+    assert loss < 0.05
+    torch.set_num_threads(threads)
+    ours = LAYOUTS["pi0_torch"].to_ours(model.config, parameters_of(model.state_dict()))
+    return dataclasses.replace(checkpoint, ours=ours)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(assets_of) -> dict[str, Checkpoint]:
+    """One model of each kind, in memory."""
+    rows = [Pipeline.from_assets(assets_of("pi0_fast", name))(recorded(name)) for name in TAUGHT]
+    return {kind: random_checkpoint(CONFIGS[kind]) for kind in ("pi0", "pi05")} | {"pi0_fast": taught(rows)}
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints) -> dict[tuple[str, str], Any]:
+    loaders = {"jax": load_jax, "torch": load_torch}
+    return {(kind, name): load(c) for kind, c in checkpoints.items() for name, load in loaders.items()}
+
+
+@pytest.fixture(scope="module")
+def policy_of(models, assets_of):
+    def make(kind: str, framework: str, name: str = "metaworld", **options: Any) -> pi0_jax.Policy | pi0_torch.Policy:
+        return FRAMEWORKS[framework](models[kind, framework], assets_of(kind, name), **options)
+
+    return make
+
+
+def noise(seed: int = 0, batch: int | None = None) -> np.ndarray:
+    shape = (5, 16) if batch is None else (batch, 5, 16)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
+    """To 3e-6, relative L2: float32 rounding, as the sampled actions of the bare models (see test_parity)."""
+    assert a.shape == b.shape and a.dtype == b.dtype == np.float32
+    assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_both_frameworks_act_alike(kind: str, name: str, policy_of):
+    """In robot units, for every robot; π0-FAST writes what it learnt, and both read it the same."""
+    item, options = recorded(name), {} if kind == "pi0_fast" else {"noise": noise()}
+    a, b = (policy_of(kind, framework, name, fallback=True).infer(item, **options) for framework in FRAMEWORKS)
+    assert a["actions"].shape == (5, CASES[name].dims[2]) and np.isfinite(a["actions"]).all()
+    assert_equal(a["actions"], b["actions"])
+    assert all(result["timing"].keys() == {"inputs", "model", "actions"} for result in (a, b))
+    if kind == "pi0_fast":
+        assert a["decoded"] == b["decoded"]
+    if kind == "pi0_fast" and name in TAUGHT:
+        assert a["decoded"]
+        # The one coefficient of each dimension is rounded by 0.05 at most, which is 0.05 / sqrt(5) of each action, in
+        # units of half a range of at most 2.
+        np.testing.assert_allclose(a["actions"], item["action"], atol=0.0224)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_text_that_is_no_actions(framework: str, policy_of, monkeypatch):
+    """It raises; or, where that is asked for, is said to have been replaced by the middle of what training saw."""
+    policy, item = policy_of("pi0_fast", framework), recorded("metaworld")
+    sample = policy.sample
+    monkeypatch.setattr(policy, "sample", lambda *args: sample(*args)[:, :-18])  # cut short, in the middle of them
+    with pytest.raises(FASTError):
+        policy.infer(item)
+    policy.fallback = True
+    result = policy.infer_batch([item])
+    assert not result["decoded"].any()
+    low, high = stats("metaworld")["actions"].q01, stats("metaworld")["actions"].q99
+    np.testing.assert_allclose(result["actions"], np.broadcast_to((low + high) / 2, (1, 5, 4)), atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_batch_is_its_frames(kind: str, framework: str, policy_of):
+    policy, items = policy_of(kind, framework), [recorded("metaworld", seed) for seed in (0, 1, 2)]
+    policy.fallback = True
+    draws = [None] * 3 if kind == "pi0_fast" else noise(batch=3)
+    together = policy.infer_batch(items, None if kind == "pi0_fast" else draws)
+    assert together["actions"].shape == (3, 5, 4)
+    for i, (item, draw) in enumerate(zip(items, draws, strict=True)):
+        assert_equal(together["actions"][i], policy.infer(item, draw)["actions"])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_what_training_sees(kind: str, framework: str, policy_of):
+    """A recorded frame goes the way of the training pipeline, and its recorded actions change nothing."""
+    policy, item = policy_of(kind, framework), LeRobotDataset(METAWORLD, action_horizon=5, episodes=[0])[10]
+    row = policy.pipeline(item)
+    del row["actions"]
+    expected = Observation.from_dict({key: np.asarray(value)[None] for key, value in row.items()}, policy.config)
+    inputs = policy.inputs([item])
+    assert jax.tree.structure(expected) == jax.tree.structure(inputs)
+    jax.tree.map(np.testing.assert_array_equal, expected, inputs)
+    (chunk,) = policy.sample(expected, noise(batch=1))
+    np.testing.assert_array_equal(policy.infer(item, noise())["actions"], policy.pipeline.actions(chunk, row["state"]))
+    live = {"corner": item["observation.images.corner"], "wrist": item["observation.images.wrist"]}
+    live |= {"state": item["observation.state"], "prompt": item["task"]}
+    jax.tree.map(np.testing.assert_array_equal, expected, policy.inputs([live]))
+
+
+def test_pi0_fast_asks_what_training_asks(policy_of):
+    policy, item = policy_of("pi0_fast", "torch"), recorded("metaworld")
+    row = policy.pipeline(item)
+    question = row["tokenized_prompt"][row["tokenized_prompt_mask"] & ~row["token_loss_mask"]]
+    inputs = policy.inputs([item])
+    np.testing.assert_array_equal(inputs.tokenized_prompt[0][inputs.tokenized_prompt_mask[0]], question)
+
+
+def test_the_same_seed_draws_the_same_noise(policy_of):
+    item = recorded("metaworld")
+    results = []
+    for framework in FRAMEWORKS:
+        policy = policy_of("pi0", framework, seed=3)
+        results.append([policy.infer(item)["actions"] for _ in range(2)])
+    (a, a_next), (b, b_next) = results
+    assert_equal(a, b)
+    assert_equal(a_next, b_next)
+    assert not np.allclose(a, a_next, atol=1e-3)
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """A Meta-World frame with other values; without those that are None."""
+    names = {"corner": "observation.images.corner", "state": "observation.state", "task": "task"}
+    item = recorded("metaworld") | {names[key]: value for key, value in values.items()}
+    return {key: value for key, value in item.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("observation", "named"),
+    [
+        (changed(corner=None), "corner"),
+        (changed(corner=np.zeros((9, 11), np.uint8)), r"images\.corner.*\[9, 11\]"),
+        (changed(corner=np.zeros((9, 11, 3), np.int32)), r"images\.corner.*int32"),
+        (changed(corner=np.zeros((0, 11, 3), np.uint8)), r"images\.corner.*\[0, 11, 3\]"),
+        (changed(state=None), "state"),
+        (changed(state=np.array([0, 1, np.nan, 0])), r"observation\.state is nan at \[2\]"),
+        (changed(state=np.zeros(5)), r"state is \[5\]; expected \[4\]"),
+        (changed(state=["a", "b", "c", "d"]), r"observation\.state is no array of numbers"),
+        (changed(task=None), "prompt"),
+        (changed(task=7), "prompt is 7"),
+        ("go", "table of pictures"),
+    ],
+)
+def test_bad_observations_never_reach_the_model(observation: Any, named: str, policy_of, monkeypatch):
+    policy = policy_of("pi0", "torch")
+    monkeypatch.setattr(policy, "sample", lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(ObservationError, match=named):
+        policy.infer(observation)
+    with pytest.raises(ObservationError, match=f"observation 1: .*({named})"):
+        policy.infer_batch([recorded("metaworld"), observation])
+
+
+@pytest.mark.parametrize(
+    ("kind", "draw", "named"),
+    [("pi0", np.zeros((5, 4), np.float32), r"noise: shape \[1, 5, 4\]"), ("pi0_fast", noise(), "takes none")],
+)
+def test_bad_noise(kind: str, draw: np.ndarray, named: str, policy_of):
+    with pytest.raises(ObservationError, match=named):
+        policy_of(kind, "torch").infer(recorded("metaworld"), draw)
+
+
+def test_no_frames(policy_of):
+    for nothing in ([], recorded("metaworld")):
+        with pytest.raises(ObservationError, match="list of one frame or more"):
+            policy_of("pi0", "torch").infer_batch(nothing)
+
+
+# ---- from what lies in a folder
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints, assets_of, tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of each kind as training leaves it."""
+    root, folders = tmp_path_factory.mktemp("checkpoints"), {}
+    for kind, checkpoint in checkpoints.items():
+        whole = dataclasses.replace(checkpoint, assets=assets_of(kind, "metaworld"))
+        folders[kind] = write(whole, root / kind, "pi0_jax")
+    return folders
+
+
+PAIRS = [(kind, layout) for layout in WRITTEN for kind in CONFIGS if kind in LAYOUTS[layout].kinds]
+
+
+@pytest.mark.parametrize(("kind", "layout"), PAIRS)
+def test_from_every_layout(kind: str, layout: str, folders, policy_of, tmp_path):
+    """What pi0-convert writes needs nothing else."""
+    folder = convert(folders[kind], tmp_path / layout, to=layout).folder
+    options = {} if kind == "pi0_fast" else {"noise": noise()}
+    item = recorded("metaworld")
+    expected = policy_of(kind, "torch").infer(item, **options)["actions"]
+    for policy in FRAMEWORKS.values():
+        assert_equal(policy.from_pretrained(folder).infer(item, **options)["actions"], expected)
+
+
+@pytest.mark.parametrize("layout", ["openpi_jax", "lerobot"])
+def test_checkpoints_of_others_need_the_robot(layout: str, folders, policy_of, tmp_path):
+    """openpi's have norm stats, LeRobot's a processor; neither says the robot."""
+    folder = convert(folders["pi05"], tmp_path / layout, to=layout).folder
+    (folder / "assets" / "config.json").unlink()
+    if layout == "lerobot":
+        shutil.rmtree(folder / "assets")
+    said = {"config": CONFIGS["pi05"], "tokenizer": BUNDLED}
+    with pytest.raises(AssetsError, match=r"robot=, one of aloha"):
+        pi0_torch.Policy.from_pretrained(folder, **said)
+    item = recorded("metaworld")
+    expected = policy_of("pi05", "torch").infer(item, noise())["actions"]
+    policy = pi0_torch.Policy.from_pretrained(folder, **said, robot="metaworld")
+    found = policy.infer(item, noise())["actions"]
+    # LeRobot keeps norm stats in float32: a last place of 1.2e-7, in stats and in what they scale
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+def test_what_the_caller_says(folders, policy_of, tmp_path):
+    item = recorded("metaworld")
+    del item["task"]
+    policy = pi0_torch.Policy.from_pretrained(
+        folders["pi0"], default_prompt="fold the towel", num_steps=2, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    assert policy.model.config.dtype == "bfloat16" and {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    inputs, expected = policy.inputs([item]), policy_of("pi0", "torch").inputs([recorded("metaworld")])
+    np.testing.assert_array_equal(inputs.tokenized_prompt, expected.tokenized_prompt)
+
+    plain = pi0_torch.Policy.from_pretrained(folders["pi0"], num_steps=2).infer(recorded("metaworld"), noise())
+    double = {key: dataclasses.replace(s, mean=2 * s.mean, std=2 * s.std) for key, s in stats("metaworld").items()}
+    double["state"] = stats("metaworld")["state"]
+    save_norm_stats(tmp_path / "norm_stats.json", double)
+    for given in (double, tmp_path / "norm_stats.json"):
+        policy = pi0_torch.Policy.from_pretrained(folders["pi0"], norm_stats=given, num_steps=2)
+        np.testing.assert_allclose(policy.infer(recorded("metaworld"), noise())["actions"], 2 * plain["actions"], 1e-4)
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        pi0_torch.Policy.from_pretrained(folders["pi0"], num_steps=0)
+
+
+def test_which_norm_stats(folders, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(folders["pi0"], folder)
+    shutil.copytree(folder / "assets" / "metaworld", folder / "assets" / "other")
+    (folder / "assets" / "config.json").unlink()
+    said = {"config": CONFIGS["pi0"], "tokenizer": BUNDLED, "robot": "metaworld"}
+    with pytest.raises(AssetsError, match=r"asset_id=, one of metaworld, other"):
+        pi0_torch.Policy.from_pretrained(folder, **said)
+    assert pi0_torch.Policy.from_pretrained(folder, **said, asset_id="other").assets.asset_id == "other"
