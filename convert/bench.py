@@ -163,7 +163,12 @@ def jax_runs(case: Case) -> Runs:
         call = lambda: sampler.sample(observation, noise)  # noqa: E731
         inputs = sampler.inputs(compact(observation, config), noise)
         vision = jax.jit(lambda w, i: fast.embed_prefix(w, config, i))
-        prefix = jax.jit(lambda w, i: fast.fill_cache(w, config, *fast.embed_prefix(w, config, i), room=0))
+
+        def fill(w: dict[str, Any], i: dict[str, Any]) -> Any:
+            tokens, valid = fast.embed_prefix(w, config, i)
+            return fast.fill_cache(w, config, tokens, valid, room=0)
+
+        prefix = jax.jit(fill)
         until = {"vision": lambda: vision(sampler.weights, inputs), "prefix": lambda: prefix(sampler.weights, inputs)}
     rows, inner, columns = product_shape(config, device.platform)
     a, b = jnp.ones((rows, inner), case.dtype), jnp.ones((inner, columns), case.dtype)
@@ -191,7 +196,7 @@ def torch_runs(case: Case) -> Runs:
     """The case in PyTorch."""
     import torch
 
-    from pi0_torch import fast, to_device
+    from pi0_torch import Pi0, fast, to_device
     from pi0_torch.loading import make_model
 
     config, device = case.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,6 +204,7 @@ def torch_runs(case: Case) -> Runs:
     torch.set_default_dtype(dtype)
     with device:
         model = make_model(config).requires_grad_(False)
+    assert isinstance(model, Pi0)
     torch.set_default_dtype(torch.float32)
     observation, noise = random_inputs(config, case.cameras, case.batch)
     until = {}
@@ -214,7 +220,8 @@ def torch_runs(case: Case) -> Runs:
             return fast.embed_prefix(sampler.weights, config, attend, inputs)
 
         def prefix() -> Any:
-            return fast.fill_cache(sampler.weights, config, attend, *vision(), room=0)
+            tokens, valid = vision()
+            return fast.fill_cache(sampler.weights, config, attend, tokens, valid, room=0)
 
         until = {"vision": vision, "prefix": prefix}
         if sampler.compile:

@@ -35,7 +35,7 @@ class Executables:
     def __init__(self, folder: Path | None, about: str):
         self.folder, self.compiled = folder, 0
         self._about = "\n".join([about, _environment(), _sources()])
-        if jax.config.jax_compilation_cache_dir is None:
+        if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 -- of settings mypy knows none
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
 
     def get(self, name: str, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -47,8 +47,10 @@ class Executables:
         if file is not None and file.exists():
             check, payload = file.read_bytes()[:32], file.read_bytes()[32:]
             if hashlib.sha256(payload).digest() == check:  # else it is damaged, and is written anew
-                stored = pickle.loads(payload)
-                return serialize_executable.deserialize_and_load(*stored, execution_devices=jax.devices()[:1])
+                program, inputs, outputs = pickle.loads(payload)
+                return serialize_executable.deserialize_and_load(
+                    program, inputs, outputs, execution_devices=jax.devices()[:1]
+                )
         with contextlib.nullcontext() if file is None else _without_cache():
             compiled = jax.jit(function).lower(*arguments).compile()
         self.compiled += 1
@@ -64,7 +66,7 @@ class Executables:
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """No persistent compilation cache: on a CPU, what came out of it lacks its functions when it is stored again."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # which remembers whether it is used
     try:

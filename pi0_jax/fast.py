@@ -84,11 +84,11 @@ class Sampler:
                     noise = np.zeros((batch, self.config.action_horizon, self.config.action_dim), np.float32)
                     jax.block_until_ready(self._run(placeholder(self.config, batch, count, length), noise))
 
-    def sample(self, observation: Observation, noise: Float[Array, "B T A"]) -> Float[Array, "B T A"]:
+    def sample(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> Float[Array, "B T A"]:
         """The actions, float32. An observation in NumPy is fastest. A new shape of it compiles once."""
         return self._run(compact(observation, self.config, self.text_buckets), noise)
 
-    def _run(self, observation: Observation, noise: Float[Array, "B T A"]) -> Float[Array, "B T A"]:
+    def _run(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> Float[Array, "B T A"]:
         inputs = self.inputs(observation, noise)
         key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
         if key not in self._programs:
@@ -96,7 +96,7 @@ class Sampler:
             self._programs[key] = self.executables.get("sample", run, self.weights, inputs)
         return self._programs[key](self.weights, inputs)
 
-    def inputs(self, observation: Observation, noise: Float[Array, "B T A"]) -> dict[str, Any]:
+    def inputs(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> dict[str, Any]:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
         return {
             "images": list(observation.images.values()),
@@ -172,6 +172,7 @@ def expert_weights(expert: Expert) -> list[Weights]:
 
 def step_weights(model: Pi0, num_steps: int) -> Weights:
     """What each Euler step adds that no observation changes: leaves [E, ...]."""
+    assert model.config.action_expert is not None
     embedded = embed_time(jnp.asarray(numerics.euler_times(num_steps)), model.config.action_expert.width)
     condition, bias = None, jnp.broadcast_to(projection(model.action_in_proj)[1], embedded.shape)
     if model.config.kind == "pi05":
@@ -204,6 +205,7 @@ def modulation(norm: RMSNorm | AdaptiveRMSNorm, condition: Float[Array, "E W"] |
     if isinstance(norm, RMSNorm):
         scale = 1 + cast(norm.scale[...], "norm", norm.dtype)
         return (jnp.broadcast_to(scale, (num_steps, *scale.shape)),)
+    assert condition is not None, "an adaptive norm needs a condition"
     kernel, bias = projection(norm.modulation, stacked=norm.modulation.kernel.ndim == 3)
     scale, shift, gate = jnp.split(jnp.moveaxis(linear(condition, kernel, bias[..., None, :]), -2, 0), 3, axis=-1)
     return 1 + cast(scale, "norm", norm.dtype), cast(shift, "norm", norm.dtype), gate
@@ -292,7 +294,8 @@ def fill_cache(
     for i, w in enumerate(weights["prefix"]):
         attention_norm, mlp_norm = norms["attention_norms"][i], norms["mlp_norms"][i]
         q, k, v = project(rms_norm(x, attention_norm), w, gemma, turn)
-        cache.append(tuple(jnp.pad(y, ((0, 0), (0, 0), (0, room), (0, 0))) for y in (k, v)))
+        pad = ((0, 0), (0, 0), (0, room), (0, 0))
+        cache.append((jnp.pad(k, pad), jnp.pad(v, pad)))
         if i < gemma.depth - 1:
             x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
     return cache

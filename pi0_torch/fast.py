@@ -94,16 +94,16 @@ class Sampler:
                     for _ in range(3 if self.compile else 1):  # CUDA graphs are recorded in the second call
                         self._run(placeholder(self.config, batch, count, length), noise)
 
-    def sample(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> Float[Tensor, "B T A"]:
+    def sample(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> Float[Tensor, "B T A"]:
         """The actions, float32. An observation in NumPy is fastest. A new shape of it compiles once."""
         return self._run(compact(observation, self.config, self.text_buckets), noise)
 
     @torch.no_grad()
-    def _run(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> Float[Tensor, "B T A"]:
+    def _run(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> Float[Tensor, "B T A"]:
         inputs = self.inputs(observation, noise)
         return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
 
-    def inputs(self, observation: Observation, noise: Float[Tensor, "B T A"]) -> dict[str, Any]:
+    def inputs(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> dict[str, Any]:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
 
         def move(x: Any) -> Tensor:  # in order, since other strides would be another program
