@@ -309,6 +309,18 @@ DEMO_FAST = dataclasses.replace(
     max_decoding_steps=64,
 )
 
+# For benchmarks: 58 M parameters, small enough for two CPU cores, with everything in the released models' proportions.
+BENCH_EXPERT = GemmaConfig(width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64)
+BENCH = dataclasses.replace(
+    PI0,
+    vision=VisionConfig(width=384, depth=8, mlp_dim=1536, num_heads=6),
+    paligemma=BENCH_EXPERT,
+    action_expert=dataclasses.replace(BENCH_EXPERT, width=256, mlp_dim=1024),
+    vocab_size=8192,
+    dtype="float32",
+    remat="none",
+)
+
 VARIANTS = {
     "pi0": PI0,
     "pi05": PI05,
@@ -324,4 +336,9 @@ VARIANTS = {
     "demo": DEMO,
     "demo_pi05": dataclasses.replace(DEMO, kind="pi05", max_token_len=64),
     "demo_pi0_fast": DEMO_FAST,
+    "bench": BENCH,
+    "bench_pi05": dataclasses.replace(BENCH, kind="pi05", max_token_len=200),
+    "bench_pi0_fast": dataclasses.replace(
+        BENCH, kind="pi0_fast", action_expert=None, image_keys=PI0_FAST.image_keys, max_token_len=250
+    ),
 }

@@ -112,6 +112,21 @@ def plot_masks(target: Path) -> None:
     _save(figure, target)
 
 
+def plot_latency(times: Mapping[str, tuple[float, float]], target: Path) -> None:
+    """Latency and roofline in milliseconds by name, one bar within the other."""
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.5 * len(times)))
+    places = range(len(times) - 1, -1, -1)
+    latencies, rooflines = zip(*times.values(), strict=True)
+    axis.barh(places, latencies, color=_COLORS[0], label="median latency")
+    axis.barh(places, rooflines, height=0.4, color=_COLORS[1], label="roofline")
+    for place, latency in zip(places, latencies, strict=True):
+        axis.text(latency, place, f" {latency:.1f}", va="center", fontsize=8)
+    axis.set_yticks(places, times.keys(), fontsize=8)
+    axis.set(xlabel="milliseconds", title="Sampling", xlim=(0, 1.1 * max(latencies)))
+    axis.legend()
+    _save(figure, target)
+
+
 def _save(figure: plt.Figure, target: Path) -> None:
     figure.tight_layout()
     figure.savefig(target, dpi=120)

@@ -323,6 +323,15 @@ def test_from_every_layout(kind: str, layout: str, folders, policy_of, tmp_path)
         assert_equal(policy.from_pretrained(folder).infer(item, **options)["actions"], expected)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_fast_policies_act_alike(framework: str, folders, policy_of):
+    """By the samplers laid out for speed."""
+    policy = FRAMEWORKS[framework].from_pretrained(folders["pi0"], fast=True)
+    item = recorded("metaworld")
+    expected = policy_of("pi0", framework).infer(item, noise=noise())["actions"]
+    assert_equal(policy.infer(item, noise=noise())["actions"], expected)
+
+
 @pytest.mark.parametrize("layout", ["openpi_jax", "lerobot"])
 def test_checkpoints_of_others_need_the_robot(layout: str, folders, policy_of, tmp_path):
     """openpi's have norm stats, LeRobot's a processor; neither says the robot."""

@@ -25,6 +25,11 @@ def embed_time(time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def suffix_blocks(kind: str, horizon: int) -> np.ndarray:
+    """Mask blocks of the suffix, int [S]; the prefix is block 0. Actions see each other, not the reverse."""
+    return np.array([1] * horizon if kind == "pi05" else [1] + [2] * horizon)
+
+
 class Pi0(VisionLanguageModel):
     """π0, or π0.5 where `config.kind` says so."""
 
@@ -61,10 +66,6 @@ class Pi0(VisionLanguageModel):
         tokens = self.action_time_mlp_out(F.silu(tokens))
         return torch.cat([self.state_proj(observation.state)[:, None], tokens], dim=1), None
 
-    def suffix_blocks(self, horizon: int) -> np.ndarray:
-        """Mask blocks of the suffix, int [S]; the prefix is block 0. Actions see each other, not the reverse."""
-        return np.array([1] * horizon if self.config.kind == "pi05" else [1] + [2] * horizon)
-
     def read_velocity(self, suffix_out: Float[Tensor, "B S W"], horizon: int) -> Float[Tensor, "B T A"]:
         """The velocity of the last T suffix outputs, float32."""
         return self.action_out_proj(suffix_out[:, -horizon:])
@@ -86,7 +87,7 @@ class Pi0(VisionLanguageModel):
         x_t, target = t * noise + (1 - t) * actions, noise - actions
         prefix, prefix_valid = self.embed_prefix(observation, stages)
         suffix, condition = self.embed_suffix(observation, x_t, time)
-        blocks = np.concatenate([np.zeros(prefix.shape[1], int), self.suffix_blocks(x_t.shape[1])])
+        blocks = np.concatenate([np.zeros(prefix.shape[1], int), suffix_blocks(self.config.kind, x_t.shape[1])])
         valid = torch.cat([prefix_valid, prefix_valid.new_ones(suffix.shape[:2])], dim=1)
         positions = valid.cumsum(dim=1) - 1
         split = prefix.shape[1]
@@ -141,7 +142,7 @@ class Pi0(VisionLanguageModel):
         """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
         num_steps = self.config.num_steps if num_steps is None else num_steps
         horizon = noise.shape[1]
-        blocks = self.suffix_blocks(horizon)
+        blocks = suffix_blocks(self.config.kind, horizon)
         suffix_valid = seen.new_ones((noise.shape[0], len(blocks)))
         positions = seen.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=noise.device)
         mask = attention_mask(

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import pi0_torch
+from convert.parity import Inputs
+from pi0.buckets import compact
+from pi0.config import ModelConfig
+from pi0_torch.fast import ATTENTION, Sampler
+from pi0_torch.loading import make_model
+from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
+
+FLOAT32 = 3e-6  # relative L2 of actions: rounding through a whole model, as between the two frameworks
+
+
+def random_model(model: ModelConfig) -> pi0_torch.Pi0:
+    """No norm or gate is at its start, where leaving it out would not show."""
+    torch.manual_seed(0)
+    made = make_model(model)
+    for parameter in made.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    assert isinstance(made, pi0_torch.Pi0)
+    return made
+
+
+def plain(model: pi0_torch.Pi0, inputs) -> torch.Tensor:
+    return model.sample_actions(pi0_torch.to_device(inputs.observation), torch.from_numpy(inputs.noise))
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_the_same_actions(kind: str):
+    model = random_model(config(kind))
+    samplers = {name: Sampler(model, text_buckets=BUCKETS, attention=name, compile=False) for name in ATTENTION}
+    for name, inputs in observations(model.config):
+        expected = plain(model, inputs)
+        for attention in samplers if name in ("mixed", "4 tokens") else ["sdpa"]:
+            actions = samplers[attention].sample(inputs.observation, inputs.noise)
+            assert actions.dtype == torch.float32
+            assert distance(actions, expected) <= FLOAT32, (attention, name)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_model(kind: str):
+    """× 1.2 for another, equally good order of rounding; over 32 rows, so that chance evens out."""
+    exact, model = random_model(config(kind)), random_model(config(kind, "bfloat16"))
+    inputs = seen(model.config, 32, model.config.image_keys, 8, seed=0)
+    expected = plain(exact, inputs)
+    for rounded in (model, model.bfloat16()):  # the parameters too
+        allowed = 1.2 * distance(plain(rounded, inputs), expected)
+        for attention in ("sdpa", "eager"):
+            sampler = Sampler(rounded, attention=attention, compile=False, warm_up=False)
+            assert distance(sampler.sample(inputs.observation, inputs.noise), expected) <= allowed, attention
+
+
+def test_tensors_do_too():
+    model = random_model(config("pi0"))
+    inputs = seen(model.config, 2, model.config.image_keys[1:], 4, seed=0)
+    sampler = Sampler(model, text_buckets=BUCKETS, compile=False, warm_up=False)
+    from_numpy = sampler.sample(inputs.observation, inputs.noise)
+    on_device = sampler.sample(pi0_torch.to_device(inputs.observation), torch.from_numpy(inputs.noise))
+    np.testing.assert_array_equal(from_numpy, on_device)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("batches", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nothing_compiles_after_warm_up(batches: int, monkeypatch: pytest.MonkeyPatch):
+    """One graph per shape, counted by the tracer; run as traced, since generating code for each would take minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model = random_model(config("pi0", depth=1, num_steps=1))
+    sampler = Sampler(model, text_buckets=(4,), compile=True, warm_up=False)
+    before = graphs()
+    sampler.warm_up(batches=range(1, batches + 1), cameras=(1, 2))
+    made = graphs()
+    assert made - before == batches * 2 * 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for inputs in varied(model.config, 200, batches):
+            actions = sampler.sample(inputs.observation, inputs.noise)
+    assert graphs() == made
+    assert distance(actions, plain(model, inputs)) <= FLOAT32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "eager"])
+def test_compiled(kind: str, attention: str):
+    """The whole sampler as one graph of generated code."""
+    model = random_model(config(kind, num_steps=2))
+    sampler = Sampler(model, attention=attention, compile=True)
+    inputs = seen(model.config, 1, model.config.image_keys, 8, seed=0)
+    assert distance(sampler.sample(inputs.observation, inputs.noise), plain(model, inputs)) <= FLOAT32
+
+
+@pytest.mark.parametrize(("attention", "message"), [("fast", "must be one of sdpa"), ("flash", "takes no mask")])
+def test_attention_that_is_not_to_be_had(attention: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampler(random_model(config("pi0", depth=1)), attention=attention)
+
+
+def test_fast_tokens_of_a_cut_prompt():
+    """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
+    model = make_model(ModelConfig.variant("tiny_pi0_fast"))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
+    mask = np.arange(model.config.max_token_len) < np.array([[5], [2], [4]])
+    observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
+    cut = compact(observation, model.config, BUCKETS)
+    assert cut.tokenized_prompt.shape == (3, 5)
+    tokens = [model.sample_tokens(pi0_torch.to_device(o), 6, eos_token=-1) for o in (cut, observation)]
+    assert torch.equal(*tokens)
+
+
+def test_lora_is_to_be_merged_first():
+    with pytest.raises(ValueError, match="merge"):
+        Sampler(make_model(ModelConfig.variant("tiny_lora")))
