@@ -59,6 +59,8 @@ class Policy(pi0.policy.Policy):
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype)
         policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
         if fast:
+            if isinstance(model, Pi0Fast):
+                raise ValueError("fast: π0-FAST decodes tokens, for which there is no faster sampler; leave it out")
             policy.sampler = Sampler(model, num_steps=num_steps, executables=checkpoint.folder / "executables")
         return policy
 
