@@ -7,17 +7,20 @@ from configs.metaworld_demo import get_config
 from convert import demo
 
 
-def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("variant", ["demo", pytest.param("demo_pi0_fast", marks=pytest.mark.slow)])
+def test_the_demo_from_end_to_end(variant: str, tmp_path, monkeypatch, capsys):
     """A tiny model and a few steps: everything the demo leaves and prints, but not yet a good model."""
 
-    def tiny():
-        config = get_config("tiny")
+    def tiny(variant: str):
+        config = get_config("tiny" if variant == "demo" else "tiny_pi0_fast")
+        if variant == "demo_pi0_fast":
+            config.model.update({"vocab_size": 1280, "max_token_len": 128, "action_horizon": 10})
         config.update({"batch_size": 8, "log_every": 2, "eval_every": 4, "save_every": 4})
         config.optimizer.warmup_steps = 1
         return config
 
     monkeypatch.setattr("configs.metaworld_demo.get_config", tiny)
-    figures = demo.demo(tmp_path / "run", steps=4)
+    figures = demo.demo(tmp_path / "run", steps=4, variant=variant)
     for name in (
         "loss.png",
         "actions.png",
@@ -29,6 +32,8 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "run" / name).exists(), name
     printed = capsys.readouterr().out
     assert "PASSED" in printed and "open the drawer" in printed and "next:" in printed
+    if variant == "demo_pi0_fast":
+        assert "the same in both frameworks" in printed and figures["tokens"] > 0
     assert figures["framework_difference"] < 3e-6  # float32 rounding
     assert np.isclose(figures["jax_error"], figures["torch_error"], rtol=1e-5)
 
