@@ -153,14 +153,8 @@ def check_equal(workdir: Path, reference: Path) -> None:
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-    ],
-)
+@pytest.mark.slow  # each compiles the step for eight devices, which two cores play
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_same_run(mesh: tuple[int, int, int], on_one_device: Path, tmp_path: Path):
     finish(start(tmp_path, mesh, 8))
     check_equal(tmp_path, on_one_device)
