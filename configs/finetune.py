@@ -26,6 +26,7 @@ def finetune(
     `data` is what `data_config` takes, for π0-FAST an action_tokenizer too; `data.root` is the dataset, which some
     leave to the command line.
     `base_checkpoint` is where the weights start: any that `convert.checkpoints` opens, PaliGemma's own too.
+    `eval_every` 0 leaves validation out.
     """
     return ml_collections.ConfigDict(
         {

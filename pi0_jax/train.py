@@ -154,7 +154,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
                 metrics.write(done, means)
                 last |= means
                 window, window_start, waited = [], time.perf_counter(), batches.waited
-            if held_out and (done % config.eval_every == 0 or done == config.steps):
+            if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
                 scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
                 metrics.write(done, scalars)
                 last |= scalars

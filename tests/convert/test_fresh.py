@@ -162,7 +162,7 @@ def test_training_starts_from_a_base(tmp_path):
     from tests.pi0_jax.test_train import small_config
 
     base = write(random_checkpoint(), tmp_path / "base", "openpi_jax")
-    config = small_config(steps=2, save_every=1, eval_every=100)
+    config = small_config(steps=2, save_every=1, eval_every=0)
     config.update({"base_checkpoint": str(base), "freeze": r"^(vision|paligemma)\.", "frozen_dtype": "bfloat16"})
     config.optimizer.peak_lr = config.optimizer.final_lr = 0.0
     config.optimizer.weight_decay = 0.0

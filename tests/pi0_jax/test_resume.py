@@ -19,6 +19,8 @@ import pytest
 
 from convert.checkpoints import open_checkpoint
 
+pytestmark = pytest.mark.xdist_group("resume")  # its module's fixture is costly
+
 STEPS = 30
 RUN = f"""
 import json, os, signal, sys, threading, time
@@ -26,7 +28,7 @@ import jax, optax, orbax.checkpoint, pi0_jax.train, pi0_jax.metrics
 from tests.pi0_jax.test_train import small_config
 
 def run(workdir):
-    config = small_config(steps={STEPS}, save_every=3, eval_every=1000, log_every=1000)
+    config = small_config(steps={STEPS}, save_every=3, eval_every=0, log_every=1000)
     config.update({{"keep_checkpoints": 3, "batch_size": 2}})
     pi0_jax.train.train(config, workdir)
 

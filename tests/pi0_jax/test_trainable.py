@@ -14,11 +14,13 @@ from pi0_jax.train import train
 from pi0_jax.trainable import freeze_pattern, join, split, table
 from tests.pi0_jax.test_train import small_config
 
+pytestmark = pytest.mark.xdist_group("trainable")  # its module's fixture is costly
+
 LORA = ModelConfig.variant("tiny_lora")
 
 
 def lora_config(**changes):
-    config = small_config(eval_every=100, **changes)
+    config = small_config(eval_every=0, **changes)
     config.update({"model": LORA.to_dict(), "freeze": "lora"})
     return config
 
