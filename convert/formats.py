@@ -12,6 +12,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,7 @@ class CheckpointError(ValueError):
 
 
 # A tensor larger than this many bytes is written slice by slice, and read chunk by chunk.
-PIECE = 256 << 20
+PIECE = 64 << 20
 # As many bytes of a stored array are kept decoded while slices are read whose chunks hold more than the slice.
 HELD = 5 << 29
 
@@ -321,11 +322,14 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+    with file.open("wb") as stream, ThreadPoolExecutor(1) as writer:  # writes one piece while the next is read
+        writing = writer.submit(stream.write, struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors.values():
             for part in pieces(tensor):
-                stream.write(_contiguous(tensor.read(part)).reshape(-1).view(np.uint8).data)
+                piece = _contiguous(tensor.read(part)).reshape(-1).view(np.uint8).data
+                writing.result()
+                writing = writer.submit(stream.write, piece)
+        writing.result()
 
 
 # ---- npz: big_vision's, read only -----------------------------------------------------------------------------------
