@@ -28,7 +28,7 @@ from pi0.buckets import compact
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
 from pi0.observation import Observation
 
-FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("plain", "fast"), ("sdpa", "flex", "eager")
+FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("plain", "fast"), ("sdpa", "flex", "flash", "eager")
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
 

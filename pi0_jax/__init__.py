@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from pi0.observation import Observation
-from pi0_jax.fast import Sampler
+from pi0_jax.fast import Sampler, TokenSampler
 from pi0_jax.loading import load
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
@@ -20,4 +20,4 @@ jax.tree_util.register_dataclass(
     meta_fields=[],
 )
 
-__all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "Policy", "Sampler", "load"]
+__all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "Policy", "Sampler", "TokenSampler", "load"]

@@ -4,7 +4,8 @@
 fused projections, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts and gates.
 What nobody attends to is left out: cameras that are masked in every row, padding beyond the text's bucket, and all but
 keys and values in the last layer of the prefix. One compiled program per shape does the rest, over a cache that is
-allocated once with the suffix's place at its end.
+allocated once with the suffix's place at its end. `TokenSampler(model)` is π0-FAST's, where the plain model has the
+static cache already.
 
 Axes: B batch, C cameras, S prefix tokens, T tokens of the suffix, G = N/K, R = T·G query rows of one key head, W width,
 N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler steps.
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
 from pi0.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
@@ -38,8 +39,9 @@ from pi0_jax.models.gemma import (
 )
 from pi0_jax.models.layers import LayerNorm, Linear, cast, gelu
 from pi0_jax.models.pi0 import Pi0, embed_time, suffix_blocks
+from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.siglip import SigLIP
-from pi0_jax.models.vision_language import attention_mask, pixels
+from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask, pixels
 
 Weights = dict[str, Any]
 Modulation = tuple[Array, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
@@ -108,11 +110,47 @@ class Sampler:
         }
 
 
-def check_plain(model: Pi0) -> ModelConfig:
+class TokenSampler:
+    """`model.sample_tokens` of π0-FAST after prompts that are cut to one of `text_buckets`.
+
+    Writes at most `max_decoding_steps` tokens (default: as many as the config says). Compiled, one program for each
+    batch size and bucket; `executables` as in `Sampler`. Raises ValueError for a model with LoRA, which is to be merged
+    first.
+    """
+
+    def __init__(
+        self,
+        model: Pi0Fast,
+        *,
+        max_decoding_steps: int | None = None,
+        text_buckets: Sequence[int] = TEXT_BUCKETS,
+        executables: str | Path | None = None,
+    ):
+        self.config, self.text_buckets = check_plain(model), text_buckets
+        self.max_decoding_steps = max_decoding_steps
+        about = f"{self.config} {max_decoding_steps}"
+        self.executables = Executables(None if executables is None else Path(executables), about)
+        self._parameters, self._tree = jax.tree.flatten(model)
+        self._programs: dict[tuple, Callable[..., Array]] = {}
+
+    def sample(self, observation: Observation) -> Int[Array, "B D"]:
+        """The tokens, int32. An observation in NumPy is fastest."""
+        compacted = compact(observation, self.config, self.text_buckets)
+        inputs = {field: value for field, value in vars(compacted).items() if value is not None}
+        key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
+        if key not in self._programs:
+            self._programs[key] = self.executables.get("tokens", self._run, self._parameters, inputs)
+        return self._programs[key](self._parameters, inputs)
+
+    def _run(self, parameters: list[Array], inputs: Weights) -> Int[Array, "B D"]:
+        model = jax.tree.unflatten(self._tree, parameters)
+        return model.sample_tokens(Observation(**inputs), self.max_decoding_steps)
+
+
+def check_plain(model: VisionLanguageModel) -> ModelConfig:
     """The config of a model that can be laid out. Raises ValueError for LoRA."""
     config = model.config
-    assert config.action_expert is not None
-    if config.paligemma.lora_rank is not None or config.action_expert.lora_rank is not None:
+    if any(gemma is not None and gemma.lora_rank is not None for gemma in (config.paligemma, config.action_expert)):
         raise ValueError("the model has LoRA, which costs time in every call; merge it: pi0-convert ... --lora merge")
     return config
 

@@ -13,7 +13,7 @@ from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0.policy import complete
-from pi0_jax.fast import Sampler
+from pi0_jax.fast import Sampler, TokenSampler
 from pi0_jax.loading import load_model
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
@@ -28,7 +28,7 @@ _sample_tokens = jax.jit(Pi0Fast.sample_tokens, static_argnames="max_decoding_st
 class Policy(pi0.policy.Policy):
     """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
 
-    sampler: Sampler | None = None
+    sampler: Sampler | TokenSampler | None = None
 
     @classmethod
     def from_pretrained(
@@ -51,21 +51,25 @@ class Policy(pi0.policy.Policy):
         `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those of `load`;
         `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
         itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). With `fast`, π0
-        and π0.5 sample by `pi0_jax.Sampler`, made and warmed up now; its programs are kept beside the checkpoint.
-        Raises what they do.
+        and π0.5 sample by `pi0_jax.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`; their programs are
+        kept beside the checkpoint. Raises what they do.
         """
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
         assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype)
         policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
         if fast:
+            kept = checkpoint.folder / "executables"
             if isinstance(model, Pi0Fast):
-                raise ValueError("fast: π0-FAST decodes tokens, for which there is no faster sampler; leave it out")
-            policy.sampler = Sampler(model, num_steps=num_steps, executables=checkpoint.folder / "executables")
+                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps, executables=kept)
+            else:
+                policy.sampler = Sampler(model, num_steps=num_steps, executables=kept)
         return policy
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
+        if isinstance(self.sampler, TokenSampler):
+            return np.asarray(self.sampler.sample(observation))
         if self.sampler is not None and noise is not None:
             return np.asarray(self.sampler.sample(observation, noise))
         if isinstance(self.model, Pi0Fast):

@@ -4,7 +4,8 @@
 fused projections, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts and gates.
 What nobody attends to is left out: cameras that are masked in every row, padding beyond the text's bucket, and all but
 keys and values in the last layer of the prefix. One compiled program per shape does the rest, over a cache that is
-allocated once with the suffix's place at its end.
+allocated once with the suffix's place at its end. `TokenSampler(model)` is π0-FAST's, where the plain model has the
+static cache already.
 
 Axes: B batch, C cameras, S prefix tokens, T tokens of the suffix, G = N/K, R = T·G query rows of one key head, W width,
 N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler steps.
@@ -12,13 +13,14 @@ N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler s
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 
@@ -26,6 +28,7 @@ from pi0 import numerics
 from pi0.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.observation import Observation
+from pi0_torch.loading import to_device
 from pi0_torch.models.gemma import (
     AdaptiveRMSNorm,
     Expert,
@@ -38,8 +41,9 @@ from pi0_torch.models.gemma import (
 )
 from pi0_torch.models.layers import LayerNorm, Linear, cast, dtype_name, gelu
 from pi0_torch.models.pi0 import Pi0, embed_time, suffix_blocks
+from pi0_torch.models.pi0_fast import Pi0Fast
 from pi0_torch.models.siglip import SigLIP
-from pi0_torch.models.vision_language import attention_mask, pixels
+from pi0_torch.models.vision_language import ReadToken, VisionLanguageModel, attention_mask, pixels
 
 Weights = Any  # nested nn.ModuleDict and nn.ModuleList of nn.ParameterList, in which `torch.compile` sees constants
 Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
@@ -55,7 +59,8 @@ class Sampler:
     of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs);
     without it, every operation runs by itself, which a debugger can follow. With `warm_up`, graphs for one robot with
     all cameras and any prompt are made now. The model is not needed afterwards. Raises ValueError for a model with
-    LoRA, which is to be merged first, and for an attention that is unknown or not to be had here.
+    LoRA, which is to be merged first, and for an attention that is unknown or not to be had here: "flash" needs the
+    package flash-attn, a GPU and bfloat16.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class Sampler:
         self.config, self.text_buckets = check_plain(model), text_buckets
         self.num_steps = model.config.num_steps if num_steps is None else num_steps
         self.device = model.paligemma.embedding.device
-        attend = attention_backend(attention)
+        attend = attention_backend(attention, self.config, self.device)
         with torch.no_grad():
             self.weights = as_module(lay_out(model, self.num_steps))
         cuda = self.device.type == "cuda"
@@ -119,11 +124,40 @@ class Sampler:
         }
 
 
-def check_plain(model: Pi0) -> ModelConfig:
+class TokenSampler:
+    """`model.sample_tokens` of π0-FAST after prompts that are cut to one of `text_buckets`.
+
+    Writes at most `max_decoding_steps` tokens (default: as many as the config says). With `compile` (default: on a GPU)
+    what each token takes is one graph; a new batch size or bucket makes another. Raises ValueError for a model with
+    LoRA, which is to be merged first.
+    """
+
+    def __init__(
+        self,
+        model: Pi0Fast,
+        *,
+        max_decoding_steps: int | None = None,
+        text_buckets: Sequence[int] = TEXT_BUCKETS,
+        compile: bool | None = None,
+    ):
+        self.model, self.config, self.text_buckets = model, check_plain(model), text_buckets
+        self.max_decoding_steps = max_decoding_steps
+        self.device = model.paligemma.embedding.device
+        self.compile = self.device.type == "cuda" if compile is None else compile
+        self._read_token: ReadToken = model.read_token
+        if self.compile:
+            self._read_token = torch.compile(model.read_token, fullgraph=True, dynamic=False)
+
+    def sample(self, observation: Observation) -> Int[Tensor, "B D"]:
+        """The tokens, int32. An observation in NumPy is fastest."""
+        inputs = to_device(compact(observation, self.config, self.text_buckets), self.device)
+        return self.model.sample_tokens(inputs, self.max_decoding_steps, read_token=self._read_token)
+
+
+def check_plain(model: VisionLanguageModel) -> ModelConfig:
     """The config of a model that can be laid out. Raises ValueError for LoRA."""
     config = model.config
-    assert config.action_expert is not None
-    if config.paligemma.lora_rank is not None or config.action_expert.lora_rank is not None:
+    if any(gemma is not None and gemma.lora_rank is not None for gemma in (config.paligemma, config.action_expert)):
         raise ValueError("the model has LoRA, which costs time in every call; merge it: pi0-convert ... --lora merge")
     return config
 
@@ -252,6 +286,8 @@ def sample(weights: Weights, config: ModelConfig, attend: Attend, inputs: dict[s
     """Euler steps from `inputs["noise"]`; see `models.pi0.Pi0.sample_actions`, whose numbers these are."""
     x_t = inputs["noise"].float()
     prefix, valid = embed_prefix(weights, config, attend, inputs)
+    if attend is flash_attention:
+        prefix, valid = pad_left(prefix, valid)
     blocks = suffix_blocks(config.kind, x_t.shape[1])
     cache = fill_cache(weights, config, attend, prefix, valid, room=len(blocks))
     positions = valid.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=x_t.device)
@@ -386,15 +422,60 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
     return flex.flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + rows[b, 0, i, j])
 
 
-ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "eager": eager_attention}
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """`eager_attention` by the package flash-attn, which has no mask: padding is to be at the left (`pad_left`).
+
+    Where rows differ in what they see, as those of π0's state and actions do, it is `sdpa_attention`.
+    """
+    if bias is not None and bias.shape[2] > 1:
+        return sdpa_attention(q, k, v, bias)
+    padding = None if bias is None else (bias[:, 0, 0] < 0).sum(dim=-1, dtype=torch.int32)
+    return call_flash(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), padding).transpose(1, 2)
 
 
-def attention_backend(name: str) -> Attend:
+@torch.library.custom_op("pi0::flash_attention", mutates_args=())
+def call_flash(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention of q [B, R, N, H] over k and v [B, S, K, H] without the first `padding` [B] of S: one opaque operation.
+
+    Source: https://github.com/Dao-AILab/flash-attention, `flash_attn_with_kvcache`.
+    """
+    import flash_attn
+
+    if padding is None:
+        return flash_attn.flash_attn_func(q, k, v)
+    ends = torch.full_like(padding, k.shape[1])
+    return flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=ends, cache_leftpad=padding)
+
+
+@call_flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    return torch.empty_like(q)
+
+
+def pad_left(
+    prefix: Float[Tensor, "B S W"], valid: Bool[Tensor, "B S"]
+) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
+    """The tokens of each row in their order, those that are not valid before all others."""
+    order = valid.to(torch.uint8).argsort(dim=1, stable=True)
+    return prefix.take_along_dim(order[..., None], dim=1), valid.take_along_dim(order, dim=1)
+
+
+ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "flash": flash_attention, "eager": eager_attention}
+
+
+def attention_backend(name: str, config: ModelConfig, device: torch.device) -> Attend:
     """The attention of this name. Raises ValueError for one that is unknown or not to be had here."""
-    if name == "flash":
-        raise ValueError("attention 'flash' is not to be had: flash-attn takes no mask for padding; use sdpa or flex")
     if name not in ATTENTION:
         raise ValueError(f"attention is {name!r}; it must be one of {', '.join(ATTENTION)}")
+    if name == "flash":
+        lacking = {
+            "the package flash-attn (pip install flash-attn)": importlib.util.find_spec("flash_attn") is not None,
+            f"a GPU, not {device.type}": device.type == "cuda",
+            f"dtype bfloat16, not {config.dtype}": config.dtype == "bfloat16",
+        }
+        if not all(lacking.values()):
+            needs = "; ".join(need for need, met in lacking.items() if not met)
+            raise ValueError(f"attention 'flash' needs {needs}; sdpa, the default, needs nothing")
     return ATTENTION[name]
 
 

@@ -13,7 +13,7 @@ from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0.policy import complete
-from pi0_torch.fast import Sampler
+from pi0_torch.fast import Sampler, TokenSampler
 from pi0_torch.loading import load_model, to_device, to_numpy
 from pi0_torch.models.pi0_fast import Pi0Fast
 
@@ -21,7 +21,7 @@ from pi0_torch.models.pi0_fast import Pi0Fast
 class Policy(pi0.policy.Policy):
     """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
 
-    sampler: Sampler | None = None
+    sampler: Sampler | TokenSampler | None = None
 
     @classmethod
     def from_pretrained(
@@ -45,7 +45,8 @@ class Policy(pi0.policy.Policy):
         `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
         `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
         itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). With `fast`, π0
-        and π0.5 sample by `pi0_torch.Sampler`, made and warmed up now. Raises what they do.
+        and π0.5 sample by `pi0_torch.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`. Raises what they
+        do.
         """
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
         assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
@@ -53,12 +54,15 @@ class Policy(pi0.policy.Policy):
         policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
         if fast:
             if isinstance(model, Pi0Fast):
-                raise ValueError("fast: π0-FAST decodes tokens, for which there is no faster sampler; leave it out")
-            policy.sampler = Sampler(model, num_steps=num_steps)
+                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps)
+            else:
+                policy.sampler = Sampler(model, num_steps=num_steps)
         return policy
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
+        if isinstance(self.sampler, TokenSampler):
+            return to_numpy(self.sampler.sample(observation))
         if self.sampler is not None and noise is not None:
             return to_numpy(self.sampler.sample(observation, noise))
         device = next(self.model.parameters()).device

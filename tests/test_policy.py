@@ -323,13 +323,14 @@ def test_from_every_layout(kind: str, layout: str, folders, policy_of, tmp_path)
         assert_equal(policy.from_pretrained(folder).infer(item, **options)["actions"], expected)
 
 
+@pytest.mark.parametrize("kind", ["pi0", "pi0_fast"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_fast_policies_act_alike(framework: str, folders, policy_of):
+def test_fast_policies_act_alike(framework: str, kind: str, folders, policy_of):
     """By the samplers laid out for speed."""
-    policy = FRAMEWORKS[framework].from_pretrained(folders["pi0"], fast=True)
-    item = recorded("metaworld")
-    expected = policy_of("pi0", framework).infer(item, noise=noise())["actions"]
-    assert_equal(policy.infer(item, noise=noise())["actions"], expected)
+    policy = FRAMEWORKS[framework].from_pretrained(folders[kind], fast=True)
+    item, options = recorded("metaworld"), {} if kind == "pi0_fast" else {"noise": noise()}
+    expected = policy_of(kind, framework).infer(item, **options)["actions"]
+    assert_equal(policy.infer(item, **options)["actions"], expected)
 
 
 @pytest.mark.parametrize("layout", ["openpi_jax", "lerobot"])

@@ -14,7 +14,7 @@ from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_torch.models.gemma import joint_forward
-from pi0_torch.models.vision_language import VisionLanguageModel, attention_mask
+from pi0_torch.models.vision_language import ReadToken, VisionLanguageModel, attention_mask
 
 
 class Pi0Fast(VisionLanguageModel):
@@ -73,6 +73,7 @@ class Pi0Fast(VisionLanguageModel):
         rng: torch.Generator | None = None,
         allowed: Bool[Tensor, " V"] | None = None,
         eos_token: int = numerics.EOS_TOKEN,
+        read_token: ReadToken | None = None,
     ) -> Int[Tensor, "B D"]:
         """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
 
@@ -99,5 +100,6 @@ class Pi0Fast(VisionLanguageModel):
             rng=rng,
             allowed=allowed,
             eos_token=eos_token,
+            read_token=read_token,
         )
         return tokens

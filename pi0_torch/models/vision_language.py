@@ -5,6 +5,8 @@ Axes: B batch, C cameras, T queries, S tokens, W width, V vocabulary, D decoded 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_torch.models.gemma import Cache, Expert, joint_forward
 from pi0_torch.models.siglip import SigLIP
+
+ReadToken = Callable[[Tensor, Tensor, Tensor, Tensor, Cache], Tensor]  # `VisionLanguageModel.read_token`
 
 
 def attention_mask(
@@ -85,14 +89,16 @@ class VisionLanguageModel(nn.Module):
         rng: torch.Generator | None = None,
         allowed: Bool[Tensor, " V"] | None = None,
         eos_token: int = numerics.EOS_TOKEN,
+        read_token: ReadToken | None = None,
     ) -> tuple[Int[Tensor, "B D"], Cache]:
         """Write at most D = `steps` tokens after a prefix whose output, cache and valid tokens are given; int32.
 
         Each row ends with `eos_token` and then zeros, or is cut. The likeliest token each time; or, with a
         `temperature`, one drawn by `rng`; only those that are `allowed` (default: all). Ends when all rows have.
         Also returns the cache, grown by D places, into which every new token's keys and values go, those of the last
-        one only if asked to `read_last`. Token i has the position prefix length + `skipped` + i. Raises ValueError for
-        no steps, and for a temperature without `rng` or below 0.
+        one only if asked to `read_last`. Token i has the position prefix length + `skipped` + i. `read_token` is the
+        method of that name, compiled perhaps. Raises ValueError for no steps, and for a temperature without `rng` or
+        below 0.
         """
         if steps < 1:
             raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
@@ -119,11 +125,9 @@ class VisionLanguageModel(nn.Module):
 
         def read(i: int, tokens: Tensor) -> Tensor:
             """Token i − 1 [B] into the cache; the output [B, 1, W] that predicts token i."""
-            x = self.paligemma.embed(tokens[:, i - 1 : i])
             seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
             position, slot = length + skipped + i - 1, places[prefix_len + i - 1, None]
-            (out,), _ = joint_forward((self.paligemma,), (x,), (position,), seen[:, None], (None,), cache, slot)
-            return out
+            return (read_token or self.read_token)(tokens[:, i - 1, None], position, seen, slot, cache)
 
         tokens, done = valid.new_zeros(batch, steps, dtype=torch.int32), valid.new_zeros(batch)
         tokens, done = choose(out[torch.arange(batch), last][:, None], 0, tokens, done)
@@ -134,3 +138,16 @@ class VisionLanguageModel(nn.Module):
         if read_last:
             read(i, tokens)
         return tokens, cache
+
+    def read_token(
+        self,
+        token: Int[Tensor, "B 1"],
+        position: Int[Tensor, "B 1"],
+        seen: Bool[Tensor, "B S"],
+        slot: Int[Tensor, " 1"],
+        cache: Cache,
+    ) -> Float[Tensor, "B 1 W"]:
+        """The output at a token that takes its place in the cache: what `decode` does for each, of fixed shapes."""
+        x = self.paligemma.embed(token)
+        (out,), _ = joint_forward((self.paligemma,), (x,), (position,), seen[:, None], (None,), cache, slot)
+        return out

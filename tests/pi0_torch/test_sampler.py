@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pi0_torch
 from convert.parity import Inputs
 from pi0.buckets import compact
 from pi0.config import ModelConfig
-from pi0_torch.fast import ATTENTION, Sampler
+from pi0_torch import fast
+from pi0_torch.fast import ATTENTION, Sampler, TokenSampler
 from pi0_torch.loading import make_model
 from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
 
@@ -35,7 +38,8 @@ def plain(model: pi0_torch.Pi0, inputs) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_the_same_actions(kind: str):
     model = random_model(config(kind))
-    samplers = {name: Sampler(model, text_buckets=BUCKETS, attention=name, compile=False) for name in ATTENTION}
+    here = [name for name in ATTENTION if name != "flash"]
+    samplers = {name: Sampler(model, text_buckets=BUCKETS, attention=name, compile=False) for name in here}
     for name, inputs in observations(model.config):
         expected = plain(model, inputs)
         for attention in samplers if name in ("mixed", "4 tokens") else ["sdpa"]:
@@ -99,13 +103,43 @@ def test_compiled(kind: str, attention: str):
     assert distance(sampler.sample(inputs.observation, inputs.noise), plain(model, inputs)) <= FLOAT32
 
 
-@pytest.mark.parametrize(("attention", "message"), [("fast", "must be one of sdpa"), ("flash", "takes no mask")])
+class Flash:
+    """What we use of flash-attn, as it documents it: queries [B, R, N, H], keys and values [B, S, K, H]."""
+
+    @staticmethod
+    def flash_attn_func(q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)
+
+    @staticmethod
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, cache_leftpad):
+        assert cache_seqlens.dtype == cache_leftpad.dtype == torch.int32
+        used = [slice(left, end) for left, end in zip(cache_leftpad, cache_seqlens, strict=True)]
+        rows = [Flash.flash_attn_func(q[i, None], k_cache[i, None, s], v_cache[i, None, s]) for i, s in enumerate(used)]
+        return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_flash_gets_the_padding_at_the_left(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """The kernels need a GPU; what is given to them and what is made of the result does not."""
+    monkeypatch.setitem(sys.modules, "flash_attn", Flash)
+    monkeypatch.setattr(fast, "attention_backend", lambda name, *_: ATTENTION[name])
+    model = random_model(config(kind))
+    sampler = Sampler(model, text_buckets=BUCKETS, attention="flash", compile=False, warm_up=False)
+    for name, inputs in observations(model.config):
+        if name in ("mixed", "4 tokens"):
+            assert distance(sampler.sample(inputs.observation, inputs.noise), plain(model, inputs)) <= FLOAT32, name
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"), [("fast", "must be one of sdpa"), ("flash", "needs .*a GPU, not cpu")]
+)
 def test_attention_that_is_not_to_be_had(attention: str, message: str):
     with pytest.raises(ValueError, match=message):
         Sampler(random_model(config("pi0", depth=1)), attention=attention)
 
 
-def test_fast_tokens_of_a_cut_prompt():
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fast_tokens_of_a_cut_prompt(compile: bool):
     """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
     model = make_model(ModelConfig.variant("tiny_pi0_fast"))
     for parameter in model.parameters():
@@ -113,10 +147,11 @@ def test_fast_tokens_of_a_cut_prompt():
     inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
     mask = np.arange(model.config.max_token_len) < np.array([[5], [2], [4]])
     observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
-    cut = compact(observation, model.config, BUCKETS)
-    assert cut.tokenized_prompt.shape == (3, 5)
-    tokens = [model.sample_tokens(pi0_torch.to_device(o), 6, eos_token=-1) for o in (cut, observation)]
-    assert torch.equal(*tokens)
+    assert compact(observation, model.config, BUCKETS).tokenized_prompt.shape == (3, 5)
+    sampler = TokenSampler(model, max_decoding_steps=6, text_buckets=BUCKETS, compile=compile)
+    expected = model.sample_tokens(pi0_torch.to_device(observation), 6)
+    assert expected.count_nonzero() > 6  # no row ends at once
+    assert torch.equal(sampler.sample(observation), expected)
 
 
 def test_lora_is_to_be_merged_first():
