@@ -28,6 +28,7 @@ from pi0.buckets import compact
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
 from pi0.observation import Observation
 
+NO_TOKEN = -1  # for π0-FAST to go on to the last step
 FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("plain", "fast"), ("sdpa", "flex", "flash", "eager")
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
@@ -44,17 +45,19 @@ class Case:
     dtype: str
     cameras: int
     batch: int
-    steps: int
+    steps: int  # of Euler, or tokens of π0-FAST
     repeats: int
 
     @property
     def config(self) -> ModelConfig:
-        return dataclasses.replace(ModelConfig.named(self.model), dtype=self.dtype, remat="none")
+        config = dataclasses.replace(ModelConfig.named(self.model), dtype=self.dtype, remat="none")
+        if config.kind == "pi0_fast":  # which takes no camera that is masked
+            config = dataclasses.replace(config, image_keys=config.image_keys[: self.cameras])
+        return config
 
     @property
     def name(self) -> str:
-        how = f" {self.backend}" if self.framework == "torch" and self.path == "fast" else ""
-        return f"{self.framework} {self.path}{how}"
+        return f"{self.framework} {self.path} {self.backend}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +70,33 @@ class Result:
     best_ms: float
     median_ms: float
     p99_ms: float
-    stages_ms: dict[str, float]  # vision, prefix, step; of the fast path
+    stages_ms: dict[str, float]  # vision, prefix (of π0-FAST: both, and a token), step; none of a plain flow
     peak_mib: float
     flops: float
     bandwidth: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of π0-FAST, all rows together, once the prefix is read."""
+        return 1e3 * self.case.batch / self.stages_ms["step"] if self.case.config.kind == "pi0_fast" else None
 
 
 def costs(config: ModelConfig, cameras: int, batch: int) -> dict[str, tuple[float, float]]:
     """Floating-point operations, and bytes of weights and cache, that each stage cannot do without."""
     vision, gemma, expert = config.vision, config.paligemma, config.action_expert
-    assert expert is not None
     size, image = ITEM_SIZE[config.dtype], config.image_tokens
     prefix = cameras * image + config.max_token_len
     suffix = config.action_horizon + (config.kind == "pi0")
+    outputs = 2 * config.action_dim
+    if expert is None:  # a token, and the logits of the next
+        expert, suffix, outputs = gemma, 1, config.vocab_size
     patches = 3 * vision.patch_size**2 * vision.width + vision.width * gemma.width
     tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim) + patches
     see = vision.depth * 4 * image**2 * vision.width
     last = gemma.width * 2 * gemma.num_kv_heads * gemma.head_dim
     read = (gemma.depth - 1) * _layer(gemma) + last
     attend = (gemma.depth - 1) * 4 * prefix**2 * gemma.num_heads * gemma.head_dim
-    act = expert.depth * _layer(expert) + 2 * config.action_dim * expert.width
+    act = expert.depth * _layer(expert) + outputs * expert.width
     attend_cache = expert.depth * 4 * suffix * (prefix + suffix) * expert.num_heads * expert.head_dim
     cache = 2 * expert.depth * (prefix + suffix) * expert.num_kv_heads * expert.head_dim
     return {
@@ -109,7 +119,7 @@ def roofline_ms(case: Case, flops: float, bandwidth: float) -> float:
 
 
 def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observation, np.ndarray]:
-    """An observation with the first cameras and text of the full length, and noise."""
+    """An observation with the first cameras and text of the full length, and noise, which π0-FAST does not take."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
         "state": rng.normal(size=(batch, config.action_dim)),
@@ -155,7 +165,17 @@ def jax_runs(case: Case) -> Runs:
     model = jax.jit(lambda: jax.tree.map(cast, make_model(config, rngs=nnx.Rngs(0))))()
     observation, noise = random_inputs(config, case.cameras, case.batch)
     until = {}
-    if case.path == "plain":
+
+    def writer(steps: int) -> Callable[[], Any]:
+        if case.path == "fast":
+            sampler = fast.TokenSampler(model, max_decoding_steps=steps, eos_token=NO_TOKEN)
+            return lambda: sampler.sample(observation)
+        write = jax.jit(lambda model, o: model.sample_tokens(o, steps, eos_token=NO_TOKEN))
+        return lambda: write(model, observation)
+
+    if config.kind == "pi0_fast":
+        call, until = writer(case.steps), {"prefix": writer(1)}
+    elif case.path == "plain":
         sample = jax.jit(lambda model, o, n: model.sample_actions(o, n, case.steps))
         call = lambda: sample(model, observation, noise)  # noqa: E731
     else:
@@ -196,19 +216,28 @@ def torch_runs(case: Case) -> Runs:
     """The case in PyTorch."""
     import torch
 
-    from pi0_torch import Pi0, fast, to_device
+    from pi0_torch import fast, to_device
     from pi0_torch.loading import make_model
 
     config, device = case.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, cuda = getattr(torch, case.dtype), device.type == "cuda"
     torch.set_default_dtype(dtype)
     with device:
-        model = make_model(config).requires_grad_(False)
-    assert isinstance(model, Pi0)
+        model: Any = make_model(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     observation, noise = random_inputs(config, case.cameras, case.batch)
     until = {}
-    if case.path == "plain":
+
+    def writer(steps: int) -> Callable[[], Any]:
+        if case.path == "fast":
+            sampler = fast.TokenSampler(model, max_decoding_steps=steps, eos_token=NO_TOKEN, compile=case.compile)
+            return lambda: sampler.sample(observation)
+        on_device = to_device(observation, device)
+        return lambda: model.sample_tokens(on_device, steps, eos_token=NO_TOKEN)
+
+    if config.kind == "pi0_fast":
+        call, until = writer(case.steps), {"prefix": writer(1)}
+    elif case.path == "plain":
         on_device, start = to_device(observation, device), torch.from_numpy(noise).to(device)
         call = lambda: model.sample_actions(on_device, start, case.steps)  # noqa: E731
     else:
@@ -263,10 +292,11 @@ def measure(case: Case) -> Result:
     times = times_ms(runs.call, case.repeats)
     peak = runs.peak_mib()
     until = {name: statistics.median(times_ms(run, max(3, case.repeats // 3))) for name, run in runs.until.items()}
-    median, stages = statistics.median(times), {}
-    if until:
-        stages = {"vision": until["vision"], "prefix": until["prefix"] - until["vision"]}
-        stages["step"] = (median - until["prefix"]) / case.steps
+    median, stages, done = statistics.median(times), {}, 0.0
+    for name, end in until.items():
+        stages[name], done = end - done, end
+    if stages:
+        stages["step"] = (median - done) / (case.steps - (case.config.kind == "pi0_fast"))
     (product, operations), (copy, size) = runs.product, runs.copy
     return Result(
         case,
@@ -311,7 +341,8 @@ class Report:
         rows = []
         for result in self.results:
             least = self.roofline_ms(result)
-            rows.append(dataclasses.asdict(result) | {"roofline_ms": least, "ratio": result.median_ms / least})
+            more = {"roofline_ms": least, "ratio": result.median_ms / least}
+            rows.append(dataclasses.asdict(result) | more | {"tokens_per_second": result.tokens_per_second})
         return json.dumps(rows, indent=2)
 
     def table(self) -> str:
@@ -321,15 +352,16 @@ class Report:
             f"{first.device}, {first.case.steps} steps, {first.case.repeats} calls; milliseconds, of stages the median",
             "",
             f"{'model':<12}{'':<17}{'dtype':<10}{'cameras':>7}{'batch':>6}{'best':>9}{'median':>9}{'p99':>9}"
-            f"{'vision':>9}{'prefix':>9}{'step':>8}{'MiB':>8}{'roofline':>10}{'ratio':>7}",
+            f"{'vision':>9}{'prefix':>9}{'step':>8}{'tokens/s':>10}{'MiB':>8}{'roofline':>10}{'ratio':>7}",
         ]
         for r in self.results:
-            stages = [f"{r.stages_ms[n]:.1f}" if r.stages_ms else "" for n in ("vision", "prefix", "step")]
+            stages = [f"{r.stages_ms[n]:.1f}" if n in r.stages_ms else "" for n in ("vision", "prefix", "step")]
+            rate = "" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}"
             least = self.roofline_ms(r)
             lines.append(
                 f"{r.case.model:<12}{r.case.name:<17}{r.case.dtype:<10}{r.case.cameras:>7}{r.case.batch:>6}"
                 f"{r.best_ms:>9.1f}{r.median_ms:>9.1f}{r.p99_ms:>9.1f}{stages[0]:>9}{stages[1]:>9}{stages[2]:>8}"
-                f"{r.peak_mib:>8.0f}{least:>10.1f}{r.median_ms / least:>7.1f}"
+                f"{rate:>10}{r.peak_mib:>8.0f}{least:>10.1f}{r.median_ms / least:>7.1f}"
             )
         for dtype in dict.fromkeys(r.case.dtype for r in self.results):
             flops, bandwidth = self.ceilings(dtype)
@@ -371,7 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--cameras", nargs="+", type=int, default=[3, 1], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N")
-    parser.add_argument("--steps", type=int, default=10, help="Euler steps (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="of Euler, or tokens of π0-FAST (default 10)")
     parser.add_argument("--repeats", type=int, default=20, help="calls per case (default 20)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--plot", type=Path, help="draw the medians and rooflines here, a PNG")
@@ -405,12 +437,13 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = []
     for model, dtype, cameras, batch, framework, path, backend in itertools.product(*axes):
         config = ModelConfig.named(model)
-        if config.kind == "pi0_fast":
-            raise ValueError(f"{model} writes tokens and has no Euler steps; give a π0 or π0.5")
+        if config.kind == "pi0_fast" and args.steps < 2:
+            raise ValueError(f"--steps is {args.steps}; {model} writes that many tokens, and the first is the prefix's")
         if cameras > len(config.image_keys):
             raise ValueError(f"--cameras is {cameras}; {model} has {len(config.image_keys)}")
-        used = backend if (framework, path) == ("torch", "fast") else ""
-        compiled = args.compile if used else None
+        sampler = (framework, path) == ("torch", "fast")
+        used = backend if sampler and config.kind != "pi0_fast" else ""
+        compiled = args.compile if sampler else None
         cases.append(Case(model, framework, path, used, compiled, dtype, cameras, batch, args.steps, args.repeats))
     return list(dict.fromkeys(cases))
 

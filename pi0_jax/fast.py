@@ -124,11 +124,12 @@ class TokenSampler:
         *,
         max_decoding_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
+        eos_token: int = numerics.EOS_TOKEN,
         executables: str | Path | None = None,
     ):
         self.config, self.text_buckets = check_plain(model), text_buckets
-        self.max_decoding_steps = max_decoding_steps
-        about = f"{self.config} {max_decoding_steps}"
+        self.max_decoding_steps, self.eos_token = max_decoding_steps, eos_token
+        about = f"{self.config} {max_decoding_steps} {eos_token}"
         self.executables = Executables(None if executables is None else Path(executables), about)
         self._parameters, self._tree = jax.tree.flatten(model)
         self._programs: dict[tuple, Callable[..., Array]] = {}
@@ -144,7 +145,7 @@ class TokenSampler:
 
     def _run(self, parameters: list[Array], inputs: Weights) -> Int[Array, "B D"]:
         model = jax.tree.unflatten(self._tree, parameters)
-        return model.sample_tokens(Observation(**inputs), self.max_decoding_steps)
+        return model.sample_tokens(Observation(**inputs), self.max_decoding_steps, eos_token=self.eos_token)
 
 
 def check_plain(model: VisionLanguageModel) -> ModelConfig:

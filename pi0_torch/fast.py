@@ -138,10 +138,11 @@ class TokenSampler:
         *,
         max_decoding_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
+        eos_token: int = numerics.EOS_TOKEN,
         compile: bool | None = None,
     ):
         self.model, self.config, self.text_buckets = model, check_plain(model), text_buckets
-        self.max_decoding_steps = max_decoding_steps
+        self.max_decoding_steps, self.eos_token = max_decoding_steps, eos_token
         self.device = model.paligemma.embedding.device
         self.compile = self.device.type == "cuda" if compile is None else compile
         self._read_token: ReadToken = model.read_token
@@ -151,7 +152,9 @@ class TokenSampler:
     def sample(self, observation: Observation) -> Int[Tensor, "B D"]:
         """The tokens, int32. An observation in NumPy is fastest."""
         inputs = to_device(compact(observation, self.config, self.text_buckets), self.device)
-        return self.model.sample_tokens(inputs, self.max_decoding_steps, read_token=self._read_token)
+        return self.model.sample_tokens(
+            inputs, self.max_decoding_steps, eos_token=self.eos_token, read_token=self._read_token
+        )
 
 
 def check_plain(model: VisionLanguageModel) -> ModelConfig:

@@ -33,6 +33,19 @@ def test_costs_of_one_product_each():
     assert costs(two, 1, 3)["step"][0] == 3 * costs(two, 1, 1)["step"][0]
 
 
+def test_costs_of_a_token():
+    """All layers, the output layer, and the cache: each read once."""
+    config = dataclasses.replace(ModelConfig.variant("tiny_pi0_fast"), dtype="float32")
+    gemma, seen = config.paligemma, config.prefix_len
+    heads = gemma.num_heads * gemma.head_dim
+    kept = 2 * gemma.num_kv_heads * gemma.head_dim
+    layer = gemma.width * (2 * heads + kept) + 3 * gemma.width * gemma.mlp_dim
+    token = gemma.depth * layer + config.vocab_size * gemma.width
+    attention = 4 * gemma.depth * (seen + 1) * heads
+    expected = 2 * token + attention, 4 * (token + gemma.depth * (seen + 1) * kept)
+    assert costs(config, len(config.image_keys), 1)["step"] == expected
+
+
 def test_roofline_is_arithmetic_or_memory():
     """The 58 M model takes 0.1 TFLOP a call, and reads 10 times 35 MB of the action expert."""
     assert roofline_ms(CASE, flops=1e12, bandwidth=1e15) == pytest.approx(100, rel=0.1)
@@ -56,7 +69,7 @@ def test_report(tmp_path: Path):
         (["--cameras", "4"], "bench has 3"),
         (["--batch", "0"], "at least 1"),
         (["--model", "pi9"], "unknown model variant"),
-        (["--model", "tiny_pi0_fast"], "no Euler steps"),
+        (["--model", "tiny_pi0_fast", "--steps", "1"], "the first is the prefix's"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -67,12 +80,14 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "tiny_pi0_fast"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("path", ["plain", "fast"])
-def test_a_run(framework: str, path: str):
+def test_a_run(model: str, framework: str, path: str):
     backend = "sdpa" if (framework, path) == ("torch", "fast") else ""
-    case = Case("tiny", framework, path, backend, None, "bfloat16", cameras=1, batch=2, steps=2, repeats=3)
+    case = Case(model, framework, path, backend, None, "bfloat16", cameras=1, batch=2, steps=2, repeats=3)
     (result,) = benchmark([case]).results
     assert result.best_ms <= result.median_ms <= result.p99_ms
     assert result.peak_mib > 100 and result.flops > 1e9 and result.bandwidth > 1e8
-    assert bool(result.stages_ms) == (path == "fast")
+    assert bool(result.stages_ms) == (path == "fast" or model == "tiny_pi0_fast")
+    assert (result.tokens_per_second is None) == (model == "tiny")
