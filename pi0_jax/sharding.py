@@ -54,6 +54,17 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
                 raise
 
 
+def meet(what: str) -> None:
+    """Wait, up to an hour, until all processes of the run are here.
+
+    To be called before they first exchange data after work that takes one of them longer, such as compilation: what
+    they exchange it by waits half a minute for the others.
+    """
+    from orbax.checkpoint import multihost  # not above: models import this file, and need no Orbax
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=3_600_000)
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `sizes` (of `AXES`; one may be -1: what is left) over all devices, or over `devices`.
 

@@ -41,7 +41,7 @@ from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
 from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
 from pi0_jax.preemption import Preempted, Preemption
-from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, start_processes, state_shardings
+from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, meet, start_processes, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
 PROFILED = range(5, 10)  # steps after the first one
@@ -129,6 +129,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
             batch = next(batches)
             if step == start:
                 compiled = step_fn.lower(state, batch, key).compile()
+                meet("compiled")
                 flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
                 show_cameras(metrics, batch[0], step)
             if profile and step == start + PROFILED.start:
