@@ -68,8 +68,8 @@ def data_config(model: ModelConfig, **changes: Any) -> dict[str, Any]:
     """What is read and how, with changes: at least a robot and an asset_id.
 
     `validation_episodes` is a list, or the fraction of all that the seed draws. `cache` is a folder that `pi0-cache`
-    filled, or "memory", where each worker keeps its own pictures. `workers` are processes; 0 reads in the training's
-    own. `mixture` is a list of dicts: see `pi0_jax.data.load_data`.
+    filled, or "memory", where each worker keeps its own pictures. `state_in_prompt` is π0.5's. `workers`
+    are processes; 0 reads in the training's own. `mixture` is a list of dicts: see `pi0_jax.data.load_data`.
     """
     values = {
         "root": "",
@@ -77,6 +77,7 @@ def data_config(model: ModelConfig, **changes: Any) -> dict[str, Any]:
         "norm_stats_from": "",
         "tokenizer": PALIGEMMA,
         "action_tokenizer": "",
+        "state_in_prompt": True,
         "validation_episodes": [],
         "mixture": [],
         "cache": "",

@@ -1,5 +1,6 @@
 """π0.5 on LIBERO (openpi `pi05_libero`, but with the state in the prompt, as π0.5 was trained).
 
+As there, without it: --config.data.state_in_prompt=False
 pi0-train --config configs/pi05_libero.py --config.data.root=data/libero --workdir runs/libero
 """
 

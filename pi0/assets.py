@@ -32,7 +32,8 @@ class Assets:
 
     `norm_stats` holds "state" and "actions" of `asset_id`; `normalization` is the mode they are applied in;
     `tokenizer` is `TextTokenizer.reference()`; `action_tokenizer`, π0-FAST's, is `FASTTokenizer.reference()`, whose
-    files `save` copies; `subtasks` says whether π0.5 writes a subtask before its actions;
+    files `save` copies; `subtasks` says whether π0.5 writes a subtask before its actions,
+    `state_in_prompt` whether its prompt tells the state (openpi `discrete_state_input`; its `pi05_libero` sees none);
     `robot` names an adapter of `pi0.robots`, by its name or as {"name": name, **options};
     `step` is the training step, and `training` the config of the experiment.
     """
@@ -47,6 +48,7 @@ class Assets:
     training: dict[str, Any] | None = None
     action_tokenizer: dict[str, Any] | None = None
     subtasks: bool = False
+    state_in_prompt: bool = True
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:

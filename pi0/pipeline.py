@@ -51,7 +51,9 @@ class Pipeline:
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-        tokenize: Step = TokenizePrompt(tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05")
+        tokenize: Step = TokenizePrompt(
+            tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05" and assets.state_in_prompt
+        )
         if model.kind == "pi0_fast":
             assert assets.action_tokenizer is not None
             fast = FASTTokenizer.from_reference(assets.action_tokenizer)
@@ -71,7 +73,7 @@ class Pipeline:
             CameraMasks(model.image_keys, black=model.kind == "pi0_fast"),
             ResizeImages(*model.image_resolution),
             tokenize,
-            PadDims(model.action_dim, robot.action_dim),
+            PadDims(model.action_dim, robot.action_dim, cut_state=model.kind == "pi0_fast"),
         ]
         return cls(robot, Transforms(steps))
 

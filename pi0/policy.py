@@ -147,14 +147,15 @@ def complete(
     normalization: str | None = None,
     tokenizer: str | Path | None = None,
     action_tokenizer: str | Path | None = None,
+    state_in_prompt: bool | None = None,
 ) -> Assets:
     """A checkpoint's assets with what it does not say, as those of openpi and LeRobot do not, or says otherwise.
 
     `robot` as `make_robot` takes it, with `default_prompt` for frames without one; `norm_stats`, or the address of
     their file; `normalization`, one of `pi0.normalize.MODES` (default: the one of released models of this kind); where
-    the tokenizers are (default: PaliGemma's, and for π0-FAST physical-intelligence/fast). `known` are the asset ids
-    of all norm stats beside the checkpoint, to say in an error. Raises AssetsError where robot or norm stats are still
-    missing.
+    the tokenizers are (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and whether π0.5's prompt
+    tells the state (default: yes; in openpi's `pi05_libero` it does not). `known` are the asset ids of all norm stats
+    beside the checkpoint, to say in an error. Raises AssetsError where robot or norm stats are still missing.
     """
     changes: dict[str, Any] = {}
     reference = robot or assets.robot
@@ -177,4 +178,6 @@ def complete(
     fast = assets.model.kind == "pi0_fast"
     if action_tokenizer is not None or (fast and assets.action_tokenizer is None):
         changes["action_tokenizer"] = FASTTokenizer(action_tokenizer or FAST).reference()
+    if state_in_prompt is not None:
+        changes["state_in_prompt"] = state_in_prompt
     return dataclasses.replace(assets, **changes)

@@ -245,12 +245,13 @@ class TokenizeRecipe:
 class PadDims:
     """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
 
-    `inverse` cuts `actions`, where present, back to `robot_action_dim`.
-    Raises ValueError if there are more dims than the model takes.
+    With `cut_state`, of π0-FAST, which has read the state as text by now, more dims of it are left out. `inverse` cuts
+    `actions`, where present, back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
     """
 
     action_dim: int
     robot_action_dim: int
+    cut_state: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.robot_action_dim <= self.action_dim:
@@ -264,6 +265,8 @@ class PadDims:
 
     def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, np.float32)
+        if self.cut_state and key == "state":
+            x = x[..., : self.action_dim]
         extra = self.action_dim - x.shape[-1]
         if extra < 0:
             raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model takes at most {self.action_dim}")

@@ -224,5 +224,6 @@ def make_assets(
         robot=data["robot"],
         action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
         subtasks=subtasks,
+        state_in_prompt=data.get("state_in_prompt", True),
         training=training,
     )

@@ -56,6 +56,9 @@ def test_pi05_reads_the_state_in_its_prompt():
     row = Pipeline.from_assets(wide)(DATASET[10])
     text = TextTokenizer(BUNDLED).decode(row["tokenized_prompt"][row["tokenized_prompt_mask"]])
     assert text.startswith("Task: reach the red target, State: ") and text.endswith(";\nAction: ")
+    row = Pipeline.from_assets(dataclasses.replace(wide, state_in_prompt=False))(DATASET[10])  # openpi's `pi05_libero`
+    text = TextTokenizer(BUNDLED).decode(row["tokenized_prompt"][row["tokenized_prompt_mask"]])
+    assert text == "reach the red target\n"
 
 
 def fast_assets(folder: Path) -> Assets:

@@ -216,6 +216,12 @@ def test_fast_text_holds_the_robots_actions_and_gives_them_back():
         steps.inverse({"tokens": answer[1:]})
 
 
+def test_a_state_that_was_read_as_text_may_be_wider_than_the_actions():
+    """LIBERO's: 8 and 7 dims, in a π0-FAST of openpi."""
+    wide = {"state": np.arange(8.0), "actions": np.ones((5, 7))}
+    np.testing.assert_array_equal(PadDims(7, 7, cut_state=True)(wide)["state"], np.arange(7))
+
+
 @pytest.mark.parametrize(
     ("step", "named"),
     [
@@ -223,6 +229,7 @@ def test_fast_text_holds_the_robots_actions_and_gives_them_back():
         (lambda: Normalize({"state": STATS["state"]}, "zscore"), "actions"),
         (lambda: PadDims(4, 5), "5"),
         (lambda: PadDims(3, 3)(sample()), "state"),
+        (lambda: PadDims(3, 3, cut_state=True)(sample()), "actions"),
         (lambda: ResizeImages(28, 28)({"image/a": np.zeros((3, 20, 20))}), "image/a"),
         (lambda: TokenizePrompt(Recorder(), 8, state_in_prompt=False)({}), "prompt"),
         (lambda: TokenizeFASTPrompt(Recorder(), 8, 5, 4)({}), "prompt"),
