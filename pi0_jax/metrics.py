@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from pi0_jax.data import Loader
+
+PROFILED = range(5, 10)  # steps after the first one
 # Peak bfloat16 operations per second of one device, by what JAX calls its kind.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -32,6 +37,63 @@ def check_wandb(project: str) -> None:
     """Raise ValueError where W&B is asked for, by the name of a project, and not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"wandb is {project!r}, but the package is not installed: pip install wandb, or wandb=''")
+
+
+class Window:
+    """The steps since the last line of the log: their scalars, and how long they and the wait for their data took."""
+
+    def __init__(self, loader: Loader, batch_size: int):
+        self._loader, self._batch_size = loader, batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, with no steps."""
+        self.rows: list[dict[str, jax.Array]] = []
+        self._start, self._waited = time.perf_counter(), self._loader.waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of what is done meanwhile."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def means(self, flops: float) -> dict[str, float]:
+        """The mean of each scalar, samples per second, the share of time spent waiting for data, and the devices'."""
+        scalars = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}  # waits for them
+        elapsed = time.perf_counter() - self._start
+        rates = {
+            "samples_per_second": len(self.rows) * self._batch_size / elapsed,
+            "data_wait": (self._loader.waited - self._waited) / elapsed,
+        }
+        return scalars | rates | device_metrics(flops, len(self.rows) / elapsed)
+
+
+class Trace:
+    """A profile of the steps `PROFILED` of this process, in `folder`, for TensorBoard or Perfetto; None: no profile."""
+
+    def __init__(self, folder: Path | None, start: int):
+        self._folder, self._start, self._running = folder, start, False
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def before(self, step: int) -> None:
+        """To be called before each step is begun."""
+        if self._folder is not None and step == self._start + PROFILED.start:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """And after it, with what it gives."""
+        if self._running and step == self._start + PROFILED.stop - 1:
+            jax.block_until_ready(results)
+            self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class Metrics(ExitStack):

@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,7 +35,7 @@ from pi0_jax.checkpoints import Checkpoints
 from pi0_jax.data import Loader, load_data
 from pi0_jax.evaluation import action_metrics
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
-from pi0_jax.metrics import Metrics, check_wandb, device_metrics
+from pi0_jax.metrics import Metrics, Trace, Window, check_wandb, device_metrics
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
 from pi0_jax.optimizer import accumulate, make_optimizer, make_schedule, update_ema
@@ -44,7 +43,6 @@ from pi0_jax.preemption import Preempted, Preemption
 from pi0_jax.sharding import check_batch, global_batch, local_rows, make_mesh, meet, start_processes, state_shardings
 from pi0_jax.trainable import freeze_pattern, join, split, table
 
-PROFILED = range(5, 10)  # steps after the first one
 SHOWN = 4  # rows of a batch in pictures
 
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
@@ -122,9 +120,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
         Metrics(
             workdir, start, config.to_dict(), total_steps=config.steps, wandb=config.wandb, silent=not lead
         ) as metrics,
+        Trace(workdir / "profile" if profile else None, start) as trace,
         Preemption() as preempted,
     ):
-        window, window_start, waited, flops = [], time.perf_counter(), 0.0, 0.0
+        window = Window(batches, config.batch_size)
         for step in range(start, config.steps):
             batch = next(batches)
             if step == start:
@@ -132,34 +131,25 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
                 meet("compiled")
                 flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
                 show_cameras(metrics, batch[0], step)
-            if profile and step == start + PROFILED.start:
-                jax.profiler.start_trace(workdir / "profile")
+            trace.before(step)
             state, scalars = compiled(state, batch, jax.random.fold_in(key, step))
-            window.append(scalars)
+            trace.after(step, scalars)
+            window.rows.append(scalars)
             metrics.advance()
             done = step + 1
-            if profile and (step == start + PROFILED.stop or (done == config.steps and step >= start + PROFILED.start)):
-                jax.block_until_ready(scalars)
-                jax.profiler.stop_trace()
-                profile = False
             if step == start or done % config.log_every == 0 or done == config.steps:
-                means = {name: float(np.mean([row[name] for row in window])) for name in scalars}
+                means = window.means(flops) | {"learning_rate": float(schedule(step))}
                 if not np.isfinite(means["loss"]):
-                    bad = next(i for i, row in enumerate(window) if not np.isfinite(row["loss"]))
-                    raise not_finite(workdir, done - len(window) + bad, training)
-                elapsed = time.perf_counter() - window_start
-                means["samples_per_second"] = len(window) * config.batch_size / elapsed
-                means["learning_rate"] = float(schedule(step))
-                means["data_wait"] = (batches.waited - waited) / elapsed
-                means |= device_metrics(flops, len(window) / elapsed)
+                    bad = next(i for i, row in enumerate(window.rows) if not np.isfinite(row["loss"]))
+                    raise not_finite(workdir, done - len(window.rows) + bad, training)
                 metrics.write(done, means)
                 last |= means
-                window, window_start, waited = [], time.perf_counter(), batches.waited
+                window.restart()
             if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
-                scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
-                metrics.write(done, scalars)
+                with window.paused():
+                    scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
+                    metrics.write(done, scalars)
                 last |= scalars
-                window_start = time.perf_counter()
             stop = preempted(done)
             if done % config.save_every == 0 or done == config.steps or stop:
                 checkpoints.save(done, inference_params(state), state, assets, last)
