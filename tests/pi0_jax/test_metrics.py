@@ -28,6 +28,7 @@ def test_a_window_counts_its_steps_and_not_what_it_is_paused_for(monkeypatch: py
     means = window.means(flops=0)
     assert means == {"loss": 2, "samples_per_second": 4, "data_wait": 0.25}
     window.restart()
+    now[0] += 1
     window.rows.append({"loss": jnp.float32(np.nan)})
     assert np.isnan(window.means(flops=0)["loss"])
 
