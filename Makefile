@@ -19,7 +19,7 @@ demo: .venv
 	@$(BIN)/pi0-demo $(ARGS)
 
 test: .venv
-	@$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv
 	@$(BIN)/ruff check .

@@ -20,8 +20,6 @@ from pi0.statistics import dataset_statistics
 from pi0.tokenizers import FASTTokenizer
 from pi0_jax.train import read_config, train
 
-pytestmark = pytest.mark.xdist_group("evaluation")  # its module's fixture is costly
-
 KEPT, HELD_OUT = (0, 4), (5,)
 
 

@@ -19,8 +19,6 @@ import pytest
 
 from convert.checkpoints import open_checkpoint
 
-pytestmark = pytest.mark.xdist_group("resume")  # its module's fixture is costly
-
 STEPS = 30
 RUN = f"""
 import json, os, signal, sys, threading, time

@@ -17,8 +17,6 @@ from pi0_jax.optimizer import make_optimizer, make_schedule
 from pi0_jax.train import main, noise_and_time, read_config, train, train_step
 from tests.convert.test_parity import random_parameters
 
-pytestmark = pytest.mark.xdist_group("train")  # its module's fixture is costly
-
 
 def small_config(**changes):
     """A few steps of a tiny model on the bundled recordings."""

@@ -14,8 +14,6 @@ from pi0_jax.train import train
 from pi0_jax.trainable import freeze_pattern, join, split, table
 from tests.pi0_jax.test_train import small_config
 
-pytestmark = pytest.mark.xdist_group("trainable")  # its module's fixture is costly
-
 LORA = ModelConfig.variant("tiny_lora")
 
 
