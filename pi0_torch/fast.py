@@ -60,7 +60,7 @@ class Sampler:
     without it, every operation runs by itself, which a debugger can follow. With `warm_up`, graphs for one robot with
     all cameras and any prompt are made now. The model is not needed afterwards. Raises ValueError for a model with
     LoRA, which is to be merged first, and for an attention that is unknown or not to be had here: "flash" needs the
-    package flash-attn, a GPU and bfloat16.
+    package flash-attn, a GPU and bfloat16, "flex" a GPU to be compiled.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class Sampler:
             self.weights = as_module(lay_out(model, self.num_steps))
         cuda = self.device.type == "cuda"
         self.compile = cuda if compile is None else compile
+        if self.compile and attention == "flex" and not cuda:
+            raise ValueError("attention 'flex': PyTorch cannot compile it on a CPU; use sdpa, or compile=False")
         self.mode = "reduce-overhead" if mode is None and cuda else mode
         self._program = lambda inputs: sample(self.weights, self.config, attend, inputs)
         if self.compile:
