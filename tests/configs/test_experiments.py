@@ -53,7 +53,8 @@ def tiny(name: str, root: Path) -> ml_collections.ConfigDict:
     variant = {"pi0": "tiny", "pi05": "tiny_pi05", "pi0_fast": "tiny_pi0_fast"}[model.kind]
     lora = "_lora" if model.paligemma.lora_rank else ""
     sizes = {"image_keys": model.image_keys, "action_dim": 16, "action_horizon": 10}
-    vocab = {"max_token_len": 128, "vocab_size": 512 + 128 + 512} if model.kind == "pi0_fast" else {}
+    writes = model.kind == "pi0_fast" or "recipe" in config  # FAST tokens
+    vocab = {"max_token_len": 128, "vocab_size": 512 + 128 + 512} if writes else {}
     base = random_checkpoint(ModelConfig.variant(variant, **sizes, **vocab))  # LoRA is new
     config.base_checkpoint = str(write(base, root / "base", "pi0_jax"))
     config.model = ModelConfig.variant(variant + lora, **sizes, **vocab, remat="none").to_dict()
@@ -62,7 +63,7 @@ def tiny(name: str, root: Path) -> ml_collections.ConfigDict:
     config.data.update({"tokenizer": BUNDLED, "validation_episodes": [1]})
     if "norm_stats_from" in config.data:
         config.data.norm_stats_from = ""
-    config.data.action_tokenizer = "bundled://fast_tokenizer" if model.kind == "pi0_fast" else ""
+    config.data.action_tokenizer = "bundled://fast_tokenizer" if writes else ""
     config.optimizer.warmup_steps = 1
     config.batch_size = 2
     return config
