@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # most of the time is spent compiling
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # see compiled.py
     if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker, PyTorch's too
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -119,11 +119,9 @@ class VisionLanguageModel(nnx.Module):
 
         def read(i: Array, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
             """Token i − 1 [B] into the cache; the output [B, 1, W] that predicts token i."""
-            x = self.paligemma.embed(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1))
             seen = prefix_seen | (places >= prefix_len) & (places < prefix_len + i)
             position, slot = length + skipped + i - 1, prefix_len + i - 1
-            (out,), cache = joint_forward((self.paligemma,), (x,), (position,), seen[:, None], (None,), cache, slot)
-            return out, cache
+            return self.read_token(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1), position, seen, slot, cache)
 
         def step(carry: tuple) -> tuple:
             i, cache, tokens, done = carry
@@ -135,3 +133,16 @@ class VisionLanguageModel(nnx.Module):
         carry = (jnp.int32(1), cache, *start)
         i, cache, tokens, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[3].all(), step, carry)
         return tokens, read(i, cache, tokens)[1] if read_last else cache
+
+    def read_token(
+        self,
+        token: Int[Array, "B 1"],
+        position: Int[Array, "B 1"],
+        seen: Bool[Array, "B S"],
+        slot: Int[Array, ""],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B 1 W"], Cache]:
+        """The output at a token that takes its place in the cache: what `decode` does for each, of fixed shapes."""
+        x = self.paligemma.embed(token)
+        (out,), cache = joint_forward((self.paligemma,), (x,), (position,), seen[:, None], (None,), cache, slot)
+        return out, cache

@@ -87,7 +87,7 @@ def test_float32(kind: str):
     assert max(l2 for _, l2 in found.values()) <= 1e-5
 
 
-@pytest.fixture(scope="module", params=["pi0", "pi05"])
+@pytest.fixture(scope="module", params=[pytest.param("pi0", marks=pytest.mark.slow), "pi05"])
 def deep(request) -> dict[tuple[str, str], Results]:
     """A model of realistic depth, So400m vision tower and 18 layers, in both frameworks and dtypes."""
     gemma = GemmaConfig(width=64, depth=18, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pi0 import numerics
+from tests.compiled import AS_IN_USE
 
 
 def openpi_euler_times(num_steps: int) -> list[np.float32]:
@@ -35,7 +38,7 @@ def test_frequencies_are_openpi_s():
     """Compiled by XLA, as openpi's training and inference are, at released, golden, tiny and odd sizes."""
     sizes = (1024, 512, 2048, 256, 128, 58, 32, 30, 20, 16, 4, 2)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=AS_IN_USE)
     def openpi():
         fractions = [jnp.linspace(0.0, 1.0, width // 2) for width in sizes]
         periods = [4e-3 * (4.0 / 4e-3) ** fraction for fraction in fractions]

@@ -12,6 +12,7 @@ from pi0 import masks
 from pi0.recipe import RecipeConfig
 from pi0_jax.loading import parameters_of, with_parameters
 from pi0_jax.models.gemma import joint_forward
+from tests.compiled import AS_IN_USE
 from tests.recipe_case import BATCH, CONFIG, LENGTHS, mixed_batch, random_parameters
 
 FLOW = RecipeConfig(text_weight=0, fast_weight=0, flow_weight=1, insulated=False)
@@ -29,12 +30,12 @@ def plain_batch():
     return (observation.prompt_only(), *rest)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=AS_IN_USE)
 def plain(model, observation, actions, noise, time):
     return jax.value_and_grad(lambda m: m.compute_loss(observation, actions, noise, time).mean())(model)
 
 
-@partial(jax.jit, static_argnames="recipe")
+@partial(jax.jit, static_argnames="recipe", compiler_options=AS_IN_USE)
 def flow(model, observation, actions, noise, time, recipe):
     return jax.value_and_grad(lambda m: m.compute_losses(observation, actions, noise, time, recipe)["flow"].mean())(
         model
