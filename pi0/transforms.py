@@ -282,10 +282,14 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     ratio = max(image.shape[1] / width, image.shape[0] / height)
     size = (int(image.shape[1] / ratio), int(image.shape[0] / ratio))  # PIL's order: width, height
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    canvas = Image.new("RGB", (width, height))
-    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
-    return np.array(canvas)  # a copy: PIL's own memory is read-only, which torch warns about
+    # A copy: PIL's own memory is read-only, which torch warns about.
+    resized = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    if resized.shape[:2] == (height, width):
+        return resized
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + size[1], left : left + size[0]] = resized
+    return canvas
 
 
 def augment_images(data: Data, rng: np.random.Generator) -> Data:
