@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("seeded", derandomize=True)  # the same examples in every run
+hypothesis.settings.load_profile("seeded")
 
 OPT_IN = ("slow", "gpu", "network", "sim")
 
