@@ -217,6 +217,7 @@ def torch_runs(case: Case) -> Runs:
     import torch
 
     from pi0_torch import fast, to_device
+    from pi0_torch.attention import ATTENTION
     from pi0_torch.loading import make_model
 
     config, device = case.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,7 +244,7 @@ def torch_runs(case: Case) -> Runs:
     else:
         sampler = fast.Sampler(model, num_steps=case.steps, attention=case.backend, compile=case.compile, warm_up=False)
         call = lambda: sampler.sample(observation, noise)  # noqa: E731
-        inputs, attend = sampler.inputs(compact(observation, config), noise), fast.ATTENTION[case.backend]
+        inputs, attend = sampler.inputs(compact(observation, config), noise), ATTENTION[case.backend]
 
         def vision() -> Any:
             return fast.embed_prefix(sampler.weights, config, attend, inputs)

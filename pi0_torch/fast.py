@@ -13,8 +13,7 @@ N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler s
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import flex_attention as flex
 
 from pi0 import numerics
 from pi0.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.observation import Observation
+from pi0_torch.attention import Attend, attention_backend, flash_attention
 from pi0_torch.loading import to_device
 from pi0_torch.models.gemma import (
     AdaptiveRMSNorm,
@@ -48,8 +47,6 @@ from pi0_torch.models.vision_language import ReadToken, VisionLanguageModel, att
 Weights = Any  # nested nn.ModuleDict and nn.ModuleList of nn.ParameterList, in which `torch.compile` sees constants
 Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
 Cache = list[tuple[Float[Tensor, "B K S+T H"], Float[Tensor, "B K S+T H"]]]  # one entry per layer
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Sampler:
@@ -400,88 +397,12 @@ def project(x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, turn: Rot
     return q.flatten(2, 3), k, v
 
 
-def eager_attention(
-    q: Float[Tensor, "B K R H"],
-    k: Float[Tensor, "B K S H"],
-    v: Float[Tensor, "B K S H"],
-    bias: Float[Tensor, "B 1 R S"] | None,
-) -> Float[Tensor, "B K R H"]:
-    """Attention; float32 logits and softmax, `v`'s dtype otherwise. A key head's queries are rows of one product."""
-    name = dtype_name(q)
-    logits = cast(q, "attention_logits", name) @ cast(k, "attention_logits", name).mT * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias
-    return cast(logits.softmax(dim=-1), "attention_probabilities", dtype_name(v)) @ v
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention` by PyTorch's fused kernels."""
-    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.expand(-1, -1, q.shape[2], -1))
-
-
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention` by a kernel that PyTorch generates."""
-    if bias is None:
-        return flex.flex_attention(q, k, v)
-    rows = bias.expand(-1, -1, q.shape[2], -1)
-    return flex.flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + rows[b, 0, i, j])
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention` by the package flash-attn, which has no mask: padding is to be at the left (`pad_left`).
-
-    Where rows differ in what they see, as those of π0's state and actions do, it is `sdpa_attention`.
-    """
-    if bias is not None and bias.shape[2] > 1:
-        return sdpa_attention(q, k, v, bias)
-    padding = None if bias is None else (bias[:, 0, 0] < 0).sum(dim=-1, dtype=torch.int32)
-    return call_flash(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), padding).transpose(1, 2)
-
-
-@torch.library.custom_op("pi0::flash_attention", mutates_args=())
-def call_flash(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-    """Attention of q [B, R, N, H] over k and v [B, S, K, H] without the first `padding` [B] of S: one opaque operation.
-
-    Source: https://github.com/Dao-AILab/flash-attention, `flash_attn_with_kvcache`.
-    """
-    import flash_attn
-
-    if padding is None:
-        return flash_attn.flash_attn_func(q, k, v)
-    ends = torch.full_like(padding, k.shape[1])
-    return flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=ends, cache_leftpad=padding)
-
-
-@call_flash.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-    return torch.empty_like(q)
-
-
 def pad_left(
     prefix: Float[Tensor, "B S W"], valid: Bool[Tensor, "B S"]
 ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
     """The tokens of each row in their order, those that are not valid before all others."""
     order = valid.to(torch.uint8).argsort(dim=1, stable=True)
     return prefix.take_along_dim(order[..., None], dim=1), valid.take_along_dim(order, dim=1)
-
-
-ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "flash": flash_attention, "eager": eager_attention}
-
-
-def attention_backend(name: str, config: ModelConfig, device: torch.device) -> Attend:
-    """The attention of this name. Raises ValueError for one that is unknown or not to be had here."""
-    if name not in ATTENTION:
-        raise ValueError(f"attention is {name!r}; it must be one of {', '.join(ATTENTION)}")
-    if name == "flash":
-        lacking = {
-            "the package flash-attn (pip install flash-attn)": importlib.util.find_spec("flash_attn") is not None,
-            f"a GPU, not {device.type}": device.type == "cuda",
-            f"dtype bfloat16, not {config.dtype}": config.dtype == "bfloat16",
-        }
-        if not all(lacking.values()):
-            needs = "; ".join(need for need, met in lacking.items() if not met)
-            raise ValueError(f"attention 'flash' needs {needs}; sdpa, the default, needs nothing")
-    return ATTENTION[name]
 
 
 def mask_bias(mask: Bool[Tensor, "B T S"], config: ModelConfig) -> Float[Tensor, "B 1 R S"]:

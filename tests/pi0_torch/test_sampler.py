@@ -14,7 +14,8 @@ from convert.parity import Inputs
 from pi0.buckets import compact
 from pi0.config import ModelConfig
 from pi0_torch import fast
-from pi0_torch.fast import ATTENTION, Sampler, TokenSampler
+from pi0_torch.attention import ATTENTION
+from pi0_torch.fast import Sampler, TokenSampler
 from pi0_torch.loading import make_model
 from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
 
