@@ -27,6 +27,7 @@ from convert.conversion import convert
 from convert.formats import write_orbax
 from convert.layouts import LAYOUTS, WRITTEN, Tensor
 from pi0.assets import Assets
+from pi0.command import output_path
 from pi0.config import GEMMA_300M, ModelConfig
 
 # Orbax's default for what it stores in one chunk (`ocdbt_target_data_file_size`).
@@ -106,7 +107,9 @@ def run_step(name: str, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, help="where to make a temporary folder; it is deleted at the end")
+    parser.add_argument(
+        "--workdir", type=output_path, help="where to make a temporary folder; it is deleted at the end"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary, to try it at a smaller size")
     parser.add_argument("--layouts", nargs="+", choices=WRITTEN, default=["pi0_torch"])
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from convert.evaluation import evaluate, table
+from pi0.command import output_path
 from pi0_jax.train import read_config, train
 
 THRESHOLD = 0.1
@@ -41,7 +42,7 @@ def run(stage: str, folder: Path, base: Path | None, steps: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare π0.5's two stages with the second one alone.")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=output_path, required=True)
     parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--posttrain-steps", type=int, default=250)
     args = parser.parse_args(arguments)

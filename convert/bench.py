@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pi0.buckets import compact
+from pi0.command import output_path
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
 from pi0.observation import Observation
 
@@ -406,8 +406,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--steps", type=int, default=10, help="of Euler, or tokens of π0-FAST (default 10)")
     parser.add_argument("--repeats", type=int, default=20, help="calls per case (default 20)")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--plot", type=Path, help="draw the medians and rooflines here, a PNG")
+    parser.add_argument("--json", type=output_path, help="write all numbers here")
+    parser.add_argument("--plot", type=output_path, help="draw the medians and rooflines here, a PNG")
     args = parser.parse_args(arguments)
     try:
         report = benchmark(cases_of(args))

@@ -33,7 +33,7 @@ from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
 from convert.layouts.layout import experts_of, infer_sizes
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
-from pi0.fetch import fetch
+from pi0.fetch import fetch, local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +246,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises FileExistsError where `target` exists and is not to be overwritten.
     """
+    target = local_path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; choose another name or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,9 @@ from convert.formats import CheckpointError, pieces
 from convert.layouts import WRITTEN, LayoutError, Tensor, parameters
 from convert.layouts.layout import Index, lora_of, same_bytes
 from convert.lora import merge_lora
+from pi0.command import output_path
 from pi0.config import ModelConfig
+from pi0.fetch import local_path
 
 DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SMALL = 1_000_000_000  # parameters up to which a conversion is verified unless told otherwise
@@ -57,7 +59,7 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES)}")
-    target_dtype = DTYPES[dtype]
+    target, target_dtype = local_path(target), DTYPES[dtype]
     read_dtype = target_dtype if lora == "keep" else None  # LoRA is merged as it is stored, and then rounded
     checkpoint = open_checkpoint(source, config, step=step, ema=ema, asset_id=asset_id, fresh=fresh, dtype=read_dtype)
     if checkpoint.fresh:
@@ -67,7 +69,6 @@ def convert(
         say(f"these sizes have no name in the layout {to}: its own config.json is not written")
     if verify is None:
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= SMALL
-    target = Path(target)
     size = sum(tensor.size for tensor in checkpoint.ours.values())
     with (
         new_folder(target, overwrite) as folder,
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
-    parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument("target", type=output_path, help="the folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=WRITTEN, help="the layout to write")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of all tensors (default keep)")
     parser.add_argument("--lora", choices=("keep", "merge"), default="keep", help="what to do with LoRA (default keep)")

@@ -16,6 +16,7 @@ import numpy as np
 from convert.conversion import convert
 from convert.parity import Inputs, compare, exact_matmuls
 from convert.replay import action_names, replay
+from pi0.command import output_path
 from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
@@ -195,7 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
         "CPU cores; nothing is downloaded.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="the run's folder (default runs/demo)")
+    parser.add_argument(
+        "--workdir", type=output_path, default=Path("runs/demo"), help="the run's folder (default runs/demo)"
+    )
     parser.add_argument("--variant", choices=("demo", "demo_pi05", "demo_pi0_fast"), default="demo", help="the model")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument("--keep", action="store_true", help="go on from the checkpoints in the folder")

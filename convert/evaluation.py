@@ -19,6 +19,7 @@ import numpy as np
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.parity import FRAMEWORKS
 from pi0.assets import Assets
+from pi0.command import output_path
 from pi0.datasets import Annotated, LeRobotDataset, Questions
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
@@ -274,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=1, help="look at every so many frames (default: 1)")
     parser.add_argument("--batch", type=int, default=16, help="frames at once (default: 16)")
     parser.add_argument("--num-steps", type=int, help="Euler steps (default: the config's)")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument("--json", type=output_path, help="also write the scores to this file")
     args = parser.parse_args(arguments)
     options = {key: value for key, value in vars(args).items() if key not in ("checkpoint", "json")}
     try:

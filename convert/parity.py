@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts import LAYOUTS
 from convert.report import to_html
+from pi0.command import output_path
 from pi0.config import ModelConfig
 from pi0.observation import Observation, check_actions
 
@@ -455,8 +456,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of random inputs (default 0)")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps, or tokens to decode (default 10)")
     parser.add_argument("--no-gradients", action="store_true", help="leave gradients out: half the memory and time")
-    parser.add_argument("--json", type=Path, help="write the report as JSON to this file")
-    parser.add_argument("--html", type=Path, help="write the report as one HTML file, with pictures, to this file")
+    parser.add_argument("--json", type=output_path, help="write the report as JSON to this file")
+    parser.add_argument(
+        "--html", type=output_path, help="write the report as one HTML file, with pictures, to this file"
+    )
     args = parser.parse_args(arguments)
     try:
         for file in filter(None, (args.json, args.html)):  # before the work, not after it

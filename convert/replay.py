@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.checkpoints import new_folder
+from pi0.command import output_path
 from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.policy import Policy
 from pi0.robots import Robot
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
     parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="which ones (default: all)")
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="to run it in (default torch)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder for figures and plots")
+    parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
     parser.add_argument("--robot", help='where the checkpoint does not say it: its name, or JSON {"name": …, options}')
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")

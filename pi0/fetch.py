@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _BUNDLED = Path(__file__).parent / "sample"
 _COMPLETE = ".fetched"  # stands in a cached folder once every file of it has arrived
+_GS_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+")
 _HF_ADDRESS = re.compile(r"(?P<kind>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
 
 
@@ -44,7 +47,7 @@ def fetch(source: str | Path) -> Path:
             raise FileNotFoundError(f"no such file or folder: {path} (seen from {Path.cwd()})")
         return path
     if scheme == "bundled":
-        return fetch(_BUNDLED / address)
+        return fetch(below(_BUNDLED, address))
     if scheme == "gs":
         return _fetch_gs(str(source), address.strip("/"))
     if scheme == "hf":
@@ -52,6 +55,21 @@ def fetch(source: str | Path) -> Path:
     raise ValueError(
         f"cannot fetch {source}: give a local path, gs://bucket/path, hf://org/repo/path or bundled://name"
     )
+
+
+def below(root: Path, name: str) -> Path:
+    """The path `name` below `root`. Raises ValueError for a name that leads elsewhere: absolute, or with `..` in it."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} is not a path below {root}: it must be relative and without '..'")
+    return root.joinpath(*parts)
+
+
+def local_path(target: str | Path) -> Path:
+    """A path of this machine to write to. Raises ValueError for an address such as gs://bucket/path."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(target)):  # a Path has lost the second slash
+        raise ValueError(f"{target} cannot be written to: give a folder or file of this machine")
+    return Path(target)
 
 
 def cache_dir() -> Path:
@@ -63,25 +81,37 @@ def _fetch_gs(source: str, address: str) -> Path:
     bucket, _, key = address.partition("/")
     if not key:
         raise ValueError(f"{source} names no file or folder: give gs://bucket/path")
-    target = cache_dir() / "gs" / bucket / key
+    if not _GS_BUCKET.fullmatch(bucket):
+        raise ValueError(f"{source}: {bucket!r} is no name of a bucket; give gs://bucket/path")
+    folder = cache_dir() / "gs" / bucket
+    target = below(folder, key)
     if target.is_file() or (target / _COMPLETE).exists():
         return target
-    try:
-        logger.info("fetching %s into %s", source, target)
+    logger.info("fetching %s into %s", source, target)
+    with _requests(source):
         store = _open_bucket(bucket)
         keys = _keys(store, key)
+    files = {name: below(folder, name) for name in keys}  # all are checked before the first is written
+    with _requests(source):
         for name in tqdm(keys, desc=f"fetching {source}", unit="file", disable=len(keys) < 2):
-            _download(store, name, cache_dir() / "gs" / bucket / name)
-    except ValueError as error:  # what tensorstore raises when a request fails
-        raise ConnectionError(
-            f"cannot read {source}: {error}. Check the network and, for a private bucket, run "
-            "`gcloud auth application-default login`."
-        ) from error
+            _download(store, name, files[name])
     if not keys:
         raise FileNotFoundError(f"{source}: the bucket has no such file or folder. Check the spelling.")
     if target.is_dir():
         (target / _COMPLETE).touch()
     return target
+
+
+@contextlib.contextmanager
+def _requests(source: str) -> Iterator[None]:
+    """Raise ConnectionError for a request that fails, of which tensorstore makes a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConnectionError(
+            f"cannot read {source}: {error}. Check the network and, for a private bucket, run "
+            "`gcloud auth application-default login`."
+        ) from error
 
 
 def _open_bucket(bucket: str) -> ts.KvStore:
@@ -120,6 +150,8 @@ def _fetch_hf(source: str, address: str) -> Path:
     if not match:
         raise ValueError(f"cannot read {source}: give hf://org/repo[@revision][/path]")
     path = match["path"] or ""
+    if path:
+        below(Path(), path)
     try:
         folder = huggingface_hub.snapshot_download(
             match["repo"],

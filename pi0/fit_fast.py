@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
+from pi0.command import output_path
 from pi0.datasets import LeRobotDataset, episode_numbers, open_dataset, split_episodes
 from pi0.fetch import fetch
 from pi0.normalize import MODES
@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", help="a LeRobot dataset's folder, gs://, hf:// or bundled://")
-    parser.add_argument("output", type=Path, help="the tokenizer's folder, in the layout of physical-intelligence/fast")
+    parser.add_argument(
+        "output", type=output_path, help="the tokenizer's folder, in the layout of physical-intelligence/fast"
+    )
     parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
     parser.add_argument("--action-horizon", type=int, default=50, help="actions of a chunk (default: 50)")
     parser.add_argument("--scale", type=float, default=10.0, help="steps per unit of a DCT coefficient (default: 10)")

@@ -7,10 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
+from pi0.command import output_path
 from pi0.datasets import LeRobotDataset, open_dataset
 from pi0.normalize import NormStats, save_norm_stats
 from pi0.robots import Robot, make_robot
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
     parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
     parser.add_argument("--action-horizon", required=True, type=int, metavar="T", help="actions in a chunk")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where <asset id>/ is written")
+    parser.add_argument("--out", required=True, type=output_path, metavar="FOLDER", help="where <asset id>/ is written")
     parser.add_argument("--asset-id", required=True, metavar="ID", help="what these stats are called")
     args = parser.parse_args(arguments)
     try:

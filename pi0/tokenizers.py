@@ -17,7 +17,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from pi0.fetch import fetch
+from pi0.fetch import fetch, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class FASTTokenizer:
         `tokenizer_config.json` is for transformers, which would not load the tokenizer without it.
         Raises FileExistsError if it exists, unless it is a FAST tokenizer's to `overwrite`.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         files = {**self._files, "tokenizer_config.json": _TOKENIZER_CONFIG}
         if folder.exists() and not (overwrite and {f.name for f in folder.iterdir()} <= set(files)):
             hint = "it has other files than a FAST tokenizer's" if overwrite else "--overwrite replaces it"

@@ -25,7 +25,9 @@ from ml_collections import config_flags
 from convert.checkpoints import open_checkpoint
 from pi0 import numerics
 from pi0.assets import Assets
+from pi0.command import output_path
 from pi0.config import ConfigError, ModelConfig
+from pi0.fetch import local_path
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_cameras
 from pi0.recipe import RecipeConfig
@@ -57,7 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, *, profile: bo
     once it has saved.
     """
     # config
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     model_config = ModelConfig.from_dict(config.model.to_dict())
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -371,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
-    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--workdir", required=True, type=output_path, help="the run's folder")
     processes = parser.add_argument_group("many processes", "found out on TPU pods, GKE and SLURM; else all three")
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
     processes.add_argument("--process-count", type=int, metavar="N", help="how many processes there are")

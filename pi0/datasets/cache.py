@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from pi0.fetch import cache_dir
+from pi0.command import output_path
+from pi0.fetch import cache_dir, local_path
 
 if TYPE_CHECKING:
     from pi0.datasets.lerobot import LeRobotDataset
@@ -99,6 +100,7 @@ def build_cache(dataset: LeRobotDataset, folder: Path, *, workers: int = 1) -> l
         raise ValueError("a cache needs a dataset with all of its episodes")
     if not dataset.episodes:
         raise ValueError(f"all episodes of {dataset.root} are damaged")
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for camera in dataset.cameras:
@@ -205,7 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dataset", help="a dataset's folder, hf://datasets/... or bundled://...")
     parser.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of pictures (default 224x224)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--cache", type=Path, default=cache_dir() / "frames", help="the folder (default %(default)s)")
+    parser.add_argument(
+        "--cache", type=output_path, default=cache_dir() / "frames", help="the folder (default %(default)s)"
+    )
     parser.add_argument("--skip-damaged", action="store_true", help="leave episodes with damaged files out")
     args = parser.parse_args(arguments)
     try:

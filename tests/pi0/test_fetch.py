@@ -8,7 +8,7 @@ import pytest
 import tensorstore as ts
 
 import pi0.fetch
-from pi0.fetch import fetch
+from pi0.fetch import below, fetch, local_path
 
 OBJECTS = {
     "models/base": b"a file that shares its name's beginning",
@@ -72,6 +72,34 @@ def test_local_file_and_folder(tmp_path: Path) -> None:
 def test_other_addresses_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match=f"{source}.*give"):
         fetch(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["gs://shop/../x", "gs://../x/y", "gs://shop/a/../../x", "bundled://../assets.py", "hf://org/repo/../x"],
+)
+def test_addresses_that_lead_out_of_their_root_are_refused(source: str, bucket: Bucket) -> None:
+    with pytest.raises(ValueError, match=r"without '\.\.'|no name of a bucket"):
+        fetch(source)
+    assert not bucket.reads
+
+
+@pytest.mark.parametrize("name", ["../outside", "models/pi0/../../../outside", "/outside", "models/pi0/params/\0"])
+def test_object_names_that_lead_out_of_the_cache_are_refused(name: str, bucket: Bucket, cache: Path) -> None:
+    """Before any file of the folder is written."""
+    with pytest.raises(ValueError, match="is not a path below"):
+        below(cache, name)
+    bucket.store["models/pi0/../../../../../outside"] = b"not in the cache"
+    with pytest.raises(ValueError, match="is not a path below"):
+        fetch("gs://shop/models/pi0")
+    assert not files(cache.parent)
+
+
+@pytest.mark.parametrize("target", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run"), "file:///run"])
+def test_addresses_that_cannot_be_written_to_are_refused(target: str | Path) -> None:
+    with pytest.raises(ValueError, match="cannot be written to"):
+        local_path(target)
+    assert local_path("runs/a:b") == Path("runs/a:b")
 
 
 def test_gs_file(bucket: Bucket, cache: Path) -> None:
