@@ -13,8 +13,7 @@ N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0 import numerics
 from pi0.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.config import GemmaConfig, ModelConfig
+from pi0.fetch import cache_dir
 from pi0.observation import Observation
-from pi0_jax.executables import Executables
 from pi0_jax.models.gemma import (
     AdaptiveRMSNorm,
     Expert,
@@ -51,10 +50,9 @@ Cache = list[tuple[Float[Array, "B K S+T H"], Float[Array, "B K S+T H"]]]  # one
 class Sampler:
     """`model.sample_actions`, compiled, for `num_steps` (default: the config's) Euler steps.
 
-    Prompts are cut to one of `text_buckets`. `executables` is a folder for compiled programs, which a restart loads
-    instead of compiling (see `pi0_jax.executables`); the checkpoint's folder is a good place. With `warm_up`, programs
-    for one robot with all cameras and any prompt are made now. The model is not needed afterwards. Raises ValueError
-    for a model with LoRA, which is to be merged first.
+    Prompts are cut to one of `text_buckets`. Compiled programs are kept for a restart (`use_compilation_cache`). With
+    `warm_up`, programs for one robot with all cameras and any prompt are made now. The model is not needed afterwards.
+    Raises ValueError for a model with LoRA, which is to be merged first.
     """
 
     def __init__(
@@ -63,18 +61,14 @@ class Sampler:
         *,
         num_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
-        executables: str | Path | None = None,
         warm_up: bool = True,
     ):
         self.config, self.text_buckets = check_plain(model), text_buckets
         self.num_steps = model.config.num_steps if num_steps is None else num_steps
-        about = f"{self.config} {self.num_steps}"
-        self.executables = Executables(None if executables is None else Path(executables), about)
-        leaves, tree = jax.tree.flatten(model)
-        lay = lambda leaves: lay_out(jax.tree.unflatten(tree, leaves), self.num_steps)  # noqa: E731
-        self.weights = self.executables.get("weights", lay, leaves)(leaves)
+        use_compilation_cache()
+        self.weights = jax.jit(lay_out, static_argnums=1)(model, self.num_steps)
         self.weights["embedding"] = model.paligemma.embedding[...]
-        self._programs: dict[tuple, Callable[..., Array]] = {}
+        self._program = jax.jit(lambda weights, inputs: sample(weights, self.config, inputs))
         if warm_up:
             self.warm_up()
 
@@ -91,12 +85,7 @@ class Sampler:
         return self._run(compact(observation, self.config, self.text_buckets), noise)
 
     def _run(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> Float[Array, "B T A"]:
-        inputs = self.inputs(observation, noise)
-        key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
-        if key not in self._programs:
-            run = lambda weights, inputs: sample(weights, self.config, inputs)  # noqa: E731
-            self._programs[key] = self.executables.get("sample", run, self.weights, inputs)
-        return self._programs[key](self.weights, inputs)
+        return self._program(self.weights, self.inputs(observation, noise))
 
     def inputs(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> dict[str, Any]:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
@@ -114,7 +103,7 @@ class TokenSampler:
     """`model.sample_tokens` of π0-FAST after prompts that are cut to one of `text_buckets`.
 
     Writes at most `max_decoding_steps` tokens (default: as many as the config says). Compiled, one program for each
-    batch size and bucket; `executables` as in `Sampler`. Raises ValueError for a model with LoRA, which is to be merged
+    batch size and bucket. Raises ValueError for a model with LoRA, which is to be merged
     first.
     """
 
@@ -125,27 +114,22 @@ class TokenSampler:
         max_decoding_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
         eos_token: int = numerics.EOS_TOKEN,
-        executables: str | Path | None = None,
     ):
         self.config, self.text_buckets = check_plain(model), text_buckets
         self.max_decoding_steps, self.eos_token = max_decoding_steps, eos_token
-        about = f"{self.config} {max_decoding_steps} {eos_token}"
-        self.executables = Executables(None if executables is None else Path(executables), about)
-        self._parameters, self._tree = jax.tree.flatten(model)
-        self._programs: dict[tuple, Callable[..., Array]] = {}
+        use_compilation_cache()
+        self.model = model
+        self._program = jax.jit(lambda model, o: model.sample_tokens(o, max_decoding_steps, eos_token=eos_token))
 
     def sample(self, observation: Observation) -> Int[Array, "B D"]:
         """The tokens, int32. An observation in NumPy is fastest."""
-        compacted = compact(observation, self.config, self.text_buckets)
-        inputs = {field: value for field, value in vars(compacted).items() if value is not None}
-        key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
-        if key not in self._programs:
-            self._programs[key] = self.executables.get("tokens", self._run, self._parameters, inputs)
-        return self._programs[key](self._parameters, inputs)
+        return self._program(self.model, compact(observation, self.config, self.text_buckets))
 
-    def _run(self, parameters: list[Array], inputs: Weights) -> Int[Array, "B D"]:
-        model = jax.tree.unflatten(self._tree, parameters)
-        return model.sample_tokens(Observation(**inputs), self.max_decoding_steps, eos_token=self.eos_token)
+
+def use_compilation_cache() -> None:
+    """Keep what JAX compiles for later processes, in the user's own cache folder, unless another one is set."""
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 -- of settings mypy knows none
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
 
 
 def check_plain(model: VisionLanguageModel) -> ModelConfig:

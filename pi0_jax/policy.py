@@ -51,19 +51,18 @@ class Policy(pi0.policy.Policy):
         `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those of `load`;
         `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
         itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). With `fast`, π0
-        and π0.5 sample by `pi0_jax.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`; their programs are
-        kept beside the checkpoint. Raises what they do.
+        and π0.5 sample by `pi0_jax.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`; their compiled
+        programs are kept in the user's own cache. Raises what they do.
         """
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
         assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype)
         policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
         if fast:
-            kept = checkpoint.folder / "executables"
             if isinstance(model, Pi0Fast):
-                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps, executables=kept)
+                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps)
             else:
-                policy.sampler = Sampler(model, num_steps=num_steps, executables=kept)
+                policy.sampler = Sampler(model, num_steps=num_steps)
         return policy
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:

@@ -17,8 +17,7 @@ WRITING = {
     "convert.parity": ["x", "y", "--html", GS],
     "convert.bench": ["--json", GS],
     "convert.demo": ["--workdir", GS],
-    "pi0.statistics": ["bundled://metaworld_v30", "--robot", "metaworld", "--action-horizon", "5", "--asset-id", "m"]
-    + ["--out", GS],
+    "pi0.statistics": [*["x", "--robot", "metaworld", "--action-horizon", "5", "--asset-id", "metaworld", "--out"], GS],
     "pi0.datasets.cache": ["bundled://metaworld_v30", "--cache", GS],
     "pi0.fit_fast": ["bundled://metaworld_v30", GS, "--robot", "metaworld"],
 }
