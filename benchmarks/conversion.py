@@ -24,11 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from convert.conversion import convert
-from convert.formats import write_orbax
-from convert.layouts import LAYOUTS, WRITTEN, Tensor
+from convert.formats.orbax import write_orbax
+from convert.layouts import LAYOUTS, WRITTEN
+from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.command import output_path
-from pi0.config import GEMMA_300M, ModelConfig
+from pi0.config import ModelConfig
+from pi0.variants import GEMMA_300M, get_variant
 
 # Orbax's default for what it stores in one chunk (`ocdbt_target_data_file_size`).
 ORBAX_CHUNK = 2**31
@@ -36,7 +38,7 @@ ORBAX_CHUNK = 2**31
 
 def model(scale: float) -> ModelConfig:
     """π0 with its depth, vocabulary and MLPs scaled; its other sizes stay."""
-    released = ModelConfig.variant("pi0")
+    released = get_variant("pi0")
 
     def scaled(n: int) -> int:
         return max(round(n * scale), 1)

@@ -33,10 +33,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.finetune import data_config
-from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset, build_cache
 from pi0.robots import make_robot
-from pi0_jax.data import AHEAD, Loader, load_data
+from pi0.variants import get_variant
+from pi0_jax.training.data import AHEAD, Loader, load_data
 
 BATCH = 32
 Job = tuple[int, int, float]  # pieces of work done, video frames decoded for them, and seconds of processor time
@@ -109,7 +109,7 @@ def keyframe_share(files: Sequence[Path]) -> float:
 def training(root: str, robot: str, size: tuple[int, int], samples: int, workers: int, cache: Path) -> dict[str, float]:
     """Samples per second through the whole pipeline, without and with augmentation."""
     cameras = make_robot(robot).cameras.values()
-    model = ModelConfig.variant(
+    model = get_variant(
         "tiny", image_keys=tuple(cameras), image_resolution=size, action_horizon=50, action_dim=32, max_token_len=48
     )
     found = {}

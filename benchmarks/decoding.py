@@ -21,10 +21,11 @@ from flax import nnx
 
 import pi0_jax
 import pi0_torch
-from convert.layouts import LAYOUTS, Tensor
-from convert.parity import Inputs
-from pi0.config import GemmaConfig, ModelConfig, VisionConfig
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
+from pi0.config import GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
 from pi0.observation import Observation
+from pi0_eval.parity.compare import Inputs
 from pi0_jax.loading import parameters_of
 from pi0_torch.loading import to_torch, with_parameters
 
@@ -37,7 +38,7 @@ MID_SIZE = ModelConfig(
     image_resolution=(112, 112),
     image_keys=("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
     max_token_len=128,
-    remat="none",
+    runtime=RuntimeConfig(remat="none"),
 )
 
 FEW = 4  # tokens decoded without a cache: each takes as long as the next, since the text is padded
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    config = dataclasses.replace(MID_SIZE, dtype=args.dtype)
+    config = MID_SIZE.with_runtime(dtype=args.dtype)
     in_jax = jax.jit(lambda: pi0_jax.Pi0Fast(config, rngs=nnx.Rngs(0)))()
     ours = {name: Tensor.of(np.asarray(value)) for name, value in parameters_of(in_jax).items()}
     theirs = LAYOUTS["pi0_torch"].from_ours(config, ours)

@@ -20,9 +20,10 @@ from flax import nnx
 
 import pi0_jax
 import pi0_torch
-from convert.layouts import LAYOUTS, Tensor
-from convert.parity import Inputs
-from pi0.config import GemmaConfig, ModelConfig, VisionConfig
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
+from pi0.config import GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
+from pi0_eval.parity.compare import Inputs
 from pi0_jax.loading import parameters_of
 from pi0_torch.loading import to_torch, with_parameters
 
@@ -34,7 +35,7 @@ MID_SIZE = ModelConfig(
     action_expert=dataclasses.replace(PALIGEMMA, width=256, mlp_dim=1024),
     vocab_size=8192,
     image_resolution=(112, 112),
-    remat="none",
+    runtime=RuntimeConfig(remat="none"),
 )
 
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
-    config = dataclasses.replace(MID_SIZE, kind=args.kind, dtype=args.dtype)
+    config = dataclasses.replace(MID_SIZE, kind=args.kind).with_runtime(dtype=args.dtype)
     in_jax = jax.jit(lambda: pi0_jax.Pi0(config, rngs=nnx.Rngs(0)))()
     ours = {name: Tensor.of(np.asarray(value)) for name, value in parameters_of(in_jax).items()}
     theirs = LAYOUTS["pi0_torch"].from_ours(config, ours)
@@ -100,7 +101,8 @@ def main() -> None:
     count = sum(p.numel() for p in in_torch.parameters())
     cores = torch.get_num_threads()
     print(f"{config.kind}, {count / 1e6:.0f} M parameters, {args.dtype}, {len(config.image_keys)} cameras of ", end="")
-    print(f"{config.image_resolution}, {config.num_steps} steps, {cores} threads, median of {args.repeats} calls\n")
+    steps = config.runtime.num_steps
+    print(f"{config.image_resolution}, {steps} steps, {cores} threads, median of {args.repeats} calls\n")
     print(f"{'':<18}{'batch':>6}{'JAX ms':>10}{'PyTorch ms':>12}{'PyTorch / JAX':>15}")
     for batch in args.batch:
         inputs = Inputs.random(config, batch)

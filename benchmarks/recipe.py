@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from convert.evaluation import evaluate, table
 from pi0.command import output_path
-from pi0_jax.train import read_config, train
+from pi0_eval.scores import evaluate, table
+from pi0_jax.training.train import read_config, train
 
 THRESHOLD = 0.1
 

@@ -7,12 +7,10 @@ pi0-train --config configs/debug.py:tiny_pi0_fast --workdir runs/debug_pi0_fast
 
 from __future__ import annotations
 
-import dataclasses
-
 import ml_collections
 
 from configs import metaworld_demo
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 DEMO = {"tiny": "demo", "tiny_pi05": "demo_pi05", "tiny_pi0_fast": "demo_pi0_fast"}
 
@@ -22,9 +20,10 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     variant = variant or "tiny"
     if variant not in DEMO:
         raise ValueError(f"no tiny model {variant!r} to debug with; choose one of {', '.join(DEMO)}")
-    config, demo = metaworld_demo.get_config(DEMO[variant]), ModelConfig.variant(DEMO[variant])
-    sizes = {name: getattr(demo, name) for name in ("max_token_len", "vocab_size", "image_keys", "max_decoding_steps")}
-    config.model = dataclasses.replace(ModelConfig.variant(variant), **sizes).to_dict()
+    config, demo = metaworld_demo.get_config(DEMO[variant]), get_variant(DEMO[variant])
+    sizes = {name: getattr(demo, name) for name in ("max_token_len", "vocab_size", "image_keys")}
+    sizes["max_decoding_steps"] = demo.runtime.max_decoding_steps
+    config.model = get_variant(variant, **sizes).to_dict()
     config.optimizer.warmup_steps = 2
     config.update({"batch_size": 4, "steps": 10, "log_every": 2, "eval_every": 10, "save_every": 10})
     return config

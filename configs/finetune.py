@@ -8,11 +8,11 @@ import ml_collections
 from ml_collections import FieldReference
 
 from pi0.config import ModelConfig
-from pi0.tokenizers import PALIGEMMA
+from pi0.tokenizers.text import PALIGEMMA
 
 SCALING = {
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that are left
-    "sharding": {"n": "tensor", "k": "tensor?", "m": "tensor", "l": ""},  # see pi0_jax.sharding
+    "sharding": {"n": "tensor", "k": "tensor?", "m": "tensor", "l": ""},  # see pi0_jax.training.sharding
     "accumulate": 1,  # micro-batches, one after the other
 }
 RELEASED = "gs://openpi-assets/checkpoints"
@@ -69,11 +69,11 @@ def data_config(model: ModelConfig, **changes: Any) -> dict[str, Any]:
 
     `validation_episodes` is a list, or the fraction of all that the seed draws. `cache` is a folder that `pi0-cache`
     filled, or "memory", where each worker keeps its own pictures. `state_in_prompt` is π0.5's. `workers`
-    are processes; 0 reads in the training's own. `mixture` is a list of dicts: see `pi0_jax.data.load_data`.
+    are processes; 0 reads in the training's own. `mixture` is a list of dicts: see `pi0_jax.training.data.load_data`.
     """
     values = {
         "root": "",
-        "normalization": "zscore" if model.kind == "pi0" else "quantile",
+        "normalization": model.family.normalization,
         "norm_stats_from": "",
         "tokenizer": PALIGEMMA,
         "action_tokenizer": "",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import SCALING, data_config
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The experiment; `variant` names a model of `pi0.config` (default: demo)."""
-    model = ModelConfig.variant(variant or "demo")
+    model = get_variant(variant or "demo")
     return ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -27,7 +27,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
                 robot="metaworld",
                 asset_id="metaworld",
                 tokenizer="bundled://tokenizer.model",
-                action_tokenizer="bundled://fast_tokenizer" if model.kind == "pi0_fast" else "",
+                action_tokenizer="bundled://fast_tokenizer" if model.family.action_tokens else "",
                 validation_episodes=[3, 7, 11, 15],
                 cache="memory",
                 workers=0,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import RELEASED, finetune
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
     """The experiment."""
     return finetune(
-        ModelConfig.variant("pi05", action_horizon=10),
+        get_variant("pi05", action_horizon=10),
         {"robot": "libero", "asset_id": "libero"},
         {"peak_lr": 5e-5, "final_lr": 5e-5, "warmup_steps": 10_000},
         base_checkpoint=f"{RELEASED}/pi05_base",

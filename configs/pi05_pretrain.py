@@ -13,9 +13,9 @@ import ml_collections
 
 from configs import metaworld_demo
 from configs.finetune import finetune
-from pi0.config import ModelConfig
 from pi0.recipe import RecipeConfig
-from pi0.tokenizers import FAST
+from pi0.tokenizers.fast import FAST
+from pi0.variants import get_variant
 
 SMALL = {"vocab_size": 1280, "max_token_len": 80, "max_decoding_steps": 12, "remat": "none"}  # room for 512 FAST tokens
 
@@ -32,14 +32,14 @@ def experiment(size: str | None, recipe: RecipeConfig, **changes: Any) -> ml_col
     The paper does not give its batch and learning rates: they are openpi's.
     """
     if size is None:
-        model = ModelConfig.variant("pi05", action_horizon=16, max_token_len=300, max_decoding_steps=64)
+        model = get_variant("pi05", action_horizon=16, max_token_len=300, max_decoding_steps=64)
         config = finetune(model, {"robot": "droid", "asset_id": "droid"}, batch_size=256)
         data: dict[str, Any] = {"action_tokenizer": FAST, "subtasks": "", "questions": ""}  # "": the dataset's column
     else:
         del changes["steps"]
         image = {} if size == "tiny" else {"image_resolution": (56, 56)}
         config = metaworld_demo.get_config(f"{size}_pi05")
-        config.model = ModelConfig.variant(f"{size}_pi05", **SMALL, **image).to_dict()
+        config.model = get_variant(f"{size}_pi05", **SMALL, **image).to_dict()
         data = {
             "action_tokenizer": "bundled://fast_tokenizer",
             "subtasks": "bundled://metaworld_subtasks.jsonl",

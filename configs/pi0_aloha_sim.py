@@ -8,7 +8,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import finetune
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
@@ -16,4 +16,4 @@ def get_config(_: str | None = None) -> ml_collections.ConfigDict:
     robot = {"name": "aloha", "cameras": {"top": "base_0_rgb"}, "delta": False, "default_prompt": "Transfer cube"}
     root = "hf://datasets/lerobot/aloha_sim_transfer_cube_human"
     data = {"root": root, "robot": robot, "asset_id": "aloha_sim"}
-    return finetune(ModelConfig.variant("pi0"), data, steps=20_000)
+    return finetune(get_variant("pi0"), data, steps=20_000)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import RELEASED, finetune
-from pi0.config import ModelConfig
-from pi0.tokenizers import FAST
+from pi0.tokenizers.fast import FAST
+from pi0.variants import get_variant
 
 
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
@@ -22,5 +22,5 @@ def get_config(_: str | None = None) -> ml_collections.ConfigDict:
         "norm_stats_from": base,
         "action_tokenizer": FAST,
     }
-    model = ModelConfig.variant("pi0_fast", action_dim=8, action_horizon=10)
+    model = get_variant("pi0_fast", action_dim=8, action_horizon=10)
     return finetune(model, data, base_checkpoint=base, steps=20_000)

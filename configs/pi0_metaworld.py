@@ -8,7 +8,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import finetune
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
@@ -19,4 +19,4 @@ def get_config(_: str | None = None) -> ml_collections.ConfigDict:
         "asset_id": "metaworld",
         "validation_episodes": [3, 7, 11, 15],
     }
-    return finetune(ModelConfig.variant("pi0", action_horizon=10), data, steps=5000)
+    return finetune(get_variant("pi0", action_horizon=10), data, steps=5000)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import ml_collections
 
 from configs.finetune import finetune
-from pi0.config import ModelConfig
+from pi0.variants import get_variant
 
 
 def get_config(_: str | None = None) -> ml_collections.ConfigDict:
     """The experiment."""
     data = {"robot": "robofactory", "asset_id": "robofactory", "normalization": "quantile01"}
-    return finetune(ModelConfig.variant("pi0"), data)
+    return finetune(get_variant("pi0"), data)

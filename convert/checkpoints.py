@@ -5,35 +5,30 @@ Nothing is read before it is asked for, and nothing is written before the whole 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from convert.beside import WRITERS, norm_stats_files, read_assets, read_model
-from convert.formats import (
-    CheckpointError,
-    read_npz,
-    read_orbax,
-    read_safetensors,
-    read_sharded,
-    write_orbax,
-    write_safetensors,
-)
+from convert.formats.npz import read_npz
+from convert.formats.orbax import read_orbax, write_orbax
+from convert.formats.safetensors import read_safetensors, read_sharded, write_safetensors
 from convert.fresh import source_config, with_fresh
-from convert.layouts import LAYOUTS, Layout, LayoutError, Tensor
-from convert.layouts.layout import experts_of, infer_sizes
+from convert.layouts import LAYOUTS
+from convert.layouts.layout import Layout, infer_sizes
+from convert.sidecars import WRITERS, norm_stats_files, read_assets, read_model
+from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
-from pi0.fetch import fetch, local_path
+from pi0.families import FAMILIES
+from pi0.fetch import fetch
+from pi0.parameters import LayoutError
+from pi0.variants import get_variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +190,8 @@ def _lora_choices(layout: Layout, kind: str) -> Iterator[tuple[str, ...]]:
     """The experts that may have low-rank updates, together: none first, then all of them."""
     yield ()
     if layout.has_lora:
-        for count in range(len(experts_of(kind)), 0, -1):
-            yield from itertools.combinations(experts_of(kind), count)
+        for count in range(len(FAMILIES[kind].experts), 0, -1):
+            yield from itertools.combinations(FAMILIES[kind].experts, count)
 
 
 def _stem(name: str) -> str:
@@ -212,7 +207,7 @@ def infer_config(
     LoRA's alpha is no shape: it is taken to be the rank, as in all of openpi's variants.
     """
     sizes = infer_sizes(layout.rules_for(kind, lora), {layout.spell(name): shape for name, shape in shapes.items()})
-    vision, released = sizes["vision"], ModelConfig.variant(kind)
+    vision, released = sizes["vision"], get_variant(kind)
 
     def gemma(scope: str) -> GemmaConfig:
         s = sizes[scope]
@@ -223,7 +218,7 @@ def infer_config(
             )
         return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 
-    experts = {name: gemma(name) for name in experts_of(kind)}
+    experts = {name: gemma(name) for name in FAMILIES[kind].experts}
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
         (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
@@ -238,33 +233,6 @@ def infer_config(
         image_resolution=resolution,
         action_dim=sizes["projections"]["a"] if "projections" in sizes else released.action_dim,
     )
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
-
-    Raises FileExistsError where `target` exists and is not to be overwritten.
-    """
-    target = local_path(target)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; choose another name or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:

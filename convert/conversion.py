@@ -13,15 +13,16 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from convert.beside import WRITERS, variants_of
-from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
-from convert.formats import CheckpointError, pieces
-from convert.layouts import WRITTEN, LayoutError, Tensor, parameters
-from convert.layouts.layout import Index, lora_of, same_bytes
+from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from convert.layouts import WRITTEN
 from convert.lora import merge_lora
+from convert.sidecars import WRITERS, variants_of
+from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
 from pi0.command import output_path
 from pi0.config import ModelConfig
-from pi0.fetch import local_path
+from pi0.parameters import LayoutError, lora_of, parameters
+from pi0.storage import local_path, new_folder
+from pi0.variants import read_variant
 
 DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SMALL = 1_000_000_000  # parameters up to which a conversion is verified unless told otherwise
@@ -202,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     options = {name: value for name, value in vars(args).items() if name not in ("source", "target", "model")}
     try:
-        config = None if args.model is None else ModelConfig.named(args.model)
+        config = None if args.model is None else read_variant(args.model)
         result = convert(args.source, args.target, config=config, **options, say=print)
     except (ValueError, OSError) as error:
         print(f"pi0-convert: {error}", file=sys.stderr)

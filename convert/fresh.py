@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convert.layouts import Tensor, parameters
-from convert.layouts.layout import Index, lora_of
+from convert.tensors import Index, Tensor
 from pi0 import numerics
 from pi0.config import ModelConfig
+from pi0.parameters import lora_of, parameters
 
 
 def source_config(model: ModelConfig, kind: str, lora: tuple[str, ...], vocab_size: int) -> ModelConfig:

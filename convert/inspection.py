@@ -10,11 +10,12 @@ import math
 import sys
 from pathlib import Path
 
-from convert.beside import norm_stats_files
 from convert.checkpoints import detect, find_assets, read_tensors
-from convert.formats import CheckpointError, orbax_paths
-from convert.layouts import LayoutError
+from convert.formats.orbax import orbax_paths
+from convert.sidecars import norm_stats_files
+from convert.tensors import CheckpointError
 from pi0.config import ModelConfig
+from pi0.parameters import LayoutError
 
 
 @dataclasses.dataclass(frozen=True)

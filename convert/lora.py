@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convert.layouts import Parameter, Tensor, parameters
-from convert.layouts.layout import Index, lora_of
+from convert.tensors import Index, Tensor
 from pi0.config import ModelConfig
+from pi0.parameters import Parameter, lora_of, parameters
 
 
 def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -15,8 +15,8 @@ from typing import Any
 from pi0 import __version__
 from pi0.config import ConfigError, ModelConfig
 from pi0.fetch import fetch
-from pi0.normalize import NormStats, load_norm_stats, save_norm_stats
-from pi0.tokenizers import FASTTokenizer
+from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats
+from pi0.tokenizers.fast import FASTTokenizer
 
 FORMAT = "pi0"
 FAST_FOLDER = "assets/fast_tokenizer"

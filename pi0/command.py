@@ -1,11 +1,89 @@
-"""What all commands share."""
+"""What all commands share: the entry point, `pi0 --help`, parsers, exit codes, and arguments that several take."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from pi0.fetch import local_path
+from pi0 import __version__
+from pi0.plugins import MissingExtraError
+from pi0.storage import local_path
+
+COMMANDS = {
+    "train": "train a model in JAX, as an experiment's config says",
+    "plan": "estimate memory and time of a training step on chips that need not be there",
+    "convert": "convert a checkpoint to another layout",
+    "inspect": "describe a checkpoint without reading its weights",
+    "parity": "compare two checkpoints stage by stage, in either framework",
+    "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
+    "replay": "compare a policy's actions with recorded ones, open loop",
+    "bench": "measure sampling against the machine's roofline",
+    "demo": "train, convert, compare and replay on bundled recordings",
+    "check-data": "find damaged files, episodes and frames of a dataset",
+    "cache": "decode a dataset's images once, for training",
+    "stats": "compute a dataset's norm stats",
+    "fit-fast": "fit a FAST action tokenizer on a dataset",
+}
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
+    arguments = sys.argv[1:]
+    if not name:
+        listed = "\n".join(f"  pi0 {command:<14}{text}" for command, text in COMMANDS.items())
+        parser = make_parser("pi0", "π0, π0.5 and π0-FAST robot policies in JAX and PyTorch.", f"commands:\n{listed}")
+        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="pi0 COMMAND --help lists them")
+        args = parser.parse_args(arguments)
+        name, arguments = args.command, args.arguments
+    load_command(name)(arguments)
+
+
+def load_command(name: str) -> Callable[[list[str]], None]:
+    """A command's function, of the entry points `pi0.commands`. Exits with 1 where its extra is not installed."""
+    (found,) = entry_points(group="pi0.commands", name=name)
+    return exit_on_error(f"pi0-{name}")(found.load)()
+
+
+def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a command: what is wrong with its input ends it with one line and an exit code, not a traceback.
+
+    `errors` are raised beside ValueError and OSError; one with an attribute `exit_code` says its own.
+    """
+
+    caught = (ValueError, OSError, MissingExtraError, *errors)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted", file=sys.stderr)
+                sys.exit(INTERRUPTED)
+            except caught as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+                sys.exit(getattr(error, "exit_code", code))
+
+        return run
+
+    return decorate
+
+
+def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A command's parser; the epilog keeps its lines."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
+    return parser
 
 
 def output_path(text: str) -> Path:
@@ -14,3 +92,32 @@ def output_path(text: str) -> Path:
         return local_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def robot_reference(text: str) -> Any:
+    """The type of `--robot`: a name, or a JSON object of a name and options."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
+
+
+def add_robot(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """The argument `--robot`."""
+    text = 'a name, "module:Name", or JSON {"name": …, options}'
+    needed = "the robot: " if required else "the robot, where the checkpoint does not name it: "
+    parser.add_argument("--robot", type=robot_reference, required=required, help=needed + text)
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """The arguments `dataset` and `--format`."""
+    parser.add_argument("dataset", help="a folder, hf://datasets/…, gs://… or bundled://…")
+    parser.add_argument("--format", default="lerobot", help='of the dataset: lerobot (default) or "module:Name"')
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") -> None:
+    """The arguments `checkpoint` (or `name`) and `--asset-id`."""
+    parser.add_argument(name, help="the folder of a checkpoint or of a training run, gs:// or hf://")
+    parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")

@@ -8,10 +8,12 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+from pi0.storage import below
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -55,21 +57,6 @@ def fetch(source: str | Path) -> Path:
     raise ValueError(
         f"cannot fetch {source}: give a local path, gs://bucket/path, hf://org/repo/path or bundled://name"
     )
-
-
-def below(root: Path, name: str) -> Path:
-    """The path `name` below `root`. Raises ValueError for a name that leads elsewhere: absolute, or with `..` in it."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
-        raise ValueError(f"{name!r} is not a path below {root}: it must be relative and without '..'")
-    return root.joinpath(*parts)
-
-
-def local_path(target: str | Path) -> Path:
-    """A path of this machine to write to. Raises ValueError for an address such as gs://bucket/path."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(target)):  # a Path has lost the second slash
-        raise ValueError(f"{target} cannot be written to: give a folder or file of this machine")
-    return Path(target)
 
 
 def cache_dir() -> Path:

@@ -47,10 +47,10 @@ class Observation:
     def from_dict(cls, data: Mapping[str, Any], config: ModelConfig) -> Observation:
         """The observation in flat keys: `image/<key>`, `image_mask/<key>`, `state`, `tokenized_prompt(_mask)`.
 
-        A camera's mask may be left out (all True), and its image if the mask is all False. What a kind of model trains
-        on beside that (`_TRAINING`) is all there, or all left out. Raises ObservationError.
+        A camera's mask may be left out (all True), and its image if the mask is all False. What a family
+        trains on beside that (`training_inputs`) is all there, or all left out. Raises ObservationError.
         """
-        known = {"state", "tokenized_prompt", "tokenized_prompt_mask", *_TRAINING[config.kind]}
+        known = {"state", "tokenized_prompt", "tokenized_prompt_mask", *config.family.training_inputs}
         known |= {f"{part}/{key}" for part in ("image", "image_mask") for key in config.image_keys}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -67,11 +67,10 @@ class Observation:
         for key in config.image_keys:
             images[key], masks[key] = _camera(data, key, batch, config)
         prompt_mask = _array(data, "tokenized_prompt_mask", (batch, config.max_token_len), "bool")
-        if config.kind == "pi0_fast":
+        if not config.family.masked_cameras:
             _refuse_holes(masks, prompt_mask)
-        training = {}
-        if set(_TRAINING[config.kind]) & set(data):
-            training = {name: check(data, name, prompt.shape) for name, check in _TRAINING[config.kind].items()}
+        inputs = config.family.training_inputs
+        training = {name: _TRAINING[name](data, name, prompt.shape) for name in inputs if set(inputs) & set(data)}
         return cls(
             images=images,
             image_masks=masks,
@@ -89,12 +88,12 @@ class Observation:
             "state": self.state,
             "tokenized_prompt": self.tokenized_prompt,
             "tokenized_prompt_mask": self.tokenized_prompt_mask,
-            **{n: getattr(self, n) for names in _TRAINING.values() for n in names if getattr(self, n) is not None},
+            **{name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None},
         }
 
     def prompt_only(self) -> Observation:
         """What a training example asks: without the tokens that are to be predicted."""
-        training = [name for names in _TRAINING.values() for name in names if getattr(self, name) is not None]
+        training = [name for name in _TRAINING if getattr(self, name) is not None]
         mask = self.tokenized_prompt_mask
         if self.token_loss_mask is not None:
             mask = mask & ~self.token_loss_mask
@@ -165,17 +164,12 @@ def _groups(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.nd
     return array.astype(np.int32)
 
 
-# What models of each kind train on beside their inputs, and the check of each.
-_TRAINING: dict[str, dict[str, Callable[..., np.ndarray]]] = {
-    "pi0": {},
-    "pi05": {
-        "token_group": _groups,
-        "has_actions": lambda data, name, shape: _array(data, name, shape[:1], "bool"),
-    },
-    "pi0_fast": {
-        "token_ar_mask": lambda data, name, shape: _flags(data, name, shape).astype(np.int32),
-        "token_loss_mask": lambda data, name, shape: _array(data, name, shape, "bool"),
-    },
+# The fields that models train on beside their inputs, and the check of each.
+_TRAINING: dict[str, Callable[..., np.ndarray]] = {
+    "token_group": _groups,
+    "has_actions": lambda data, name, shape: _array(data, name, shape[:1], "bool"),
+    "token_ar_mask": lambda data, name, shape: _flags(data, name, shape).astype(np.int32),
+    "token_loss_mask": lambda data, name, shape: _array(data, name, shape, "bool"),
 }
 
 _KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8 or float": "f"}

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from pi0 import masks
 
 if TYPE_CHECKING:
-    from pi0.statistics import RunningStats
+    from pi0.datasets.statistics import RunningStats
 
 _COLORS = ("#4c72b0", "#dd8452", "#55a868")
 

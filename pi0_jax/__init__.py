@@ -7,12 +7,12 @@ import dataclasses
 import jax
 
 from pi0.observation import Observation
-from pi0_jax.fast import Sampler, TokenSampler
 from pi0_jax.loading import load
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
 from pi0_jax.policy import Policy
+from pi0_jax.sampler import Sampler, TokenSampler
 
 jax.tree_util.register_dataclass(
     Observation,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from convert.layouts.layout import compare_shapes
 from pi0.config import ModelConfig
+from pi0.parameters import compare_shapes
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
@@ -37,7 +36,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype:
     """The model of an opened checkpoint; see `load`."""
     model = checkpoint.assets.model
     if dtype is not None:
-        model = dataclasses.replace(model, dtype=dtype)
+        model = model.with_runtime(dtype=dtype)
     params = {
         name: jnp.asarray(tensor.read(()), dtype=param_dtype or tensor.dtype)
         for name, tensor in checkpoint.ours.items()

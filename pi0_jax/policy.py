@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-import pi0.policy
+import pi0.policy.policy
 from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0.policy import complete
-from pi0_jax.fast import Sampler, TokenSampler
+from pi0.policy.policy import complete
 from pi0_jax.loading import load_model
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
+from pi0_jax.sampler import Sampler, TokenSampler
 
 # Compiled once for each size of model and batch.
 _sample_actions = jax.jit(Pi0.sample_actions, static_argnames="num_steps")
@@ -25,7 +25,7 @@ _sample_planned = jax.jit(Pi05.sample, static_argnames="num_steps")
 _sample_tokens = jax.jit(Pi0Fast.sample_tokens, static_argnames="max_decoding_steps")
 
 
-class Policy(pi0.policy.Policy):
+class Policy(pi0.policy.policy.Policy):
     """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
 
     sampler: Sampler | TokenSampler | None = None

@@ -1,4 +1,4 @@
-"""Attention of `pi0_torch.fast` by name: PyTorch's kernels, those of flash-attn, and the reference.
+"""Attention of `pi0_torch.sampler` by name: PyTorch's kernels, those of flash-attn, and the reference.
 
 Axes: B batch, N heads, K key/value heads, R query rows of one key head, S tokens attended to, H head dim.
 """
@@ -88,7 +88,7 @@ def attention_backend(name: str, config: ModelConfig, device: torch.device) -> A
         lacking = {
             "the package flash-attn (pip install flash-attn)": importlib.util.find_spec("flash_attn") is not None,
             f"a GPU, not {device.type}": device.type == "cuda",
-            f"dtype bfloat16, not {config.dtype}": config.dtype == "bfloat16",
+            f"dtype bfloat16, not {config.runtime.dtype}": config.runtime.dtype == "bfloat16",
         }
         if not all(lacking.values()):
             needs = "; ".join(need for need, met in lacking.items() if not met)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from convert.layouts import Tensor
-from convert.layouts.layout import compare_shapes
+from convert.tensors import Tensor
 from pi0.config import ModelConfig
 from pi0.observation import Observation
+from pi0.parameters import compare_shapes
 from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
 from pi0_torch.models.pi05 import Pi05
@@ -50,7 +50,7 @@ def load_model(
     """The model of an opened checkpoint; see `load`."""
     model = checkpoint.assets.model
     if dtype is not None:
-        model = dataclasses.replace(model, dtype=dtype)
+        model = model.with_runtime(dtype=dtype)
     params = {
         name: to_torch(tensor.read(())).to(device, None if param_dtype is None else getattr(torch, param_dtype))
         for name, tensor in checkpoint.in_layout("pi0_torch").items()

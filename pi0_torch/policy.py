@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-import pi0.policy
+import pi0.policy.policy
 from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0.policy import complete
-from pi0_torch.fast import Sampler, TokenSampler
+from pi0.policy.policy import complete
 from pi0_torch.loading import load_model, to_device, to_numpy
 from pi0_torch.models.pi0_fast import Pi0Fast
+from pi0_torch.sampler import Sampler, TokenSampler
 
 
-class Policy(pi0.policy.Policy):
+class Policy(pi0.policy.policy.Policy):
     """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
 
     sampler: Sampler | TokenSampler | None = None

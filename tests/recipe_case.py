@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert.layouts import LAYOUTS, Tensor
-from convert.layouts.layout import parameters
-from pi0.config import ModelConfig
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
+from pi0.parameters import parameters
+from pi0.variants import get_variant
 
-CONFIG = ModelConfig.variant("tiny_pi05", remat="none")  # compiles faster
+CONFIG = get_variant("tiny_pi05", remat="none")  # compiles faster
 LENGTHS = [(6, 4, 5), (5, 0, 7), (7, 6, 0), (8, 3, 4)]  # tokens of prompt, subtask and FAST, by row
 BATCH = len(LENGTHS)
 

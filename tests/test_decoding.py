@@ -17,15 +17,16 @@ import pi0_jax.models.vision_language as jax_vision_language
 import pi0_torch.loading
 import pi0_torch.models.gemma as torch_gemma
 import pi0_torch.models.vision_language as torch_vision_language
-from convert.layouts import LAYOUTS, Tensor
-from convert.parity import Inputs
-from pi0.config import ModelConfig
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
 from pi0.observation import Observation
-from tests.convert.test_parity import random_parameters
+from pi0.variants import get_variant
+from pi0_eval.parity.compare import Inputs
+from tests.pi0_eval.parity.test_compare import random_parameters
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
-CONFIG = ModelConfig.variant("tiny_pi0_fast", max_decoding_steps=8)
+CONFIG = get_variant("tiny_pi0_fast", max_decoding_steps=8)
 
 
 def weights(seed: int) -> dict[str, np.ndarray]:
@@ -218,7 +219,7 @@ def test_decoding_stops_when_all_rows_have_ended(framework, monkeypatch):
     free = model.sample(row, eos_token=-1)[0]
     eos = int(free[2])
     expected = 1 + int(np.argmax(free == eos))
-    assert model.predictions(row, monkeypatch, eos_token=eos) == expected < CONFIG.max_decoding_steps
+    assert model.predictions(row, monkeypatch, eos_token=eos) == expected < CONFIG.runtime.max_decoding_steps
 
 
 @FRAMEWORKS

@@ -19,20 +19,22 @@ from convert.checkpoints import Checkpoint
 from convert.conversion import WRITTEN, convert
 from convert.layouts import LAYOUTS
 from pi0.assets import Assets, AssetsError
-from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset
-from pi0.normalize import MODE_OF, NormStats, save_norm_stats
+from pi0.families import FAMILIES
 from pi0.observation import Observation, ObservationError
-from pi0.pipeline import Pipeline
 from pi0.robots import make_robot
+from pi0.robots.normalize import NormStats, save_norm_stats
+from pi0.robots.pipeline import Pipeline
+from pi0.robots.transforms import DeltaActions, Normalize
 from pi0.sample import METAWORLD
-from pi0.tokenizers import BUNDLED, FASTError, FASTTokenizer, TextTokenizer
-from pi0.transforms import DeltaActions, Normalize
+from pi0.tokenizers.fast import FASTError, FASTTokenizer
+from pi0.tokenizers.text import BUNDLED, TextTokenizer
+from pi0.variants import get_variant
 from pi0_jax.loading import load_model as load_jax
 from pi0_torch.loading import load_model as load_torch
 from pi0_torch.loading import parameters_of
-from tests.convert.test_parity import random_checkpoint, write
 from tests.pi0.robots.test_robots import CASES, frame
+from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -41,9 +43,9 @@ FAST_SIZE = 300  # tokens
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb", "wrist_0_rgb")
 SIZES = {"image_keys": CAMERAS, "action_dim": 16}  # room for every robot
 CONFIGS = {
-    "pi0": ModelConfig.variant("tiny", **SIZES, max_token_len=24),
-    "pi05": ModelConfig.variant("tiny_pi05", **SIZES, max_token_len=96),
-    "pi0_fast": ModelConfig.variant(
+    "pi0": get_variant("tiny", **SIZES, max_token_len=24),
+    "pi05": get_variant("tiny_pi05", **SIZES, max_token_len=96),
+    "pi0_fast": get_variant(
         "tiny_pi0_fast",
         **SIZES,
         max_token_len=64,
@@ -103,7 +105,7 @@ def assets_of(fast: FASTTokenizer):
             CONFIGS[kind],
             stats(name),
             asset_id=name,
-            normalization=MODE_OF[kind],
+            normalization=FAMILIES[kind].normalization,
             tokenizer=TextTokenizer(BUNDLED).reference(),
             robot=CASES[name].reference,
             action_tokenizer=fast.reference() if kind == "pi0_fast" else None,
@@ -357,7 +359,9 @@ def test_what_the_caller_says(folders, policy_of, tmp_path):
     policy = pi0_torch.Policy.from_pretrained(
         folders["pi0"], default_prompt="fold the towel", num_steps=2, dtype="bfloat16", param_dtype="bfloat16"
     )
-    assert policy.model.config.dtype == "bfloat16" and {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    assert policy.model.config.runtime.dtype == "bfloat16" and {p.dtype for p in policy.model.parameters()} == {
+        torch.bfloat16
+    }
     inputs, expected = policy.inputs([item]), policy_of("pi0", "torch").inputs([recorded("metaworld")])
     np.testing.assert_array_equal(inputs.tokenized_prompt, expected.tokenized_prompt)
 

@@ -8,11 +8,11 @@ import numpy as np
 
 import pi0_torch
 from convert.checkpoints import open_checkpoint
-from convert.layouts.layout import same_bytes
+from convert.tensors import same_bytes
 from pi0.datasets import LeRobotDataset
 from pi0.datasets.cache import FrameCache
-from pi0.normalize import load_norm_stats
-from pi0.tokenizers import FASTTokenizer
+from pi0.robots.normalize import load_norm_stats
+from pi0.tokenizers.fast import FASTTokenizer
 
 FOLDER = Path(__file__).parent / "written_before"
 EXPECTED = np.load(FOLDER / "expected.npz")

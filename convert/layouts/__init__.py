@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from convert.layouts import lerobot, openpi_jax, openpi_torch, paligemma, pi0_jax, pi0_torch
-from convert.layouts.layout import Layout, LayoutError, Parameter, Rule, Tensor, parameters
+from convert.layouts.layout import Layout, Rule
+from convert.tensors import Tensor
+from pi0.parameters import LayoutError, Parameter, parameters
 
 _TABLES = (
     *(table.LAYOUT for table in (pi0_jax, pi0_torch, openpi_jax, openpi_torch, lerobot)),

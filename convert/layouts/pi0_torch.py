@@ -6,8 +6,10 @@ the stacked layer axis is `.{l}.`, and head axes are flat (not those of LoRA's f
 
 from __future__ import annotations
 
-from convert.layouts.layout import Layout, Rule, axes_of, experts_of
+from convert.layouts.layout import Layout, Rule
 from pi0.config import KINDS
+from pi0.families import FAMILIES
+from pi0.parameters import axes_of
 
 
 def _rule(name: str, axes: tuple[str, ...]) -> Rule:
@@ -26,6 +28,6 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     return Rule(name, theirs, " ".join(flat))
 
 
-_AXES = {name: axes for kind in KINDS for name, axes in axes_of(kind, experts_of(kind)).items()}
+_AXES = {name: axes for kind in KINDS for name, axes in axes_of(kind, FAMILIES[kind].experts).items()}
 
 LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()), format="safetensors")

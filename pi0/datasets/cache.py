@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pi0.command import output_path
-from pi0.fetch import cache_dir, local_path
+from pi0.fetch import cache_dir
+from pi0.storage import local_path
 
 if TYPE_CHECKING:
     from pi0.datasets.lerobot import LeRobotDataset

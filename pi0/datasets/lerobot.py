@@ -23,7 +23,7 @@ from pi0.datasets.cache import MEMORY, FrameCache, FrameMemory, open_cache
 from pi0.datasets.errors import DataError
 from pi0.datasets.video import StoredImages, Video
 from pi0.fetch import fetch
-from pi0.transforms import resize_with_pad
+from pi0.robots.transforms import resize_with_pad
 
 if TYPE_CHECKING:
     from pi0.robots import Robot

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pi0.robots.robot import Robot
-from pi0.transforms import bool_mask
+from pi0.robots.transforms import bool_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Generic(Robot):
          "degrees": [5], "delta_dims": [5, -1], "delta": true}
 
     `state` and `actions` are the ranges [start, stop) of the recorded vectors that the model sees, and commands.
-    `degrees` and `delta_dims` mark dimensions of those, as `pi0.transforms.bool_mask` does: recorded in degrees, which
+    `degrees` and `delta_dims` mark dimensions of those, as `bool_mask` does: recorded in degrees, which
     the model sees in radians, and relative to the state where `delta` is set. Raises ValueError for empty ranges.
     """
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pi0.transforms import bool_mask
+from pi0.robots.transforms import bool_mask
 
 # A thing named X may lie in a frame under any of these: LeRobot's columns, openpi's clients, or its bare name.
 PREFIXES = ("observation.images.", "observation.", "observation/", "images/", "")
@@ -48,7 +48,7 @@ class Robot:
         return bool_mask(*self.delta_dims) if self.delta else None
 
     def to_model(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """One recorded or live frame in the model's flat keys (see `pi0.transforms`); `actions` only where it has them.
+        """One recorded or live frame in the model's flat keys (see `transforms.py`); `actions` only where it has them.
 
         Pictures are uint8 [H, W, 3], or float in [0, 1] and channels first, as LeRobot's loader gives them. Raises
         ValueError for a camera or a state that is missing, and for shapes, dtypes or ranges that do not fit.

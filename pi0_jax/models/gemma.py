@@ -19,7 +19,7 @@ from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
 from pi0_jax.models.lora import make_lora
-from pi0_jax.sharding import constrain_rows
+from pi0_jax.training.sharding import constrain_rows
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 

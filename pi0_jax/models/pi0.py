@@ -36,13 +36,13 @@ class Pi0(VisionLanguageModel):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         assert config.action_expert is not None
         super().__init__(config, queries="queries", rngs=rngs)
-        dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
+        dtype, width, pi05 = config.runtime.dtype, config.action_expert.width, config.kind == "pi05"
         self.action_expert = Expert(
             config.action_expert,
             adaptive=pi05,
             dtype=dtype,
-            remat=config.remat,
-            attention=config.attention,
+            remat=config.runtime.remat,
+            attention=config.runtime.attention,
             rngs=rngs,
         )
 
@@ -87,7 +87,7 @@ class Pi0(VisionLanguageModel):
     ) -> Float[Array, "B T"]:
         """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
 
-        `stages`, where given, receives every intermediate result that `convert.parity` compares.
+        `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
         noise, actions = noise.astype(jnp.float32), actions.astype(jnp.float32)
         t = time.astype(jnp.float32)[:, None, None]
@@ -145,7 +145,7 @@ class Pi0(VisionLanguageModel):
         seen: Bool[Array, "B S"],
     ) -> Float[Array, "B T A"]:
         """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
-        num_steps = self.config.num_steps if num_steps is None else num_steps
+        num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
         horizon = noise.shape[1]
         blocks = suffix_blocks(self.config.kind, horizon)
         suffix_valid = jnp.ones((noise.shape[0], len(blocks)), bool)

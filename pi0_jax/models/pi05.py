@@ -116,7 +116,7 @@ class Pi05(Pi0):
         """
         observation = observation.prompt_only()
         if subtask is None:
-            steps = self.config.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
+            steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
             options = {"temperature": temperature, "rng": rng}
             subtask, cache, seen = self.write_subtask(observation, steps, eos_token, **options)
         else:

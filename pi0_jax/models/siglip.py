@@ -13,19 +13,19 @@ from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
 from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
-from pi0_jax.sharding import constrain_rows
+from pi0_jax.training.sharding import constrain_rows
 
 
 class SelfAttention(nnx.Module):
     """Multi-head attention of all image tokens with each other."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.implementation = config.attention
+        self.implementation = config.runtime.attention
         width, heads = config.vision.width, (config.vision.num_heads, config.vision.head_dim)
-        self.query = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
-        self.key = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
-        self.value = Linear((width,), heads, bias=True, dtype=config.dtype, rngs=rngs)
-        self.out = Linear(heads, (width,), bias=True, dtype=config.dtype, rngs=rngs)
+        self.query = Linear((width,), heads, bias=True, dtype=config.runtime.dtype, rngs=rngs)
+        self.key = Linear((width,), heads, bias=True, dtype=config.runtime.dtype, rngs=rngs)
+        self.value = Linear((width,), heads, bias=True, dtype=config.runtime.dtype, rngs=rngs)
+        self.out = Linear(heads, (width,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
         return self.out(attention(self.query(x), self.key(x), self.value(x), None, self.implementation))
@@ -36,8 +36,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, mlp_dim = config.vision.width, config.vision.mlp_dim
-        self.up = Linear((width,), (mlp_dim,), bias=True, dtype=config.dtype, rngs=rngs)
-        self.down = Linear((mlp_dim,), (width,), bias=True, dtype=config.dtype, rngs=rngs)
+        self.up = Linear((width,), (mlp_dim,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
+        self.down = Linear((mlp_dim,), (width,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
         return self.down(gelu(self.up(x)))
@@ -47,9 +47,9 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(config.vision.width, dtype=config.dtype)
+        self.attention_norm = LayerNorm(config.vision.width, dtype=config.runtime.dtype)
         self.attention = SelfAttention(config, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.vision.width, dtype=config.dtype)
+        self.mlp_norm = LayerNorm(config.vision.width, dtype=config.runtime.dtype)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
@@ -61,7 +61,7 @@ class PatchEmbedding(nnx.Module):
     """Non-overlapping convolution, in float32: kernel [P, P, 3, W]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dtype = config.dtype
+        self.dtype = config.runtime.dtype
         patch, width = config.vision.patch_size, config.vision.width
         scale = 1 / (patch * 3**0.5)
         init = jax.random.truncated_normal(rngs.params(), -2, 2, (patch, patch, 3, width)) * scale
@@ -84,15 +84,15 @@ class SigLIP(nnx.Module):
     """Image [B, height, width, 3] in [−1, 1] to tokens [B, S, D]; no pooling, no further scaling."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.remat = config.dtype, config.remat
+        self.dtype, self.remat = config.runtime.dtype, config.runtime.remat
         vision = config.vision
         self.patch_embedding = PatchEmbedding(config, rngs=rngs)
         init = jax.random.normal(rngs.params(), (config.image_tokens, vision.width)) * vision.width**-0.5
         self.position_embedding = nnx.Param(init)
         stack = nnx.split_rngs(splits=vision.depth)(nnx.vmap(lambda rngs: Block(config, rngs=rngs)))
         self.layers = stack(rngs)
-        self.final_norm = LayerNorm(vision.width, dtype=config.dtype)
-        self.head = Linear((vision.width,), (config.paligemma.width,), bias=True, dtype=config.dtype, rngs=rngs)
+        self.final_norm = LayerNorm(vision.width, dtype=config.runtime.dtype)
+        self.head = Linear((vision.width,), (config.paligemma.width,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
 
     def __call__(
         self, image: Float[Array, "B height width 3"], stages: dict[str, Array] | None = None

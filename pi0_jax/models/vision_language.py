@@ -16,7 +16,7 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_jax.models.gemma import Cache, Expert, joint_forward
 from pi0_jax.models.siglip import SigLIP
-from pi0_jax.sharding import constrain_rows
+from pi0_jax.training.sharding import constrain_rows
 
 
 def attention_mask(
@@ -35,7 +35,7 @@ def pixels(image: Array) -> Float[Array, "B height width 3"]:
 
 
 class VisionLanguageModel(nnx.Module):
-    """A vision tower and a language model. Parameters are float32; `config.dtype` is the compute dtype.
+    """A vision tower and a language model. Parameters are float32; `config.runtime.dtype` is the compute dtype.
 
     `queries` is the place of `pi0.numerics.ROUNDING` at which the language model rounds rotated queries.
     """
@@ -46,10 +46,10 @@ class VisionLanguageModel(nnx.Module):
         self.paligemma = Expert(
             config.paligemma,
             vocab_size=config.vocab_size,
-            dtype=config.dtype,
-            query_dtype=numerics.rounding(queries, config.dtype),
-            remat=config.remat,
-            attention=config.attention,
+            dtype=config.runtime.dtype,
+            query_dtype=numerics.rounding(queries, config.runtime.dtype),
+            remat=config.runtime.remat,
+            attention=config.runtime.attention,
             rngs=rngs,
         )
 

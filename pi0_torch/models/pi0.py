@@ -36,8 +36,8 @@ class Pi0(VisionLanguageModel):
     def __init__(self, config: ModelConfig):
         assert config.action_expert is not None
         super().__init__(config, queries="queries")
-        dtype, width, pi05 = config.dtype, config.action_expert.width, config.kind == "pi05"
-        self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.remat)
+        dtype, width, pi05 = config.runtime.dtype, config.action_expert.width, config.kind == "pi05"
+        self.action_expert = Expert(config.action_expert, adaptive=pi05, dtype=dtype, remat=config.runtime.remat)
 
         def projection(inputs: int, outputs: int) -> Linear:
             float32 = numerics.rounding("action_projections", dtype)
@@ -80,7 +80,7 @@ class Pi0(VisionLanguageModel):
     ) -> Float[Tensor, "B T"]:
         """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
 
-        `stages`, where given, receives every intermediate result that `convert.parity` compares.
+        `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
         noise, actions = noise.float(), actions.float()
         t = time.float()[:, None, None]
@@ -140,7 +140,7 @@ class Pi0(VisionLanguageModel):
         seen: Bool[Tensor, "B S"],
     ) -> Float[Tensor, "B T A"]:
         """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
-        num_steps = self.config.num_steps if num_steps is None else num_steps
+        num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
         horizon = noise.shape[1]
         blocks = suffix_blocks(self.config.kind, horizon)
         suffix_valid = seen.new_ones((noise.shape[0], len(blocks)))

@@ -32,7 +32,7 @@ class Pi0Fast(VisionLanguageModel):
     def compute_loss(self, observation: Observation, stages: dict[str, Tensor] | None = None) -> Float[Tensor, " B"]:
         """Cross-entropy of the next token, mean over those that `token_loss_mask` asks for, float32.
 
-        `stages`, where given, receives every intermediate result that `convert.parity` compares. Raises ValueError
+        `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares. Raises ValueError
         for an observation without the masks of training.
         """
         if observation.token_ar_mask is None or observation.token_loss_mask is None:
@@ -84,7 +84,7 @@ class Pi0Fast(VisionLanguageModel):
         that way. It also shifts the prefix to the right end of the cache, which changes nothing: attention sees
         positions and the mask, not places.
         """
-        steps = self.config.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
+        steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
         prefix, valid = self.embed_prefix(observation)
         blocks = self.text_blocks(observation)
         mask = attention_mask(blocks, blocks, valid, valid)

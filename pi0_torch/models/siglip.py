@@ -20,10 +20,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, self.heads = config.vision.width, (config.vision.num_heads, config.vision.head_dim)
-        self.query = Linear(width, width, bias=True, dtype=config.dtype)
-        self.key = Linear(width, width, bias=True, dtype=config.dtype)
-        self.value = Linear(width, width, bias=True, dtype=config.dtype)
-        self.out = Linear(width, width, bias=True, dtype=config.dtype)
+        self.query = Linear(width, width, bias=True, dtype=config.runtime.dtype)
+        self.key = Linear(width, width, bias=True, dtype=config.runtime.dtype)
+        self.value = Linear(width, width, bias=True, dtype=config.runtime.dtype)
+        self.out = Linear(width, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
         q, k, v = (f(x).unflatten(-1, self.heads) for f in (self.query, self.key, self.value))
@@ -36,8 +36,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, mlp_dim = config.vision.width, config.vision.mlp_dim
-        self.up = Linear(width, mlp_dim, bias=True, dtype=config.dtype)
-        self.down = Linear(mlp_dim, width, bias=True, dtype=config.dtype)
+        self.up = Linear(width, mlp_dim, bias=True, dtype=config.runtime.dtype)
+        self.down = Linear(mlp_dim, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
         return self.down(gelu(self.up(x)))
@@ -48,9 +48,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = LayerNorm(config.vision.width, dtype=config.dtype)
+        self.attention_norm = LayerNorm(config.vision.width, dtype=config.runtime.dtype)
         self.attention = SelfAttention(config)
-        self.mlp_norm = LayerNorm(config.vision.width, dtype=config.dtype)
+        self.mlp_norm = LayerNorm(config.vision.width, dtype=config.runtime.dtype)
         self.mlp = MLP(config)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
@@ -63,7 +63,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dtype = config.dtype
+        self.dtype = config.runtime.dtype
         patch, width = config.vision.patch_size, config.vision.width
         scale = 1 / (patch * 3**0.5)
         init = nn.init.trunc_normal_(torch.empty(width, 3, patch, patch), a=-2, b=2) * scale
@@ -82,14 +82,14 @@ class SigLIP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dtype, self.remat = config.dtype, config.remat
+        self.dtype, self.remat = config.runtime.dtype, config.runtime.remat
         vision = config.vision
         self.patch_embedding = PatchEmbedding(config)
         init = torch.randn(config.image_tokens, vision.width) * vision.width**-0.5
         self.position_embedding = nn.Parameter(init)
         self.layers = nn.ModuleList(Block(config) for _ in range(vision.depth))
-        self.final_norm = LayerNorm(vision.width, dtype=config.dtype)
-        self.head = Linear(vision.width, config.paligemma.width, bias=True, dtype=config.dtype)
+        self.final_norm = LayerNorm(vision.width, dtype=config.runtime.dtype)
+        self.head = Linear(vision.width, config.paligemma.width, bias=True, dtype=config.runtime.dtype)
 
     def forward(
         self, image: Float[Tensor, "B height width 3"], stages: dict[str, Tensor] | None = None

@@ -39,7 +39,7 @@ def pixels(image: Tensor) -> Float[Tensor, "B height width 3"]:
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision tower and a language model. Parameters are float32; `config.dtype` is the compute dtype.
+    """A vision tower and a language model. Parameters are float32; `config.runtime.dtype` is the compute dtype.
 
     `queries` is the place of `pi0.numerics.ROUNDING` at which the language model rounds rotated queries.
     """
@@ -51,9 +51,9 @@ class VisionLanguageModel(nn.Module):
         self.paligemma = Expert(
             config.paligemma,
             vocab_size=config.vocab_size,
-            dtype=config.dtype,
-            query_dtype=numerics.rounding(queries, config.dtype),
-            remat=config.remat,
+            dtype=config.runtime.dtype,
+            query_dtype=numerics.rounding(queries, config.runtime.dtype),
+            remat=config.runtime.remat,
         )
 
     def embed_prefix(

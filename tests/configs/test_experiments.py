@@ -10,21 +10,22 @@ import pytest
 
 from pi0.config import ModelConfig
 from pi0.datasets import LeRobotDataset
-from pi0.normalize import MODES
 from pi0.observation import Observation
 from pi0.robots import make_robot
+from pi0.robots.normalize import MODES
 from pi0.sample import METAWORLD
-from pi0.tokenizers import BUNDLED
+from pi0.tokenizers.text import BUNDLED
+from pi0.variants import get_variant
 
 pytest.importorskip("ml_collections")
 import ml_collections
 
 import pi0_jax
 from configs import debug
-from pi0_jax.data import load_data
-from pi0_jax.optimizer import make_optimizer, make_schedule
-from pi0_jax.train import read_config, train
-from tests.convert.test_parity import random_checkpoint, write
+from pi0_jax.training.data import load_data
+from pi0_jax.training.optimizer import make_optimizer, make_schedule
+from pi0_jax.training.train import read_config, train
+from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 from tests.recording import write_recording
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -55,9 +56,9 @@ def tiny(name: str, root: Path) -> ml_collections.ConfigDict:
     sizes = {"image_keys": model.image_keys, "action_dim": 16, "action_horizon": 10}
     writes = model.kind == "pi0_fast" or "recipe" in config  # FAST tokens
     vocab = {"max_token_len": 128, "vocab_size": 512 + 128 + 512} if writes else {}
-    base = random_checkpoint(ModelConfig.variant(variant, **sizes, **vocab))  # LoRA is new
+    base = random_checkpoint(get_variant(variant, **sizes, **vocab))  # LoRA is new
     config.base_checkpoint = str(write(base, root / "base", "pi0_jax"))
-    config.model = ModelConfig.variant(variant + lora, **sizes, **vocab, remat="none").to_dict()
+    config.model = get_variant(variant + lora, **sizes, **vocab, remat="none").to_dict()
     reference = config.data.robot if isinstance(config.data.robot, str) else config.data.robot.to_dict()
     config.data.root = str(write_recording(root / "recording", make_robot(reference)))
     config.data.update({"tokenizer": BUNDLED, "validation_episodes": [1]})

@@ -14,22 +14,26 @@ import pytest
 import pi0_jax
 import pi0_torch
 from convert import checkpoints, formats
-from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
+from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from convert.conversion import convert
 from convert.conversion import main as convert_main
-from convert.formats import CheckpointError, read_orbax, read_safetensors, write_orbax, write_safetensors
-from convert.layouts import LAYOUTS, WRITTEN, LayoutError, Tensor, parameters
+from convert.formats.orbax import read_orbax, write_orbax
+from convert.formats.safetensors import read_safetensors, write_safetensors
+from convert.layouts import LAYOUTS, WRITTEN
+from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
-from pi0.config import ModelConfig
-from pi0.normalize import NormStats
+from pi0.parameters import LayoutError, parameters
+from pi0.robots.normalize import NormStats
+from pi0.storage import new_folder
+from pi0.variants import get_variant
 from tests.golden_case import CASES, FAST, GoldenCase
 
-CONFIG = ModelConfig.variant("tiny")
+CONFIG = get_variant("tiny")
 OF_PI0 = [name for name, layout in LAYOUTS.items() if "pi0" in layout.kinds]
 
 
 def random_checkpoint(variant: str = "tiny", dtype: str = "float32") -> Checkpoint:
-    config, rng = ModelConfig.variant(variant), np.random.default_rng(0)
+    config, rng = get_variant(variant), np.random.default_rng(0)
     ours = {name: Tensor.of((rng.normal(size=p.shape) * 0.1).astype(dtype)) for name, p in parameters(config).items()}
     stats = NormStats.from_data(rng.normal(size=(10, 4)))
     assets = Assets(config, {"state": stats, "actions": stats}, "lab", "zscore", {"kind": "sentencepiece"}, "metaworld")
@@ -64,7 +68,7 @@ def stored(tmp_path_factory) -> dict[str, Path]:
     ("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32"), ("tiny_pi0_fast", "float32")]
 )
 def test_files_keep_every_byte_and_the_assets(layout: str, variant: str, dtype: str, tmp_path):
-    if ModelConfig.variant(variant).kind not in LAYOUTS[layout].kinds:
+    if get_variant(variant).kind not in LAYOUTS[layout].kinds:
         pytest.skip(f"{layout} has no such model")
     checkpoint = random_checkpoint(variant, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     opened = open_checkpoint(write(checkpoint, tmp_path / "out", layout))
@@ -104,9 +108,9 @@ def test_conversion_is_deterministic(stored, tmp_path):
 def test_models_load_from_every_layout(stored, layout: str):
     """Both frameworks, in the dtypes asked for."""
     model = pi0_jax.load(stored[layout], dtype="bfloat16", param_dtype="bfloat16")
-    assert model.config.dtype == "bfloat16" and model.paligemma.embedding[...].dtype == "bfloat16"
+    assert model.config.runtime.dtype == "bfloat16" and model.paligemma.embedding[...].dtype == "bfloat16"
     module = pi0_torch.load(stored[layout], dtype="bfloat16", param_dtype="bfloat16")
-    assert module.config.dtype == "bfloat16" and str(module.paligemma.embedding.dtype) == "torch.bfloat16"
+    assert module.config.runtime.dtype == "bfloat16" and str(module.paligemma.embedding.dtype) == "torch.bfloat16"
     assert str(pi0_torch.load(stored[layout]).paligemma.embedding.dtype) == "torch.float32"
 
 

@@ -9,19 +9,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.checkpoints import Checkpoint, new_folder, open_checkpoint, write_checkpoint
+from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from convert.conversion import convert, main
-from convert.formats import CheckpointError
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts import LAYOUTS
 from convert.lora import merge_lora
+from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
-from pi0.config import ModelConfig
+from pi0.parameters import LayoutError, parameters
+from pi0.storage import new_folder
+from pi0.variants import get_variant
 from tests.convert.test_checkpoints import OF_PI0
 from tests.golden_case import LORA, GoldenCase
 
 
 def random_checkpoint(variant: str = "tiny") -> Checkpoint:
-    config, rng = ModelConfig.variant(variant), np.random.default_rng(0)
+    config, rng = get_variant(variant), np.random.default_rng(0)
     ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
     return Checkpoint(Path("memory"), LAYOUTS["pi0_jax"], Assets(config), ours)
 
@@ -100,7 +102,7 @@ def test_merged_lora_is_the_sum(tmp_path):
     """In float64, by hand: per head, except for the output projection, whose heads openpi sums in either factor."""
     folder = write(random_checkpoint("tiny_lora"), tmp_path / "lora")
     before, after = open_checkpoint(folder), convert(folder, tmp_path / "out", to="pi0_torch", lora="merge")
-    assert after.assets.model == ModelConfig.variant("tiny")
+    assert after.assets.model == get_variant("tiny")
     x = {name: value.astype(np.float64) for name, value in values(before).items()}
     expert = "paligemma.layers"  # alpha / rank = 2
     for part, equation, scale in (
@@ -134,14 +136,14 @@ def test_pi0_fast_changes_as_the_others_do(tmp_path):
     source, said = write(random_checkpoint("tiny_pi0_fast_lora"), tmp_path / "lora"), []
     result = convert(source, tmp_path / "out", to="lerobot", lora="merge", action_dim=9, say=said.append)
     assert said[:2] == ["LoRA of paligemma merged in float32", "action_dim 7 -> 9: no parameter depends on it"]
-    assert result.assets.model == ModelConfig.variant("tiny_pi0_fast", action_dim=9)
+    assert result.assets.model == get_variant("tiny_pi0_fast", action_dim=9)
 
 
 def test_lora_is_not_dropped(source, tmp_path):
     with pytest.raises(LayoutError, match="no LoRA"):
         convert(source, tmp_path / "out", to="pi0_torch", lora="merge")
     lora = write(random_checkpoint("tiny_lora"), tmp_path / "lora")
-    plain = ModelConfig.variant("tiny")
+    plain = get_variant("tiny")
     with pytest.raises(LayoutError, match=r"unknown .*lora/a"):  # read as a model without: unknown tensors
         convert(lora, tmp_path / "out", to="pi0_torch", config=plain)
     without = {name for name in OF_PI0 if not LAYOUTS[name].has_lora}
@@ -157,15 +159,15 @@ def test_lora_is_not_dropped(source, tmp_path):
 @pytest.fixture
 def run(tmp_path) -> Path:
     """Two steps of a run; the state of the second has other weights than its moving average."""
-    from pi0_jax.checkpoints import Checkpoints
     from pi0_jax.loading import unflatten
+    from pi0_jax.training.checkpoints import Checkpoints
 
     ema = values(random_checkpoint())
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
     for step in (10, 9 + 20):
         weights = {name: value + np.float32(step) for name, value in ema.items()}
         state = {"params": unflatten(weights), "ema": unflatten(ema), "opt_state": {"count": np.int32(step)}}
-        checkpoints.save(step, unflatten(ema), state, Assets(ModelConfig.variant("tiny")))
+        checkpoints.save(step, unflatten(ema), state, Assets(get_variant("tiny")))
     checkpoints.close()
     return tmp_path / "run"
 
@@ -212,10 +214,10 @@ def test_a_flat_layout_without_a_config_is_told_its_model(layout: str, tmp_path,
     with pytest.raises(SystemExit):
         main([str(folder), str(tmp_path / "out"), "--to", "pi0_jax"])
     assert "--model pi0" in capsys.readouterr().err
-    (tmp_path / "model.json").write_text(json.dumps(ModelConfig.variant("tiny").to_dict()))
+    (tmp_path / "model.json").write_text(json.dumps(get_variant("tiny").to_dict()))
     for model in ("tiny", str(tmp_path / "model.json")):
         main([str(folder), str(tmp_path / "out"), "--to", "pi0_jax", "--model", model, "--overwrite"])
-        assert open_checkpoint(tmp_path / "out").assets.model == ModelConfig.variant("tiny")
+        assert open_checkpoint(tmp_path / "out").assets.model == get_variant("tiny")
     with pytest.raises(SystemExit):
         main([str(folder), str(tmp_path / "out2"), "--to", "pi0_jax", "--model", "pi1"])
     assert "pi1" in capsys.readouterr().err

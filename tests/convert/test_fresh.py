@@ -11,13 +11,16 @@ import pytest
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.conversion import convert, main
-from convert.formats import CheckpointError, read_npz, read_safetensors, write_safetensors
+from convert.formats.npz import read_npz
+from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.inspection import inspect
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
-from pi0.config import ModelConfig
+from convert.layouts import LAYOUTS
+from convert.tensors import CheckpointError, Tensor
+from pi0.parameters import LayoutError, parameters
+from pi0.variants import get_variant
 from tests.convert.test_checkpoints import assert_same, random_checkpoint, write
 
-FAST, PI0 = ModelConfig.variant("tiny_pi0_fast"), ModelConfig.variant("tiny")
+FAST, PI0 = get_variant("tiny_pi0_fast"), get_variant("tiny")
 # PaliGemma's sizes are those of both.
 FAST = dataclasses.replace(
     FAST, vision=PI0.vision, paligemma=PI0.paligemma, vocab_size=512, image_resolution=PI0.image_resolution
@@ -71,7 +74,7 @@ def test_fresh_parameters_are_distributed_as_a_new_model_s(paligemma, tmp_path):
     from pi0_jax.loading import make_model, parameters_of
 
     model = dataclasses.replace(
-        ModelConfig.variant("tiny_lora"),
+        get_variant("tiny_lora"),
         paligemma=dataclasses.replace(PI0.paligemma, lora_rank=3, lora_alpha=6.0),
         kind="pi05",
     )
@@ -107,7 +110,7 @@ def test_hugging_face_names_of_every_version(prefix: str, paligemma, tmp_path):
 
 
 def test_new_lora_on_a_base(tmp_path):
-    base, lora = write(random_checkpoint(), tmp_path / "base", "openpi_jax"), ModelConfig.variant("tiny_lora")
+    base, lora = write(random_checkpoint(), tmp_path / "base", "openpi_jax"), get_variant("tiny_lora")
     opened = open_checkpoint(base, lora, fresh=0)
     assert opened.fresh and all(".lora." in name for name in opened.fresh)
     with pytest.raises(LayoutError, match="missing"):
@@ -158,8 +161,8 @@ def test_damaged_npz_files_are_refused(tmp_path):
 
 def test_training_starts_from_a_base(tmp_path):
     """The parameters before the first step are the base's, and frozen ones stay, in bfloat16."""
-    from pi0_jax.train import train
-    from tests.pi0_jax.test_train import small_config
+    from pi0_jax.training.train import train
+    from tests.pi0_jax.training.test_train import small_config
 
     base = write(random_checkpoint(), tmp_path / "base", "openpi_jax")
     config = small_config(steps=2, save_every=1, eval_every=0)

@@ -9,18 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    new_folder,
-    write_checkpoint,
-    write_orbax,
-    write_safetensors,
-)
+from convert.checkpoints import Checkpoint, CheckpointError, write_checkpoint, write_orbax, write_safetensors
 from convert.conversion import convert
-from convert.layouts import LAYOUTS, LayoutError, Tensor, parameters
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
 from pi0.assets import Assets
-from pi0.config import ModelConfig
+from pi0.parameters import LayoutError, parameters
+from pi0.storage import new_folder
+from pi0.variants import get_variant
 from tests.convert.test_checkpoints import OF_PI0
 
 CASES_PER_LAYOUT = 50
@@ -28,7 +24,7 @@ DAMAGES = ("dropped", "renamed", "transposed", "nan", "dtype", "extra", "halves"
 
 
 def arrays(variant: str, layout: str) -> dict[str, np.ndarray]:
-    config, rng = ModelConfig.variant(variant), np.random.default_rng(0)
+    config, rng = get_variant(variant), np.random.default_rng(0)
     ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
     return {name: np.array(t.read(())) for name, t in LAYOUTS[layout].from_ours(config, ours).items()}
 
@@ -64,7 +60,7 @@ def damage(kind: str, tensors: dict[str, np.ndarray], name: str, rng: np.random.
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    root, config = tmp_path_factory.mktemp("fuzz"), ModelConfig.variant("tiny")
+    root, config = tmp_path_factory.mktemp("fuzz"), get_variant("tiny")
     ours = {n: Tensor.of(np.ones(p.shape, np.float32)) for n, p in parameters(config).items()}
     for layout in OF_PI0:
         with new_folder(root / layout) as folder:

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoints import Checkpoint, new_folder, write_checkpoint
-from convert.formats import read_safetensors, write_safetensors
+from convert.checkpoints import Checkpoint, write_checkpoint
+from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.inspection import inspect, main
-from convert.layouts import LAYOUTS, Tensor, parameters
+from convert.layouts import LAYOUTS
+from convert.tensors import Tensor
 from pi0.assets import Assets
-from pi0.config import ModelConfig
-from pi0.normalize import NormStats
+from pi0.parameters import parameters
+from pi0.robots.normalize import NormStats
+from pi0.storage import new_folder
+from pi0.variants import get_variant
 from tests.convert.test_checkpoints import OF_PI0
 from tests.golden_case import CASES, FAST, LORA, GoldenCase
 
@@ -37,7 +40,7 @@ def test_openpi_checkpoints(name: str):
 
 @pytest.fixture(params=OF_PI0)
 def stored(request, tmp_path) -> tuple[str, Path]:
-    config, rng = ModelConfig.variant("tiny"), np.random.default_rng(0)
+    config, rng = get_variant("tiny"), np.random.default_rng(0)
     stats = NormStats.from_data(rng.normal(size=(10, 4)))
     assets = Assets(config, {"state": stats, "actions": stats}, "my_lab", "zscore", step=17)
     ours = {n: Tensor.of(rng.normal(size=p.shape).astype(np.float32)) for n, p in parameters(config).items()}
@@ -49,7 +52,7 @@ def stored(request, tmp_path) -> tuple[str, Path]:
 def test_every_layout_with_what_lies_beside(stored):
     layout, folder = stored
     found = inspect(folder)
-    assert (found.layout, found.kind, found.config) == (layout, "pi0", ModelConfig.variant("tiny"))
+    assert (found.layout, found.kind, found.config) == (layout, "pi0", get_variant("tiny"))
     assert (found.step, found.norm_stats, found.problems, found.lora_experts) == (17, ["my_lab"], [], ())
 
 
@@ -65,7 +68,7 @@ def test_the_command(stored, capsys):
 
 
 def test_what_does_not_fit_is_said(tmp_path, capsys):
-    config = ModelConfig.variant("tiny")
+    config = get_variant("tiny")
     ours = {n: Tensor.of(np.zeros(p.shape, np.float32)) for n, p in parameters(config).items()}
     with new_folder(tmp_path / "x") as folder:
         write_checkpoint(Checkpoint(folder, LAYOUTS["pi0_jax"], Assets(config), ours), folder, "pi0_torch")

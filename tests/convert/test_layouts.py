@@ -11,9 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from convert.checkpoints import detect, infer_config
-from convert.layouts import LAYOUTS, LayoutError, Rule, Tensor, parameters
-from convert.layouts.layout import Layout, lora_of
-from pi0.config import KINDS, VARIANTS, GemmaConfig, ModelConfig, VisionConfig
+from convert.layouts import LAYOUTS
+from convert.layouts.layout import Layout, Rule
+from convert.tensors import Tensor
+from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
+from pi0.parameters import LayoutError, lora_of, parameters
+from pi0.variants import VARIANTS, get_variant
 
 COUNTS = {"pi0": 3_238_048_528, "pi05": 3_353_433_872, "pi0_fast": 2_923_335_408}
 
@@ -53,7 +56,7 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast", "pi0_lora"])
 def test_full_size_openpi_names_and_shapes(kind: str):
     names = json.loads((Path(__file__).parents[1] / "layouts" / f"openpi_jax_{kind}.json").read_text())
-    config = ModelConfig.variant(kind)
+    config = get_variant(kind)
     assert LAYOUTS["openpi_jax"].shapes(config) == {name: tuple(shape) for name, shape in names.items()}
     for layout in LAYOUTS.values():
         if kind in COUNTS and config.kind in layout.kinds:
@@ -68,7 +71,7 @@ def test_tables_are_the_models(variant: str):
     import pi0_jax.loading
     import pi0_torch.loading
 
-    config = ModelConfig.variant(variant)
+    config = get_variant(variant)
     state = nnx.to_pure_dict(nnx.state(pi0_jax.loading.abstract_model(config)))
     in_jax = {name: leaf.shape for name, leaf in pi0_jax.loading.flatten(state).items()}
     assert in_jax == {name: p.shape for name, p in parameters(config).items()}
@@ -88,7 +91,7 @@ def test_no_parameter_is_unused(kind: str):
 
     import pi0_torch
 
-    module = pi0_torch.loading.abstract_model(ModelConfig.variant(kind, remat="none"))
+    module = pi0_torch.loading.abstract_model(get_variant(kind, remat="none"))
     config = module.config
     with torch.device("meta"):
         observation = pi0_torch.Observation(
@@ -113,7 +116,7 @@ def test_no_parameter_is_unused(kind: str):
 def test_no_two_parameters_share_memory():
     import pi0_torch
 
-    module = pi0_torch.Pi0(ModelConfig.variant("tiny"))
+    module = pi0_torch.Pi0(get_variant("tiny"))
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == len(module.state_dict())
 
 
@@ -164,7 +167,7 @@ def test_sizes_follow_from_shapes(config: ModelConfig):
 
 @pytest.mark.parametrize("name", ["pi0_torch", "openpi_torch", "lerobot"])
 def test_sizes_that_do_not_follow_are_asked_for(name: str):
-    shapes = LAYOUTS[name].shapes(ModelConfig.variant("tiny"))
+    shapes = LAYOUTS[name].shapes(get_variant("tiny"))
     with pytest.raises(LayoutError, match="config"):
         infer_config(LAYOUTS[name], "pi0", shapes)
 
@@ -172,7 +175,7 @@ def test_sizes_that_do_not_follow_are_asked_for(name: str):
 @pytest.mark.parametrize("name", list(LAYOUTS))
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("tiny")])
 def test_a_layout_is_found_by_its_names(name: str, variant: str):
-    config, layout = ModelConfig.variant(variant), LAYOUTS[name]
+    config, layout = get_variant(variant), LAYOUTS[name]
     if config.kind not in layout.kinds:
         with pytest.raises(LayoutError, match=f"{name} has no place for {config.kind}; it is one of "):
             layout.shapes(config)
@@ -221,7 +224,7 @@ def assert_read_as(ours: dict[str, Tensor], layout: Layout, config: ModelConfig,
 def test_full_size_pytorch_names_and_shapes(name: str, file: str, kind: str):
     """Read off the public implementations: all that we write is there, and all that we leave out is known."""
     listed = json.loads((Path(__file__).parents[1] / "layouts" / f"{file}_{kind}.json").read_text())
-    shapes, layout, config = {n: tuple(s) for n, (s, _) in listed.items()}, LAYOUTS[name], ModelConfig.variant(kind)
+    shapes, layout, config = {n: tuple(s) for n, (s, _) in listed.items()}, LAYOUTS[name], get_variant(kind)
     written = layout.shapes(config)
     assert written.items() <= shapes.items()
     assert shapes.keys() - written.keys() == {names_of_the_embedding(name)[1], layout.unused[0].theirs}
@@ -232,7 +235,7 @@ def test_full_size_pytorch_names_and_shapes(name: str, file: str, kind: str):
 def test_full_size_lerobot_pi0_fast():
     """It holds the embedding twice and has no action expert."""
     listed = json.loads((Path(__file__).parents[1] / "layouts" / "lerobot_pi0_fast.json").read_text())
-    shapes, config = {n: tuple(s) for n, (s, _) in listed.items()}, ModelConfig.variant("pi0_fast")
+    shapes, config = {n: tuple(s) for n, (s, _) in listed.items()}, get_variant("pi0_fast")
     written, copy = LAYOUTS["lerobot"].shapes(config), names_of_the_embedding("lerobot")[1]
     assert {n: s for n, s in shapes.items() if n != copy} == written
     LAYOUTS["lerobot"].check(config, shapes)
@@ -243,7 +246,7 @@ def test_full_size_lerobot_pi0_fast():
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_pytorch_weights_are_as_openpi_converts_them(name: str, kind: str):
     """openpi's `examples/convert_jax_model_to_pytorch.py`, with its reshapes written for any sizes."""
-    config = ModelConfig.variant("tiny" if kind == "pi0" else "tiny_pi05")
+    config = get_variant("tiny" if kind == "pi0" else "tiny_pi05")
     ours, stored = pytorch_checkpoint(name, config)
     jax = {n: t.read(()) for n, t in LAYOUTS["openpi_jax"].from_ours(config, ours).items()}
     n, width, image, layers = config.paligemma, config.vision.width, "PaliGemma/img", "PaliGemma/llm/layers"
@@ -280,7 +283,7 @@ def test_pytorch_weights_are_as_openpi_converts_them(name: str, kind: str):
 @pytest.mark.parametrize("name", list(PALIGEMMA))
 @pytest.mark.parametrize("variant", ["tiny", "tiny_pi05"])
 def test_either_copy_or_both_are_read_and_what_is_unused_may_be_there(name: str, variant: str):
-    config, layout = ModelConfig.variant(variant), LAYOUTS[name]
+    config, layout = get_variant(variant), LAYOUTS[name]
     ours, stored = pytorch_checkpoint(name, config)
     for left_out in ((), *((copy,) for copy in names_of_the_embedding(name)), (layout.unused[0].theirs,)):
         assert_read_as(ours, layout, config, {n: t for n, t in stored.items() if n not in left_out})
@@ -293,7 +296,7 @@ def test_either_copy_or_both_are_read_and_what_is_unused_may_be_there(name: str,
 @pytest.mark.parametrize("name", list(PALIGEMMA))
 def test_copies_that_differ_are_refused_by_both_names(name: str):
     """Before anything is made of them: by a zero's sign, a dtype, a shape."""
-    config, layout, (one, other) = ModelConfig.variant("tiny"), LAYOUTS[name], names_of_the_embedding(name)
+    config, layout, (one, other) = get_variant("tiny"), LAYOUTS[name], names_of_the_embedding(name)
     _, stored = pytorch_checkpoint(name, config)
     zeros = np.zeros(stored[one].shape, np.float32)
     stored[one] = Tensor.of(zeros)
@@ -308,7 +311,7 @@ def test_copies_that_differ_are_refused_by_both_names(name: str):
 
 @pytest.mark.parametrize("name", list(PALIGEMMA))
 def test_an_unused_tensor_of_another_shape_is_refused(name: str):
-    config, layout = ModelConfig.variant("tiny"), LAYOUTS[name]
+    config, layout = get_variant("tiny"), LAYOUTS[name]
     _, stored = pytorch_checkpoint(name, config)
     unused = layout.unused[0].theirs
     with pytest.raises(LayoutError, match=re.escape(unused)):
@@ -318,7 +321,7 @@ def test_an_unused_tensor_of_another_shape_is_refused(name: str):
 @pytest.mark.parametrize("name", list(PALIGEMMA))
 def test_both_names_of_the_vision_tower_are_read(name: str):
     """That of the other version of transformers; the prefix `model.` is what tells LeRobot from openpi."""
-    config, layout = ModelConfig.variant("tiny"), LAYOUTS[name]
+    config, layout = get_variant("tiny"), LAYOUTS[name]
     ours, stored = pytorch_checkpoint(name, config)
     old, new = ".vision_tower.vision_model.", ".vision_tower."
     names = {n: n.replace(old, new) if old in n else n.replace(new, old) for n in stored}
@@ -335,7 +338,7 @@ def test_both_names_of_the_vision_tower_are_read(name: str):
 
 def test_lerobots_names_without_its_prefix_are_openpis():
     """LeRobot's first releases are openpi's files."""
-    config = ModelConfig.variant("tiny")
+    config = get_variant("tiny")
     ours, stored = pytorch_checkpoint("lerobot", config)
     assert_read_as(ours, LAYOUTS["openpi_torch"], config, {n.removeprefix("model."): t for n, t in stored.items()})
 
@@ -346,13 +349,13 @@ def test_foreign_names():
 
 
 def test_positions_of_no_square_image_are_named():
-    shapes = LAYOUTS["openpi_jax"].shapes(ModelConfig.variant("tiny"))  # images of 28 x 42 pixels
+    shapes = LAYOUTS["openpi_jax"].shapes(get_variant("tiny"))  # images of 28 x 42 pixels
     with pytest.raises(LayoutError, match=r"PaliGemma/img/pos_embedding holds 6 positions.*config="):
         infer_config(LAYOUTS["openpi_jax"], "pi0", shapes)
 
 
 def test_disagreeing_shapes_name_both_tensors():
-    config = ModelConfig.variant("tiny")
+    config = get_variant("tiny")
     shapes = LAYOUTS["openpi_jax"].shapes(config)
     shapes["action_out_proj/kernel"] = (20, 9)
     with pytest.raises(LayoutError, match=r"action_out_proj/bias.*9|action_out_proj/kernel.*9"):
@@ -367,7 +370,7 @@ def test_a_table_with_a_hole_or_a_double_is_refused():
 
 
 def test_parts_of_one_tensor_must_share_a_dtype():
-    config = ModelConfig.variant("tiny")
+    config = get_variant("tiny")
     ours = {n: Tensor.of(np.zeros(p.shape, np.float32)) for n, p in parameters(config).items()}
     name = "paligemma.layers.mlp.gate.kernel"
     ours[name] = Tensor.of(ours[name].read(()).astype(np.float64))

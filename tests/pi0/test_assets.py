@@ -9,12 +9,12 @@ import pytest
 
 import pi0
 from pi0.assets import Assets, AssetsError
-from pi0.config import ModelConfig
-from pi0.normalize import NormStats
-from pi0.tokenizers import FASTTokenizer
+from pi0.robots.normalize import NormStats
+from pi0.tokenizers.fast import FASTTokenizer
+from pi0.variants import get_variant
 
 STATS = NormStats.from_data(np.random.default_rng(0).normal(size=(10, 3)))
-ASSETS = Assets(ModelConfig.variant("tiny"), {"state": STATS, "actions": STATS}, "lab", "zscore", {"kind": "x"}, "r", 7)
+ASSETS = Assets(get_variant("tiny"), {"state": STATS, "actions": STATS}, "lab", "zscore", {"kind": "x"}, "r", 7)
 
 
 @pytest.mark.parametrize("beside_weights", [False, True])

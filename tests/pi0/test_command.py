@@ -10,16 +10,19 @@ import pytest
 
 GS = "gs://bucket/out"
 WRITING = {
-    "pi0_jax.train": ["--config", "configs/debug.py", "--workdir", GS],
+    "pi0_jax.training.train": ["--config", "configs/debug.py", "--workdir", GS],
     "convert.conversion": ["tests/golden/pi0/checkpoint", GS, "--to", "pi0_torch"],
-    "convert.replay": ["x", "bundled://metaworld_v30", "--out", GS],
-    "convert.evaluation": ["x", "--json", GS],
-    "convert.parity": ["x", "y", "--html", GS],
-    "convert.bench": ["--json", GS],
-    "convert.demo": ["--workdir", GS],
-    "pi0.statistics": [*["x", "--robot", "metaworld", "--action-horizon", "5", "--asset-id", "metaworld", "--out"], GS],
+    "pi0_eval.replay": ["x", "bundled://metaworld_v30", "--out", GS],
+    "pi0_eval.scores": ["x", "--json", GS],
+    "pi0_eval.parity.compare": ["x", "y", "--html", GS],
+    "pi0_eval.bench": ["--json", GS],
+    "pi0_eval.demo": ["--workdir", GS],
+    "pi0.datasets.statistics": [
+        *["x", "--robot", "metaworld", "--action-horizon", "5", "--asset-id", "metaworld", "--out"],
+        GS,
+    ],
     "pi0.datasets.cache": ["bundled://metaworld_v30", "--cache", GS],
-    "pi0.fit_fast": ["bundled://metaworld_v30", GS, "--robot", "metaworld"],
+    "pi0.datasets.fit_fast": ["bundled://metaworld_v30", GS, "--robot", "metaworld"],
 }
 
 

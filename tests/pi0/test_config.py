@@ -8,19 +8,20 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from pi0.config import VARIANTS, ConfigError, GemmaConfig, ModelConfig, VisionConfig
+from pi0.config import ConfigError, GemmaConfig, ModelConfig, VisionConfig
+from pi0.variants import VARIANTS, get_variant
 
-TINY = ModelConfig.variant("tiny")
+TINY = get_variant("tiny")
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_json_there_and_back(name: str):
-    config = ModelConfig.variant(name)
+    config = get_variant(name)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_released_sizes():
-    pi0, pi05, small = (ModelConfig.variant(name) for name in ("pi0", "pi05", "pi0_small"))
+    pi0, pi05, small = (get_variant(name) for name in ("pi0", "pi05", "pi0_small"))
     assert (pi0.image_tokens, pi0.max_token_len, pi05.max_token_len) == (256, 48, 200)
     assert pi0.prefix_len == 3 * 256 + 48
     assert (small.action_horizon, small.action_expert.width, small.num_steps, small.max_token_len) == (25, 512, 5, 32)
@@ -34,18 +35,18 @@ def test_released_sizes():
 
 
 def test_released_pi0_fast():
-    pi0, fast = (ModelConfig.variant(name) for name in ("pi0", "pi0_fast"))
+    pi0, fast = (get_variant(name) for name in ("pi0", "pi0_fast"))
     assert (fast.paligemma, fast.vision, fast.action_expert) == (pi0.paligemma, pi0.vision, None)
     assert fast.image_keys == ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
     assert (fast.max_token_len, fast.action_dim, fast.action_horizon, fast.max_decoding_steps) == (250, 32, 32, 256)
-    lora = ModelConfig.variant("pi0_fast_lora").paligemma
+    lora = get_variant("pi0_fast_lora").paligemma
     assert (lora.lora_rank, lora.lora_scale) == (16, 1.0)
 
 
 def test_variant_with_changes():
-    assert ModelConfig.variant("pi0", action_horizon=10).action_horizon == 10
+    assert get_variant("pi0", action_horizon=10).action_horizon == 10
     with pytest.raises(ConfigError, match=r"pi1.*pi0_small"):
-        ModelConfig.variant("pi1")
+        get_variant("pi1")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_impossible_lora(rank, alpha, named: str):
 
 
 def test_lora_scale():
-    assert ModelConfig.variant("tiny_lora").paligemma.lora_scale == 2.0
+    assert get_variant("tiny_lora").paligemma.lora_scale == 2.0
     assert dataclasses.replace(TINY.paligemma, lora_rank=4).lora_scale == 1.0
 
 

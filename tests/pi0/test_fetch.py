@@ -8,7 +8,8 @@ import pytest
 import tensorstore as ts
 
 import pi0.fetch
-from pi0.fetch import below, fetch, local_path
+from pi0.fetch import fetch
+from pi0.storage import below, local_path
 
 OBJECTS = {
     "models/base": b"a file that shares its name's beginning",

@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pi0.config import ModelConfig
 from pi0.observation import Observation, ObservationError, check_actions
+from pi0.variants import get_variant
 
-CONFIG = ModelConfig.variant("tiny")
+CONFIG = get_variant("tiny")
 
 
 def data(batch: int = 2) -> dict[str, np.ndarray]:
@@ -116,7 +116,7 @@ def test_actions():
 
 # ---- π0-FAST
 
-FAST = ModelConfig.variant("tiny_pi0_fast")
+FAST = get_variant("tiny_pi0_fast")
 
 
 def fast_data() -> dict[str, np.ndarray]:

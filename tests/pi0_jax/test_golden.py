@@ -8,8 +8,8 @@ import pytest
 
 import pi0_jax
 from convert.checkpoints import open_checkpoint
-from convert.layouts import Tensor
 from convert.lora import merge_lora
+from convert.tensors import Tensor
 from pi0_jax.loading import parameters_of, with_parameters
 from tests.golden_case import CASES, FAST, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 

@@ -17,13 +17,14 @@ import pytest
 from flax import nnx
 
 import pi0_jax
-from convert.parity import Inputs
-from pi0.buckets import compact
 from pi0.config import ModelConfig
-from pi0_jax.fast import Sampler, TokenSampler
+from pi0.policy.buckets import compact
+from pi0.variants import get_variant
+from pi0_eval.parity.compare import Inputs
 from pi0_jax.loading import abstract_model, make_model
-from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
+from pi0_jax.sampler import Sampler, TokenSampler
 from tests.golden_case import GoldenCase
+from tests.sampler_case import BUCKETS, config, distance, observations, seen, varied
 
 ROOT = Path(__file__).parents[2]
 FLOAT32 = 3e-6  # relative L2 of actions: rounding through a whole model, as between the two frameworks
@@ -98,9 +99,9 @@ def test_a_restart_compiles_nothing(tmp_path: Path):
     """In a process of its own, as after a restart: the programs come out of the user's own cache."""
     script = (
         "import jax, numpy as np\nfrom flax import nnx\nfrom pi0.config import ModelConfig\n"
-        "from pi0_jax.fast import Sampler\nfrom pi0_jax.loading import make_model\n"
+        "from pi0_jax.sampler import Sampler\nfrom pi0_jax.loading import make_model\n"
         "hits = []\njax.monitoring.register_event_listener(lambda event, **_: hits.append(event))\n"
-        "model = make_model(ModelConfig.variant('tiny'), rngs=nnx.Rngs(0))\nbefore = len(hits)\n"
+        "model = make_model(get_variant('tiny'), rngs=nnx.Rngs(0))\nbefore = len(hits)\n"
         "Sampler(model, text_buckets=())\nfound = [hit.split('/')[-1] for hit in hits[before:]]\n"
         "print(found.count('cache_hits'), found.count('cache_misses'))\n"
     )
@@ -150,7 +151,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_fast_tokens_of_a_cut_prompt():
     """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
-    model = random_model(ModelConfig.variant("tiny_pi0_fast"))
+    model = random_model(get_variant("tiny_pi0_fast"))
     inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
     mask = np.arange(model.config.max_token_len) < np.array([[5], [2], [4]])
     observation = dataclasses.replace(inputs, tokenized_prompt_mask=mask)
@@ -162,4 +163,4 @@ def test_fast_tokens_of_a_cut_prompt():
 
 def test_lora_is_to_be_merged_first():
     with pytest.raises(ValueError, match="merge"):
-        Sampler(abstract_model(ModelConfig.variant("tiny_lora")))
+        Sampler(abstract_model(get_variant("tiny_lora")))

@@ -6,8 +6,9 @@ import torch
 
 import pi0_torch
 from convert.checkpoints import open_checkpoint
-from convert.layouts import LAYOUTS, Tensor
+from convert.layouts import LAYOUTS
 from convert.lora import merge_lora
+from convert.tensors import Tensor
 from pi0_torch.loading import parameters_of, to_torch, with_parameters
 from tests.golden_case import CASES, FAST, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
 

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import pi0_torch
-from convert.parity import Inputs
-from pi0.buckets import compact
 from pi0.config import ModelConfig
-from pi0_torch import fast
+from pi0.policy.buckets import compact
+from pi0.variants import get_variant
+from pi0_eval.parity.compare import Inputs
+from pi0_torch import sampler as fast
 from pi0_torch.attention import ATTENTION
-from pi0_torch.fast import Sampler, TokenSampler
 from pi0_torch.loading import make_model
-from tests.fast_case import BUCKETS, config, distance, observations, seen, varied
+from pi0_torch.sampler import Sampler, TokenSampler
+from tests.sampler_case import BUCKETS, config, distance, observations, seen, varied
 
 FLOAT32 = 3e-6  # relative L2 of actions: rounding through a whole model, as between the two frameworks
 
@@ -143,7 +144,7 @@ def test_attention_that_is_not_to_be_had(attention: str, message: str):
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fast_tokens_of_a_cut_prompt(compile: bool):
     """π0-FAST writes the same after a prompt that is cut to its bucket, over a shorter cache."""
-    model = make_model(ModelConfig.variant("tiny_pi0_fast"))
+    model = make_model(get_variant("tiny_pi0_fast"))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     inputs = Inputs.random(model.config, batch=3).observation.prompt_only()
@@ -157,4 +158,4 @@ def test_fast_tokens_of_a_cut_prompt(compile: bool):
 
 def test_lora_is_to_be_merged_first():
     with pytest.raises(ValueError, match="merge"):
-        Sampler(make_model(ModelConfig.variant("tiny_lora")))
+        Sampler(make_model(get_variant("tiny_lora")))

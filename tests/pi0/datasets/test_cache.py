@@ -11,7 +11,7 @@ import pytest
 
 from pi0.datasets import DataError, LeRobotDataset, build_cache
 from pi0.datasets.cache import main
-from pi0.transforms import resize_with_pad
+from pi0.robots.transforms import resize_with_pad
 
 HERE = Path(__file__).parents[2] / "datasets"
 SIZE, CAMERA = (24, 32), "observation.images.corner"

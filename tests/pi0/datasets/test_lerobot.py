@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0.datasets import DataError, LeRobotDataset
+from pi0.robots.transforms import resize_with_pad
 from pi0.sample import METAWORLD
-from pi0.transforms import resize_with_pad
 
 HERE = Path(__file__).parents[2] / "datasets"
 RECORDINGS = {

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pi0.assets import Assets
-from pi0.config import ModelConfig
-from pi0.normalize import MODES, NormStats
 from pi0.observation import Observation
-from pi0.pipeline import Pipeline
 from pi0.robots import ROBOTS, make_robot
 from pi0.robots.aloha import gripper_to_angle
-from pi0.tokenizers import BUNDLED, TextTokenizer
+from pi0.robots.normalize import MODES, NormStats
+from pi0.robots.pipeline import Pipeline
+from pi0.tokenizers.text import BUNDLED, TextTokenizer
+from pi0.variants import get_variant
 
 GENERIC = {
     "name": "generic",
@@ -114,7 +114,7 @@ def test_the_whole_pipeline_there_and_back(name: str, mode: str, tmp_path):
         "actions": NormStats.from_data(np.concatenate([f["actions"] for f in frames])),
     }
     model = dataclasses.replace(
-        ModelConfig.variant("tiny"),
+        get_variant("tiny"),
         image_keys=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb", "wrist_0_rgb"),
         action_dim=16,
     )

@@ -1,0 +1,195 @@
+"""Orbax checkpoints, read and written through tensorstore. Needs no JAX.
+
+Nothing is read before it is asked for, and large arrays are written in pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from convert.tensors import PIECE, CheckpointError, Tensor, contiguous, pieces
+
+# As many bytes of a stored array are kept decoded while slices are read whose chunks hold more than the slice.
+HELD = 5 << 29
+
+
+def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]:
+    """The arrays of an Orbax PyTree checkpoint, by their key paths joined with slashes, as `dtype` where it is given.
+
+    A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names. Raises
+    CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
+    """
+    metadata, paths = orbax_paths(folder)
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        # Where every part was stored, a missing one is damage; tensorstore would read it as zeros.
+        "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
+    }
+    stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
+    held = _Held()
+    return {name: _array_tensor(future, folder, name, held, dtype) for name, future in stored.items()}
+
+
+def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
+    """An Orbax checkpoint's metadata, and the key paths in it."""
+    metadata_file = folder / "_METADATA"
+    if not metadata_file.exists():
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
+    try:
+        metadata = json.loads(metadata_file.read_text())
+        entries = metadata["tree_metadata"].values()
+        # Empty nodes, such as those of an optimizer's state, are listed too; nothing is stored for them.
+        entries = [e for e in entries if not e["value_metadata"].get("skip_deserialize")]
+        return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
+
+
+def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    names = {path: path for path in paths}
+    if paths and all(path[0] == "params" for path in paths):
+        names = {path: name[1:] for path, name in names.items()}
+    if paths and all(path[-1] == "value" for path in paths):
+        names = {path: name[:-1] for path, name in names.items()}
+    return {"/".join(name): path for path, name in names.items()}
+
+
+def _kvstore(folder: Path, key: str) -> dict:
+    if (folder / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"}
+    return {"driver": "file", "path": f"{(folder / key).resolve()}/"}
+
+
+def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
+    return ts.open({**spec, "kvstore": _kvstore(folder, key)}, read=True, open=True)
+
+
+def _decode(view: ts.TensorStore) -> np.ndarray:
+    """All of an array or a view. Large ones chunk by chunk, since a chunk takes twice its size while it is decoded."""
+    if view.size * view.dtype.numpy_dtype.itemsize <= PIECE:
+        return np.asarray(view.read().result())
+    out = np.empty(view.shape, view.dtype.numpy_dtype)
+    target = ts.array(out, copy=False)[ts.d[:].translate_to[view.origin]]
+    for region in _grid(view.shape, _chunk(view), view.origin):
+        target[region].write(view[region]).result()
+    return out
+
+
+def _chunk(view: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of what can only be decoded together."""
+    shape = view.chunk_layout.read_chunk.shape or view.shape
+    return tuple(chunk or size for chunk, size in zip(shape, view.shape, strict=True))
+
+
+def _grid(
+    shape: tuple[int, ...], chunk: tuple[int, ...], origin: tuple[int, ...] | None = None
+) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array, or of the view of one that begins at `origin`, that lie in one chunk each."""
+    ranges = []
+    for start, length, size in zip(origin or (0,) * len(shape), shape, chunk, strict=True):
+        edges = range(start - start % size, start + length, size)
+        ranges.append([slice(max(edge, start), min(edge + size, start + length)) for edge in edges])
+    return itertools.product(*ranges)
+
+
+@dataclasses.dataclass
+class _Held:
+    """The rows that were decoded last, of one of a checkpoint's arrays.
+
+    A chunk can only be decoded whole, and often holds all layers; this decodes it once, not once for each layer.
+    """
+
+    of: object = None
+    start: int = 0
+    rows: np.ndarray | None = None
+
+    def read(self, array: ts.TensorStore, index: tuple[int | slice, ...]) -> np.ndarray:
+        """`array[index]`."""
+        if not array.rank or not index:
+            return _decode(array)
+        count, per_chunk = array.shape[0], _chunk(array)[0]
+        row = index[0]
+        start, stop = (row, row + 1) if isinstance(row, int) else row.indices(count)[:2]
+        if start % per_chunk == 0 and (stop % per_chunk == 0 or stop == count):
+            return _decode(array[index])
+        itemsize = array.dtype.numpy_dtype.itemsize
+        whole = array.size * itemsize <= HELD
+        rest, within = ((), index[1:]) if whole else (index[1:], ())
+        of = (id(array), rest)
+        if self.rows is None or self.of != of or not self.start <= start <= stop <= self.start + len(self.rows):
+            self.rows = None
+            fitting = max(HELD // (array[(slice(0, 1), *rest)].size * itemsize), 1)
+            fitting -= fitting % per_chunk if fitting > per_chunk else 0
+            begin = start - start % per_chunk if fitting >= per_chunk else start
+            end = min(max(begin + fitting, stop), count)
+            self.of, self.start, self.rows = of, begin, _decode(array[(slice(begin, end), *rest)])
+            self.rows.flags.writeable = False
+        chosen = start - self.start if isinstance(row, int) else slice(start - self.start, stop - self.start)
+        return self.rows[(chosen, *within)]  # a view: keeping it would keep all of these rows in memory
+
+
+def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held, dtype: np.dtype | None) -> Tensor:
+    try:
+        array = future.result()
+        if dtype is not None and array.dtype.numpy_dtype != dtype:
+            array = ts.cast(array, ts.dtype(dtype.name))
+    except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
+        raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
+
+    def read(index: tuple[int | slice, ...]) -> np.ndarray:
+        try:
+            return held.read(array, index)
+        except Exception as error:
+            raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
+
+    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, read)
+
+
+def write_orbax(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    root: tuple[str, ...] = (),
+    chunks: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Write an Orbax PyTree checkpoint that Orbax and `read_orbax` restore; names are key paths with slashes.
+
+    An array is stored in one chunk, a large one in several slices of its first axis, or in the `chunks` of these
+    shapes, which need tensors that take any index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context, tree = ts.Context(), {}
+    for name, tensor in tensors.items():
+        path, parts = (*root, *name.split("/")), pieces(tensor)
+        chunk = (parts[0][0].stop, *tensor.shape[1:]) if parts[0] else tensor.shape
+        if chunks is not None:
+            chunk, parts = chunks[name], list(_grid(tensor.shape, chunks[name]))
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{'.'.join(path)}/"},
+            "metadata": {"compressor": {"id": "zstd", "level": 1}, "chunks": [max(n, 1) for n in chunk]},
+        }
+        array = ts.open(
+            spec, dtype=ts.dtype(tensor.dtype.name), shape=tensor.shape, create=True, context=context
+        ).result()
+        for part in parts:
+            array[part].write(contiguous(tensor.read(part))).result()
+        tree[str(path)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in path],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (folder / "_METADATA").write_text(json.dumps(metadata))
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handler, "metrics": {}}))

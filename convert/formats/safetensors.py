@@ -1,0 +1,101 @@
+"""safetensors files, read and written here: their NumPy library neither streams nor knows bfloat16 everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.tensors import CheckpointError, Tensor, contiguous, mapped, pieces
+
+_CODES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, size)), object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, **entry) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file, or is damaged: {error}") from error
+    end = 8 + length
+    for begin, size_of, name in sorted((b, math.prod(s) * d.itemsize, n) for n, (d, s, b) in entries.items()):
+        if 8 + length + begin != end:
+            raise CheckpointError(f"{file} is damaged: {name} does not begin where the tensor before it ends")
+        end += size_of
+    if size != end:
+        raise CheckpointError(f"{file} has {size} bytes, its header says {end}; is the file truncated?")
+    return {name: mapped(file, *entry[:2], 8 + length + entry[2]) for name, entry in entries.items()}
+
+
+def read_sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors of the safetensors files that a `model.safetensors.index.json` lists. Raises CheckpointError."""
+    try:
+        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = {name: read_safetensors(index.parent / name) for name in sorted(set(listed.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise CheckpointError(f"{index} cannot be used: {error!r}; are all of its files there?") from error
+    found = [(name, shard) for shard, tensors in shards.items() for name in tensors]
+    wrong = sorted({name for name, _ in set(found) ^ set(listed.items())})
+    if wrong:
+        raise CheckpointError(f"{index} and its files do not agree on {wrong[:5]}; are they of one checkpoint?")
+    return {name: shards[shard][name] for name, shard in found}
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"duplicate entries {sorted({n for n in names if names.count(n) > 1})}")
+    return dict(pairs)
+
+
+def _entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Dtype, shape and first byte of a tensor. Raises ValueError or TypeError for what the format does not know."""
+    if dtype not in _CODES:
+        raise ValueError(f"{name} has dtype {dtype}; known are {', '.join(_CODES)}")
+    begin, end = data_offsets
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin)):
+        raise ValueError(f"{name} has shape {shape} and offsets {data_offsets}; expected whole numbers")
+    if end - begin != math.prod(shape) * _CODES[dtype].itemsize:
+        raise ValueError(f"{name} takes {end - begin} bytes, but {shape} {dtype} needs others")
+    return _CODES[dtype], tuple(shape), begin
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, one tensor at a time, in the order given; the same input gives the same bytes."""
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.size
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream, ThreadPoolExecutor(1) as writer:  # writes one piece while the next is read
+        writing = writer.submit(stream.write, struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            for part in pieces(tensor):
+                piece = contiguous(tensor.read(part)).reshape(-1).view(np.uint8).data
+                writing.result()
+                writing = writer.submit(stream.write, piece)
+        writing.result()

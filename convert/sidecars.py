@@ -1,0 +1,225 @@
+"""What openpi and LeRobot keep beside a checkpoint's weights, read and written: configs, norm stats, processors.
+
+openpi: `assets/<asset_id>/norm_stats.json`, and in its PyTorch checkpoints a `config.json` of five fields. LeRobot:
+`config.json`, `policy_preprocessor.json`, `policy_postprocessor.json` and their safetensors, with no other fields than
+every version since 0.4 knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats.safetensors import read_safetensors, write_safetensors
+from convert.tensors import Tensor
+from pi0.assets import Assets, read_json
+from pi0.config import ModelConfig
+from pi0.parameters import LayoutError
+from pi0.robots.normalize import EPSILON, NormStats, load_norm_stats
+from pi0.tokenizers.text import PALIGEMMA
+from pi0.variants import GEMMA_2B, GEMMA_300M, SO400M, get_variant
+
+GEMMAS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M}
+Step = tuple[str, dict[str, Any]]  # a LeRobot processor's step: its registered name, its config
+
+FAST = "physical-intelligence/fast"
+LEROBOT_MODES = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
+LEROBOT_ASSET = "lerobot"  # the id of norm stats that come from its processors, which give them none
+_IMAGES, _STATE, _ACTION = "observation.images.", "observation.state", "action"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_model(folder: Path, kind: str) -> ModelConfig | None:
+    """The model config that openpi's or LeRobot's `config.json` says; None where there is none.
+
+    Raises LayoutError for one that the weights, a model of `kind`, contradict.
+    """
+    path, values = folder / "config.json", read_json(folder / "config.json")
+    if values is None or "paligemma_variant" not in values:
+        return None
+    if values.get("type", kind) != kind:
+        raise LayoutError(f"{path} says that the model is {values['type']!r}, but its tensors are those of a {kind}")
+    try:
+        model = dataclasses.replace(get_variant(kind), paligemma=GEMMAS[values["paligemma_variant"]])
+        if model.action_expert is not None:
+            model = dataclasses.replace(model, action_expert=GEMMAS[values["action_expert_variant"]])
+        if "type" not in values:  # openpi's
+            return dataclasses.replace(model, action_dim=values["action_dim"], action_horizon=values["action_horizon"])
+        features = values.get("input_features") or {}
+        cameras = tuple(name.removeprefix(_IMAGES) for name, f in features.items() if f["type"] == "VISUAL")
+        return dataclasses.replace(
+            model,
+            action_dim=values["max_action_dim"],
+            action_horizon=values["chunk_size"],
+            image_resolution=tuple(values["image_resolution"]),
+            image_keys=cameras or model.image_keys,
+            max_token_len=values["tokenizer_max_length"],
+        ).with_runtime(num_steps=values.get("num_inference_steps", model.runtime.num_steps))
+    except KeyError as error:
+        raise LayoutError(f"{path} cannot be used: it lacks, or has an unknown, {error}") from error
+
+
+def norm_stats_files(folder: Path) -> dict[str, Path]:
+    """All files of norm stats in a checkpoint's folder, by asset id; an id may have slashes."""
+    root = folder / "assets"
+    return {str(path.parent.relative_to(root)): path for path in sorted(root.rglob("norm_stats.json"))}
+
+
+def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -> Assets:
+    """A model's assets, with the norm stats beside its weights: those of `asset_id`, or the only ones.
+
+    Raises LayoutError where `asset_id` is not there, or LeRobot's normalization is one that we do not know.
+    """
+    files = norm_stats_files(folder)
+    if asset_id is None and len(files) == 1:
+        (asset_id,) = files
+    if asset_id is not None and asset_id in files:
+        return Assets(model, load_norm_stats(files[asset_id]), asset_id, model.family.normalization)
+    tokenizer = {"kind": "sentencepiece", "source": PALIGEMMA}
+    processor = read_json(folder / "policy_preprocessor.json")
+    if processor is not None and asset_id in (None, LEROBOT_ASSET):
+        stats, mode = _lerobot_stats(folder, processor)
+        return Assets(model, stats, LEROBOT_ASSET if stats else None, mode, tokenizer)
+    if asset_id is not None:
+        raise LayoutError(f"{folder} has no norm stats {asset_id!r}; it has {', '.join(files) or 'none'}")
+    return Assets(model)
+
+
+def _lerobot_stats(folder: Path, processor: dict[str, Any]) -> tuple[dict[str, NormStats] | None, str | None]:
+    """The norm stats of a LeRobot preprocessor and the mode they are used in; None where it has none."""
+    (step,) = [s for s in processor["steps"] if s.get("registry_name") == "normalizer_processor"] or [{}]
+    if "state_file" not in step:
+        return None, None
+    modes = {step["config"]["norm_map"].get(name) for name in ("STATE", "ACTION")}
+    if len(modes) > 1 or not modes <= LEROBOT_MODES.keys():
+        raise LayoutError(f"{folder}: normalizes by {sorted(map(str, modes))}; known are {', '.join(LEROBOT_MODES)}")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in read_safetensors(folder / step["state_file"]).items():
+        feature, field = name.rsplit(".", 1)
+        if field in NormStats.__dataclass_fields__:
+            found.setdefault(feature, {})[field] = np.array(tensor.read(()))
+    if not {_STATE, _ACTION} <= found.keys():
+        raise LayoutError(f"{folder}: {step['state_file']} has no stats of {_STATE} and {_ACTION}")
+    stats = {"state": NormStats(**found[_STATE]), "actions": NormStats(**found[_ACTION])}  # type: ignore[arg-type]
+    return stats, LEROBOT_MODES[modes.pop()]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def variants_of(model: ModelConfig) -> dict[str, str] | None:
+    """openpi's and LeRobot's names of a model's two experts; None where they have no name for its sizes."""
+    names = {gemma: name for name, gemma in GEMMAS.items()}
+    experts = {"paligemma_variant": model.paligemma, "action_expert_variant": model.action_expert or GEMMA_300M}
+    if model.vision != SO400M or not set(experts.values()) <= names.keys():
+        return None
+    return {field: names[expert] for field, expert in experts.items()}
+
+
+def write_openpi(folder: Path, assets: Assets, dtype: np.dtype) -> None:
+    """`config.json` as openpi's converter to PyTorch writes it, for a model whose sizes have a name there."""
+    variants = variants_of(assets.model)
+    if variants is not None:
+        model = assets.model
+        sizes = {"action_dim": model.action_dim, "action_horizon": model.action_horizon}
+        _write_json(folder / "config.json", {**sizes, **variants, "precision": dtype.name})
+
+
+def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
+    """LeRobot's `config.json`, for a model whose sizes have a name there, and its processors.
+
+    LeRobot divides by std + eps and by q99 − q01 where openpi adds its epsilon to both, a difference of 1e-6 of a
+    unit. The steps of a robot's own (`assets.robot`) have no place in them.
+    """
+    model, stats = assets.model, assets.norm_stats
+    dims = {
+        name: len(stats[key].mean) if stats else model.action_dim
+        for name, key in ((_STATE, "state"), (_ACTION, "actions"))
+    }
+    images = {f"{_IMAGES}{key}": _feature("VISUAL", 3, *model.image_resolution) for key in model.image_keys}
+    inputs = {**images, _STATE: _feature("STATE", dims[_STATE])}
+    outputs = {_ACTION: _feature("ACTION", dims[_ACTION])}
+    modes = {mode: name for name, mode in LEROBOT_MODES.items()}
+    mode = assets.normalization or model.family.normalization
+    if mode not in modes:
+        raise LayoutError(f"LeRobot has no normalization {mode!r}; it has {', '.join(modes)}")
+    norm_map = {"VISUAL": "IDENTITY", "STATE": modes[mode], "ACTION": modes[mode]}
+    variants = variants_of(model)
+    if variants is not None:
+        config: dict[str, Any] = {
+            "type": model.kind,
+            "input_features": inputs,
+            "output_features": outputs,
+            **variants,
+            "dtype": dtype.name,
+            "chunk_size": model.action_horizon,
+            "n_action_steps": model.action_horizon,
+            "max_state_dim": model.action_dim,
+            "max_action_dim": model.action_dim,
+            "image_resolution": list(model.image_resolution),
+            "tokenizer_max_length": model.max_token_len,
+            "normalization_mapping": norm_map,
+        }
+        if model.action_expert is not None:
+            config["num_inference_steps"] = model.runtime.num_steps
+        _write_json(folder / "config.json", config)
+    normalizer = {"eps": EPSILON, "norm_map": norm_map}
+    before: Step = ("normalizer_processor", {**normalizer, "features": inputs | outputs})
+    tokenizer = {
+        "max_length": model.max_token_len,
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": "google/paligemma-3b-pt-224",
+    }
+    text: list[Step] = [
+        ("tokenizer_processor", tokenizer),
+        ("device_processor", {"device": "cpu", "float_dtype": None}),
+    ]
+    start: list[Step] = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
+    if model.kind == "pi0":
+        steps = [*start, ("pi0_new_line_processor", {}), *text, before]
+    else:
+        steps = [*start, before, (f"{model.kind}_prepare_state_tokenizer_processor_step", {}), *text]
+    if model.kind == "pi0_fast":
+        fast = {"trust_remote_code": True, "max_action_tokens": 256, "action_tokenizer_name": FAST}
+        steps.insert(-1, ("action_tokenizer_processor", fast))
+    after: list[Step] = [("unnormalizer_processor", {**normalizer, "features": outputs}), text[1]]
+    _write_processor(folder, "policy_preprocessor", steps, stats)
+    _write_processor(folder, "policy_postprocessor", after, stats)
+
+
+WRITERS = {"openpi_torch": write_openpi, "lerobot": write_lerobot}
+
+
+def _feature(kind: str, *shape: int) -> dict[str, Any]:
+    return {"type": kind, "shape": list(shape)}
+
+
+def _write_processor(folder: Path, name: str, steps: list[Step], stats: Mapping[str, NormStats] | None) -> None:
+    """A LeRobot processor, the norm stats of its (un)normalizer in a file of their own."""
+    entries: list[dict[str, Any]] = []
+    for i, (step, config) in enumerate(steps):
+        entry: dict[str, Any] = {"registry_name": step, "config": config}
+        if step.endswith("normalizer_processor") and stats is not None:
+            entry["state_file"] = f"{name}_step_{i}_{step}.safetensors"
+            tensors = {
+                f"{feature}.{field}": Tensor.of(values.astype(np.float32))
+                for feature, key in ((_ACTION, "actions"), (_STATE, "state"))
+                for field, values in sorted(stats[key].present().items())
+            }
+            write_safetensors(folder / entry["state_file"], tensors)
+        entries.append(entry)
+    _write_json(folder / f"{name}.json", {"name": name, "steps": entries})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

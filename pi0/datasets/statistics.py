@@ -1,0 +1,239 @@
+"""Norm stats of a dataset of any size: one pass, bounded memory, exactly mergeable; the command `pi0-stats`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from pi0.command import output_path
+from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.robots import Robot, make_robot
+from pi0.robots.normalize import NormStats, save_norm_stats
+from pi0.robots.transforms import DeltaActions
+
+BINS = 8192  # of each dimension's histogram; at least half of them, less one, span the data
+LOWEST_EXPONENT = -1000  # of a bin's width, for data that are all zero
+MANTISSA = 50  # bits of a bin's number: below float64's 53, so that numbers are exact
+BLOCK = 2**21  # numbers taken at a time
+
+NEARLY_CONSTANT = 1e-4  # a spread, in the data's units, that normalization would blow up
+OUTLIER = 2.0  # ranges q99 - q01 that a value may lie outside of them
+CLIPPED = 0.02  # share of values at one end
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunningStats:
+    """What is known of the N vectors of D numbers seen so far; `a + b` is that of both together.
+
+    `mean`, `m2` (sum of squared deviations), `min`, `max` float64 [D]; `counts` int64 [D, BINS] of the values in
+    [first + i, first + i + 1) · 2**exponent. A bin's edges depend on `min` and `max` alone and a coarser bin is the
+    union of finer ones, so counts do not depend on how the data came in parts.
+    """
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> RunningStats:
+        """Of x [..., D]. Raises ValueError for no vectors, or NaN."""
+        x = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
+        if not len(x) or not np.isfinite(x).all():
+            raise ValueError(f"statistics need finite vectors; got {int((~np.isfinite(x)).sum())} others of {len(x)}")
+        mean, low, high = x.mean(axis=0), x.min(axis=0), x.max(axis=0)
+        exponent, first = _bins(low, high)
+        numbers = np.floor(x * np.ldexp(1.0, -exponent)).astype(np.int64) - first
+        return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers))
+
+    def __add__(self, other: RunningStats) -> RunningStats:
+        """By Chan's formula for mean and deviations (1979). Raises ValueError for other dimensions."""
+        if len(self.mean) != len(other.mean):
+            raise ValueError(f"statistics of {len(self.mean)} and of {len(other.mean)} dimensions cannot be merged")
+        count, difference = self.count + other.count, other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        m2 = self.m2 + other.m2 + np.square(difference) * (self.count * other.count / count)
+        low, high = np.minimum(self.min, other.min), np.maximum(self.max, other.max)
+        counts = self._counts_within(low, high) + other._counts_within(low, high)
+        return RunningStats(count, mean, m2, low, high, counts)
+
+    def norm_stats(self) -> NormStats:
+        """Raises ValueError for fewer than two vectors."""
+        if self.count < 2:
+            raise ValueError("norm stats need at least 2 frames; there is 1")
+        std = np.sqrt(self.m2 / self.count)
+        return NormStats(self.mean, std, self.quantile(0.01), self.quantile(0.99), self.min, self.max)
+
+    def quantile(self, q: float) -> np.ndarray:
+        """[D], linear between vectors as numpy's; off by less than a bin, so by 2.5e-4 of max - min."""
+        rank = q * (self.count - 1)
+        below, above = (self._value(r) for r in (int(rank), min(int(rank) + 1, self.count - 1)))
+        return np.clip(below + (above - below) * (rank - int(rank)), below, above)  # rounding would cross q01 and q99
+
+    def histogram(self, dim: int, bars: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Edges [E + 1] and counts [E] of one dimension, for a picture: `bars` or fewer."""
+        exponent, first = (int(v[dim]) for v in _bins(self.min, self.max))
+        used = np.flatnonzero(self.counts[dim])
+        step = -(-(used[-1] + 1 - used[0]) // bars)
+        starts = np.arange(used[0], used[-1] + 1, step)
+        edges = np.ldexp((first + np.append(starts, starts[-1] + step)).astype(np.float64), exponent)
+        return edges, np.add.reduceat(self.counts[dim], starts)
+
+    def _counts_within(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """The counts in the bins of a wider range."""
+        (exponent, first), (wider, wider_first) = _bins(self.min, self.max), _bins(low, high)
+        numbers = ((first + np.arange(BINS)[:, None]) >> np.minimum(wider - exponent, 62)) - wider_first
+        return _count(np.clip(numbers, 0, BINS - 1), self.counts.T)  # bins beyond the ends are empty
+
+    def _value(self, rank: int) -> np.ndarray:
+        """About the value [D] that has `rank` smaller ones: bins spread theirs evenly."""
+        exponent, first = _bins(self.min, self.max)
+        sums = self.counts.cumsum(axis=1)
+        bins = (sums <= rank).sum(axis=1)
+        inside, every = np.take_along_axis(self.counts, bins[:, None], 1)[:, 0], np.arange(len(bins))
+        position = (rank - (sums[every, bins] - inside) + 0.5) / inside
+        return np.clip(np.ldexp(first + bins + position, exponent), self.min, self.max)
+
+
+def _bins(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The exponent [D] of a bin's width, the least for which BINS span [low, high], and the first one's number [D]."""
+    _, span = np.frexp(high - low)
+    _, largest = np.frexp(np.maximum(np.abs(low), np.abs(high)))
+    constant, zero = high == low, np.maximum(np.abs(low), np.abs(high)) == 0
+    exponent = np.where(constant, LOWEST_EXPONENT, span - int(np.log2(BINS)))
+    exponent = np.maximum(exponent, np.where(zero, LOWEST_EXPONENT, np.maximum(largest - MANTISSA, LOWEST_EXPONENT)))
+    first, last = (np.floor(np.ldexp(x, -exponent)) for x in (low, high))
+    exponent = exponent + (last - first >= BINS)
+    return exponent, np.floor(np.ldexp(low, -exponent)).astype(np.int64)
+
+
+def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """How often, or of what weight int64 [N, D] in all, each bin [D, BINS] comes up in numbers [N, D]."""
+    dims = numbers.shape[1]
+    flat = (numbers + BINS * np.arange(dims)).ravel()
+    sums = np.bincount(flat, None if weights is None else weights.ravel(), BINS * dims)  # float64: exact up to 2**53
+    return sums.astype(np.int64).reshape(dims, BINS)
+
+
+def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, RunningStats]:
+    """The statistics of `frame_numbers`: "state", and "actions" over all of a chunk. Raises ValueError as that does."""
+    stats: dict[str, RunningStats] = {}
+    for data in frame_numbers(dataset, robot):
+        for key, x in data.items():
+            new = RunningStats.of(x)
+            stats[key] = stats[key] + new if key in stats else new
+    return stats
+
+
+def frame_numbers(dataset: LeRobotDataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
+    """The `state` [N, S] and chunked `actions` [N, T, A] of every frame, N at a time, as `Normalize` will see them.
+
+    That is after the robot's adapter and, where it has one, the delta transform; no picture is decoded. Chunks are the
+    dataset's `action_horizon` long and repeat an episode's last action beyond its end (openpi
+    `compute_norm_stats.py`). Raises ValueError where the dataset is not the robot's.
+    """
+    action_key = robot.action_key(dataset.features)
+    if action_key is None:
+        raise ValueError(f"the dataset has no actions; it has {sorted(dataset.features)}")
+    try:
+        table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), action_key)}
+    except KeyError as error:
+        raise ValueError(error.args[0]) from error
+    lengths = [episode.length for episode in dataset.episodes]
+    last = np.repeat(np.cumsum(lengths) - 1, lengths)
+    size = max(1, BLOCK // (dataset.action_horizon * table[action_key].shape[-1]))
+    for start in range(0, len(last), size):
+        rows = np.arange(start, min(start + size, len(last)))
+        chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
+        data = robot.numbers({key: column[chunks if key == action_key else rows] for key, column in table.items()})
+        yield data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+
+
+def report(stats: Mapping[str, RunningStats]) -> str:
+    """A table of each dimension, and what in it would make a training go wrong."""
+    lines, warnings = [], []
+    for key, running in stats.items():
+        norm = running.norm_stats()
+        assert norm.q01 is not None and norm.q99 is not None
+        columns = {"mean": norm.mean, "std": norm.std, "min": running.min, "q01": norm.q01, "q99": norm.q99}
+        columns["max"] = running.max
+        lines += [f"{key}, {running.count} vectors", "dim" + "".join(f"{name:>12}" for name in columns)]
+        for dim in range(len(norm.mean)):
+            lines += [f"{dim:>3}" + "".join(f"{column[dim]:>12.4g}" for column in columns.values())]
+            warnings += [f"warning: {key}[{dim}] {text}" for text in dimension_warnings(running, dim)]
+        lines += [""]
+    return "\n".join([*lines, *(warnings or ["no dimension is nearly constant, clipped or has outliers"])])
+
+
+def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
+    """What is wrong with one dimension, in words."""
+    norm = stats.norm_stats()
+    assert norm.q01 is not None and norm.q99 is not None
+    std, low, high = norm.std[dim], norm.q01[dim], norm.q99[dim]
+    bin_width = (stats.max[dim] - stats.min[dim]) / (BINS // 2)  # equal values look this far apart
+    if min(std, high - low) < NEARLY_CONSTANT or high - low <= bin_width:
+        return [
+            f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalized, a small change of it becomes "
+            "huge; widen its stats by hand, or leave it out"
+        ]
+    counts, found = stats.counts[dim][stats.counts[dim] > 0], []
+    for name, value, quantile, end in (
+        ("min", stats.min[dim], low, counts[0]),
+        ("max", stats.max[dim], high, counts[-1]),
+    ):
+        ranges, share = abs(value - quantile) / (high - low), end / stats.count
+        if ranges > OUTLIER:
+            found.append(f"has outliers: its {name} {value:.4g} lies {ranges:.1f} times q99 - q01 outside of those")
+        if share > CLIPPED:
+            found.append(f"is {name} ({value:.4g}) in {share:.0%} of all: clipped when recorded? (or open and closed)")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-stats`."""
+    parser = argparse.ArgumentParser(
+        prog="pi0-stats",
+        description="Compute the norm stats of a dataset as openpi does, of states and of chunked actions in the "
+        "model's units, and warn of dimensions that would make a training go wrong. No picture is decoded.",
+        epilog="examples:\n"
+        "  pi0-stats bundled://metaworld_v30 --robot metaworld --action-horizon 10 --out assets --asset-id metaworld\n"
+        "  pi0-stats hf://datasets/lab/towels --robot aloha --action-horizon 50 --out assets --asset-id towels\n"
+        '  pi0-stats data/towels --robot \'{"name": "aloha", "delta": false}\' --action-horizon 50 --out assets '
+        "--asset-id towels\n\n"
+        "what is left in the folder:\n"
+        "  <asset id>/norm_stats.json, which openpi reads too, and <asset id>/norm_stats.png, each dimension's "
+        "distribution",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
+    parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
+    parser.add_argument("--action-horizon", required=True, type=int, metavar="T", help="actions in a chunk")
+    parser.add_argument("--out", required=True, type=output_path, metavar="FOLDER", help="where <asset id>/ is written")
+    parser.add_argument("--asset-id", required=True, metavar="ID", help="what these stats are called")
+    args = parser.parse_args(arguments)
+    try:
+        robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
+        dataset = open_dataset(args.dataset, robot, action_horizon=args.action_horizon, cameras=[])
+        stats = dataset_statistics(dataset, robot)
+        print(report(stats))
+        folder = args.out / args.asset_id
+        folder.mkdir(parents=True, exist_ok=True)
+        save_norm_stats(folder / "norm_stats.json", {key: s.norm_stats() for key, s in stats.items()})
+        from pi0.plots import plot_distributions  # here, as matplotlib takes long to import
+
+        plot_distributions(stats, folder / "norm_stats.png")
+    except (ValueError, OSError) as error:
+        print(f"pi0-stats: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"\n{folder}: norm_stats.json, norm_stats.png")
+
+
+if __name__ == "__main__":
+    main()

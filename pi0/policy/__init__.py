@@ -1,0 +1,1 @@
+"""A policy: observations in, actions out."""

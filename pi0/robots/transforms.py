@@ -1,0 +1,338 @@
+"""Small composable steps from robot data to the model's input, and from its actions back.
+
+Between the robot's adapter and the model a sample is one dict with flat keys: `image/<camera>` uint8 [H,W,3],
+`image_mask/<camera>` bool, `state` [S], `actions` [T,A] (training only), `prompt` str. The order is openpi's:
+
+    Transforms((DeltaActions(...), Normalize(...), DefaultPrompt(...), CameraMasks(...), ResizeImages(...),
+                TokenizePrompt(...), PadDims(...)))
+
+so the state that is written into a π0.5 prompt is normalized and has the robot's own dimensions, not the model's.
+Training may then `augment_images`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pi0.robots.normalize import MODES, NormStats
+from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
+
+Data = dict[str, Any]
+
+
+class Step(Protocol):
+    """One step: returns a new dict and leaves its input alone. Invertible steps have `inverse` of the same form."""
+
+    def __call__(self, data: Data) -> Data: ...
+
+
+class PromptTokenizer(Protocol):
+    """What TokenizePrompt needs: (ids int32 [L], mask bool [L]) of a prompt, with the state [S] in it where given."""
+
+    def encode_prompt(
+        self, text: str, max_len: int, state: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Transforms:
+    """Steps applied in order; `inverse` applies the inverses of those that have one, last first."""
+
+    steps: Sequence[Step]
+
+    def __call__(self, data: Data) -> Data:
+        for step in self.steps:
+            data = step(data)
+        return data
+
+    def inverse(self, data: Data) -> Data:
+        """Model outputs back to robot units: `actions` [T, model dims] -> [T, robot dims]."""
+        for step in reversed(self.steps):
+            if hasattr(step, "inverse"):
+                data = step.inverse(data)
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaActions:
+    """Make `actions` [..., T, A] relative to `state` [..., S] where `mask` is true; `inverse` makes them absolute.
+
+    The mask may be shorter than the dimensions; the rest stay as they are. In float64, so that the inverse is exact to
+    rounding. Raises ValueError for actions without a state, and a mask longer than either. Source: openpi
+    `transforms.DeltaActions`, `AbsoluteActions`.
+    """
+
+    mask: tuple[bool, ...]
+
+    def __call__(self, data: Data) -> Data:
+        return self._shift(data, -1) if "actions" in data else data
+
+    def inverse(self, data: Data) -> Data:
+        """Needs the `state` that the actions are relative to."""
+        return self._shift(data, 1)
+
+    def _shift(self, data: Data, sign: int) -> Data:
+        if "state" not in data:
+            raise ValueError(f"actions relative to the state need 'state'; the keys that came are {sorted(data)}")
+        actions, state, dims = np.array(data["actions"], np.float64), np.asarray(data["state"]), len(self.mask)
+        if dims > min(actions.shape[-1], state.shape[-1]):
+            raise ValueError(f"a mask of {dims} dims; actions have {actions.shape[-1]}, the state {state.shape[-1]}")
+        actions[..., :dims] += sign * np.where(self.mask, state[..., None, :dims], 0)
+        return data | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """Normalize `state` and `actions` by `stats["state"]` and `stats["actions"]`, to float64.
+
+    Float64 so that a state near a bin's edge falls into the bin openpi gives it; PadDims makes it float32.
+    Raises ValueError for an unknown mode, missing stats or NaN.
+    """
+
+    stats: Mapping[str, NormStats]
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown normalization mode {self.mode!r}; choose one of {list(MODES)}")
+        missing = [key for key in ("state", "actions") if key not in self.stats]
+        if missing:
+            raise ValueError(f"norm stats lack {missing}; they have {sorted(self.stats)}")
+
+    def __call__(self, data: Data) -> Data:
+        return data | {k: self.stats[k].apply(data[k], self.mode) for k in ("state", "actions") if k in data}
+
+    def inverse(self, data: Data) -> Data:
+        """Un-normalize `actions`, and `state` where present."""
+        return data | {k: self.stats[k].invert(data[k], self.mode) for k in ("state", "actions") if k in data}
+
+
+@dataclasses.dataclass(frozen=True)
+class DefaultPrompt:
+    """Give data without a `prompt` this one."""
+
+    prompt: str
+
+    def __call__(self, data: Data) -> Data:
+        return {"prompt": self.prompt} | data
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraMasks:
+    """Mark the model's cameras `image_keys` that the robot does not have as missing.
+
+    With `black` (π0-FAST) they show black and are not marked: its decoder wants a prefix without a hole. Raises
+    ValueError if the robot has a camera that the model does not look at, or none at all.
+    """
+
+    image_keys: tuple[str, ...]
+    black: bool = False
+
+    def __call__(self, data: Data) -> Data:
+        own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
+        unknown = sorted(own - set(self.image_keys))
+        if unknown:
+            raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
+        if not own:
+            raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; the keys that came are {sorted(data)}")
+        missing = [key for key in self.image_keys if key not in own]
+        masks = {f"image_mask/{key}": np.bool_(self.black) for key in missing}
+        empty = np.zeros_like(data[f"image/{min(own)}"])
+        return data | masks | ({f"image/{key}": empty for key in missing} if self.black else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeImages:
+    """Resize every `image/...` to uint8 [height,width,3], keeping its proportions, as `resize_with_pad` does."""
+
+    height: int
+    width: int
+
+    def __call__(self, data: Data) -> Data:
+        images = {key: image for key, image in data.items() if key.startswith("image/")}
+        for key, image in images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"{key}: {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
+        return data | {key: resize_with_pad(image, self.height, self.width) for key, image in images.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizePrompt:
+    """Replace `prompt` by `tokenized_prompt` int32 [L] and `tokenized_prompt_mask` bool [L], L = max_token_len.
+
+    With `state_in_prompt` (π0.5) the state goes into the text as it is at this step: put it after Normalize and
+    before PadDims, as openpi does. Raises ValueError without a prompt.
+    """
+
+    tokenizer: PromptTokenizer
+    max_token_len: int
+    state_in_prompt: bool
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        state = data["state"] if self.state_in_prompt else None
+        ids, mask = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, state=state)
+        rest = {key: value for key, value in data.items() if key != "prompt"}
+        return rest | {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeFASTPrompt:
+    """TokenizePrompt of π0-FAST: state and, to train on, `actions` are in the text, with masks for attention and loss.
+
+    Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` turns
+    generated `tokens` [N], where present, into `actions` [action_horizon, action_dim], in the robot's own
+    dims: put it after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that
+    are no actions.
+    """
+
+    tokenizer: FASTPromptTokenizer
+    max_token_len: int
+    action_horizon: int
+    action_dim: int
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        prompt = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], data.get("actions"))
+        return {key: value for key, value in data.items() if key != "prompt"} | prompt
+
+    def inverse(self, data: Data) -> Data:
+        if "tokens" not in data:
+            return data
+        actions, _ = self.tokenizer.extract_actions(data["tokens"], self.action_horizon, self.action_dim)
+        return {key: value for key, value in data.items() if key != "tokens"} | {"actions": actions}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeRecipe:
+    """TokenizePrompt of π0.5's recipe: with what is to be written after the prompt, where there are `actions`.
+
+    Then it adds `token_group` [L] and `has_actions`. Frames with a `subtask` (not empty, and with `subtasks` on) are to
+    write it; without actions, a prompt asks for a subtask if `subtasks` is on. A `question` and its `answer` have
+    neither state nor actions: they are empty, for PadDims to fill. Raises ValueError without prompt or question.
+    """
+
+    tokenizer: RecipeTokenizer
+    max_token_len: int
+    action_horizon: int
+    subtasks: bool
+
+    def __call__(self, data: Data) -> Data:
+        rest = {k: value for k, value in data.items() if k not in ("prompt", "subtask", "question", "answer")}
+        if "question" in data:
+            text = self.tokenizer.encode_question(data["question"], self.max_token_len, data["answer"])
+            empty = {"state": np.zeros(0), "actions": np.zeros((self.action_horizon, 0))}
+            return rest | empty | text | {"has_actions": np.bool_(False)}
+        if "prompt" not in data:
+            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+        arguments = data["prompt"], self.max_token_len, data["state"]
+        if "actions" not in data:
+            text = self.tokenizer.encode_prompt(*arguments, plan=self.subtasks)
+            return rest | {key: value for key, value in text.items() if key != "token_group"}
+        subtask = (data.get("subtask") or None) if self.subtasks else None
+        text = self.tokenizer.encode_prompt(*arguments, subtask, data["actions"])
+        return rest | text | {"has_actions": np.bool_(True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadDims:
+    """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
+
+    With `cut_state`, of π0-FAST, which has read the state as text by now, more dims of it are left out. `inverse` cuts
+    `actions`, where present, back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
+    """
+
+    action_dim: int
+    robot_action_dim: int
+    cut_state: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.robot_action_dim <= self.action_dim:
+            raise ValueError(f"robot_action_dim {self.robot_action_dim} is not within 1 to {self.action_dim}")
+
+    def __call__(self, data: Data) -> Data:
+        return data | {key: self._pad(key, data[key]) for key in ("state", "actions") if key in data}
+
+    def inverse(self, data: Data) -> Data:
+        return data | {k: data[k][..., : self.robot_action_dim] for k in ("actions",) if k in data}
+
+    def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        if self.cut_state and key == "state":
+            x = x[..., : self.action_dim]
+        extra = self.action_dim - x.shape[-1]
+        if extra < 0:
+            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model takes at most {self.action_dim}")
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+
+
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 [H,W,3] to [height,width,3]: bilinear, proportions kept, the rest black, the picture centred.
+
+    Rounds down as openpi-client's `image_tools.resize_with_pad` does, and agrees with it to the bit.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    ratio = max(image.shape[1] / width, image.shape[0] / height)
+    size = (int(image.shape[1] / ratio), int(image.shape[0] / ratio))  # PIL's order: width, height
+    # A copy: PIL's own memory is read-only, which torch warns about.
+    resized = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    if resized.shape[:2] == (height, width):
+        return resized
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + size[1], left : left + size[0]] = resized
+    return canvas
+
+
+def augment_images(data: Data, rng: np.random.Generator) -> Data:
+    """Vary every `image/<camera>` uint8 [H,W,3] at random, as openpi does in training; shapes and dtypes stay.
+
+    All cameras: brightness, contrast and saturation scaled by up to 30, 40 and 50 percent. All but those with "wrist"
+    in their name, before that: a crop to 95 percent, scaled back, and a turn by up to 5 degrees about the centre; what
+    the turn uncovers is black. The same `rng` gives the same pictures. A black picture stays black.
+    Source: openpi `preprocessing_pytorch.py`; its JAX code (`augmax`) means the same, and loses the saturation.
+    """
+    images = {key: data[key] for key in sorted(data) if key.startswith("image/")}
+    for key, image in images.items():
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"{key}: {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
+        images[key] = _jitter(image if "wrist" in key else _crop_and_rotate(image, rng), rng)
+    return data | images
+
+
+def _crop_and_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = image.shape[:2]
+    crop_height, crop_width = int(height * 0.95), int(width * 0.95)
+    top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+    cropped = Image.fromarray(image[top : top + crop_height, left : left + crop_width])
+    # Where in the crop each pixel comes from: turned about the centre, then scaled; both at once.
+    angle = np.deg2rad(rng.uniform(-5, 5))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre, scale = np.array([width, height]) / 2, np.array([crop_width / width, crop_height / height])
+    matrix = np.column_stack([turn, centre - turn @ centre]) * scale[:, None]
+    size, affine = (width, height), Image.Transform.AFFINE
+    return np.array(cropped.transform(size, affine, tuple(matrix.ravel()), Image.Resampling.BILINEAR))
+
+
+def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * (0.3, 0.4, 0.5)
+    # One after the other: x·b; its distance from the mean of all, ·c; that from the mean of a pixel's channels, ·s.
+    # Together, a linear function of a pixel's channels, in one pass.
+    own, grey = brightness * contrast * saturation, brightness * contrast * (1 - saturation) / 3
+    shift = brightness * (1 - contrast) * float(image.mean())
+    rows = ((own + grey if i == j else grey for j in range(3)) for i in range(3))
+    matrix = tuple(value for row in rows for value in (*row, shift))
+    return np.array(Image.fromarray(image).convert("RGB", matrix))
+
+
+def bool_mask(*runs: int) -> tuple[bool, ...]:
+    """Runs of true (positive) and false (negative): bool_mask(2, -1) is (True, True, False); openpi's form."""
+    return tuple(run > 0 for run in runs for _ in range(abs(run)))

@@ -1,0 +1,1 @@
+"""Text and actions to token ids, and back."""

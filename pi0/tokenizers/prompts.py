@@ -1,0 +1,143 @@
+"""The whole texts of π0-FAST and of π0.5's recipe: a prompt, and what is to be written after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pi0.tokenizers.fast import FASTError, FASTTokenizer
+from pi0.tokenizers.text import TextTokenizer, one_line, state_bins
+
+SKIPPED_IDS = 128  # the last ids of PaliGemma's vocabulary, which FAST tokens leave alone
+
+
+class FASTPromptTokenizer:
+    """A whole text of π0-FAST: the instruction and the state, and after them the actions that answer.
+
+    FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's own, as
+    with PaliGemma, whose last pieces occur in no prompt); prompts are counted in `text.encoded` and `text.truncated`.
+
+    Raises ValueError if the model's vocabulary has no room for the FAST tokens.
+    Source: `FASTTokenizer` in openpi's models/tokenizer.py.
+    """
+
+    def __init__(self, text: TextTokenizer, fast: FASTTokenizer, vocab_size: int | None = None):
+        self.text, self.fast = text, fast
+        self.vocab_size = text.vocab_size if vocab_size is None else vocab_size
+        self._start, self._end = text.encode("Action: "), text.encode("|")
+        taken = text.vocab_size
+        if self.vocab_size == text.vocab_size:
+            taken = 1 + max(text.encode("Task: , State: -0123456789;\nAction: |"))
+        if self.vocab_size - SKIPPED_IDS - fast.vocab_size < taken:
+            raise ValueError(
+                f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {self.vocab_size} above {taken} ids of "
+                f"text; the model's vocab_size must be at least {text.vocab_size + SKIPPED_IDS + fast.vocab_size}"
+            )
+
+    def encode_prompt(
+        self, text: str, max_len: int, state: np.ndarray, actions: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """`<bos>Task: {text}, State: {bins};\\n`, and with actions [T, A] `Action: {FAST tokens}|<eos>`.
+
+        The text is stripped and in lower case, its underscores are spaces; state [S] and actions are normalized.
+
+        Returns `tokenized_prompt` int32 [max_len], padded with 0 or cut; `tokenized_prompt_mask` bool [max_len], true
+        where there is a token; `token_ar_mask` int32 and `token_loss_mask` bool [max_len], 1 and true on the answer.
+        Raises ValueError for a bad state or bad actions.
+        """
+        bins = " ".join(map(str, state_bins(state)))
+        text = text.lower().strip().replace("_", " ")
+        prefix = self.text.encode(f"Task: {text}, State: {bins};\n", add_bos=True)
+        answer = [] if actions is None else [*self._start, *self.action_ids(actions)]
+        ids, mask = self.text.pad(prefix + answer, max_len)
+        in_answer = mask & (np.arange(max_len) >= len(prefix))
+        return {
+            "tokenized_prompt": ids,
+            "tokenized_prompt_mask": mask,
+            "token_ar_mask": in_answer.astype(np.int32),
+            "token_loss_mask": in_answer,
+        }
+
+    def action_ids(self, actions: np.ndarray) -> list[int]:
+        """Normalized actions [T, A] as ids of the model's vocabulary, closed by "|" and `<eos>`."""
+        ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
+        return [*ids, *self._end, self.text.eos_id]
+
+    def extract_actions(
+        self, tokens: Sequence[int] | np.ndarray, time_horizon: int, action_dim: int, fallback: bool = False
+    ) -> tuple[np.ndarray, bool]:
+        """The chunk float64 [T, A] in generated tokens [N], between "Action: " and the first "|" or `<eos>`; and True.
+
+        Raises FASTError if there is none; with `fallback` the result is zeros and False instead.
+        """
+        try:
+            return self.fast.decode(self._answer([int(t) for t in tokens]), time_horizon, action_dim)
+        except FASTError:
+            if not fallback:
+                raise
+            return np.zeros((time_horizon, action_dim)), False
+
+    def _answer(self, tokens: list[int]) -> list[int]:
+        start = _find(tokens, self._start)
+        if start == len(tokens):
+            raise FASTError(f"the {len(tokens)} generated tokens have no 'Action: '")
+        answer = tokens[start + len(self._start) :]
+        answer = answer[: min(_find(answer, self._end), _find(answer, [self.text.eos_id]))]
+        return [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+
+
+class RecipeTokenizer:
+    """A whole text of π0.5's recipe: a prompt, and after it what is to be written: a subtask, an answer, FAST tokens.
+
+    `fast` is None where no FAST tokens are written. What is returned is what FASTPromptTokenizer returns, but for
+    `token_group` int32 [max_len], the group of `pi0.masks` of each token, instead of its two masks.
+    """
+
+    def __init__(self, text: TextTokenizer, fast: FASTPromptTokenizer | None = None):
+        self.text, self.fast = text, fast
+
+    def encode_prompt(
+        self,
+        text: str,
+        max_len: int,
+        state: np.ndarray,
+        subtask: str | None = None,
+        actions: np.ndarray | None = None,
+        plan: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """`<bos>Task: {text}, State: {bins};\\nSubtask: `, to `plan` or with a subtask given; else π0.5's plain prompt.
+
+        The subtask is written as `{subtask}<eos>`; normalized actions [T, A] as `{FAST tokens}|<eos>`, after a subtask
+        with `Action: ` before them. Raises ValueError for a bad state or bad actions.
+        """
+        bins = " ".join(map(str, state_bins(state)))
+        cue = "Action: " if subtask is None and not plan else "Subtask: "
+        prompt = self.text.encode(f"Task: {one_line(text)}, State: {bins};\n{cue}", add_bos=True)
+        written = [] if subtask is None else [*self.text.encode(one_line(subtask)), self.text.eos_id]
+        fast: list[int] = []
+        if self.fast is not None and actions is not None:
+            fast = [*([] if subtask is None else self.text.encode("Action: ")), *self.fast.action_ids(actions)]
+        return self._grouped((prompt, written, fast), max_len)
+
+    def encode_question(self, question: str, max_len: int, answer: str) -> dict[str, np.ndarray]:
+        """`<bos>Question: {question}\\nAnswer: `, and `{answer}<eos>`, which is to be written."""
+        prompt = self.text.encode(f"Question: {one_line(question)}\nAnswer: ", add_bos=True)
+        return self._grouped((prompt, [*self.text.encode(one_line(answer)), self.text.eos_id], []), max_len)
+
+    def read(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text that generated tokens [N] say: up to the first `<eos>`, without ids that are no text."""
+        ids = [int(t) for t in tokens]
+        ids = ids[: _find(ids, [self.text.eos_id])]
+        return self.text.decode([i for i in ids if i < self.text.vocab_size]).strip()
+
+    def _grouped(self, parts: Sequence[list[int]], max_len: int) -> dict[str, np.ndarray]:
+        ids, mask = self.text.pad([i for part in parts for i in part], max_len)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        group = np.searchsorted(ends, np.arange(max_len), side="right") * mask
+        return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask, "token_group": group.astype(np.int32)}
+
+
+def _find(ids: list[int], part: list[int]) -> int:
+    """Where `part` first begins in `ids`; len(ids) where it does not occur."""
+    return next((i for i in range(len(ids)) if ids[i : i + len(part)] == part), len(ids))

@@ -1,0 +1,138 @@
+"""Text to token ids and back: the prompts that π0 and π0.5 read."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from pi0.fetch import fetch
+
+logger = logging.getLogger(__name__)
+
+PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
+BUNDLED = "bundled://tokenizer.model"  # 512 pieces, made by pi0/sample/make_tokenizer.py
+
+STATE_BINS = 256  # over the normalized range [-1, 1]
+
+
+class TextTokenizer:
+    """Text to token ids and back, with a SentencePiece model.
+
+    `source` is where the model file is: anything `pi0.fetch.fetch` takes.
+
+    Attributes: `source`; `sha256` of the model file; `vocab_size`; `bos_id`, `eos_id`, `pad_id`; and two
+    counters, `encoded` and `truncated`: the prompts encoded so far and those of them that were too long.
+
+    Raises FileNotFoundError if there is no such file and ValueError if it is no SentencePiece model.
+    """
+
+    def __init__(self, source: str | Path = PALIGEMMA):
+        self.source = str(source)
+        path = fetch(source)
+        model = path.read_bytes()
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a SentencePiece model; give a tokenizer.model file") from error
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._pieces.vocab_size()
+        self.bos_id: int = self._pieces.bos_id()
+        self.eos_id: int = self._pieces.eos_id()
+        self.pad_id: int = self._pieces.pad_id()
+        self.encoded = 0
+        self.truncated = 0
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        """The token ids of `text`, after `<bos>` if asked."""
+        return self._pieces.encode(text, add_bos=add_bos)
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """The text of token ids; special tokens such as `<bos>` and padding have none."""
+        return self._pieces.decode([int(i) for i in ids])
+
+    def encode_prompt(self, text: str, max_len: int, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """An instruction as a model reads it, padded with id 0 or cut to `max_len` tokens.
+
+        π0 (no state): `<bos>{text}` and, encoded apart, a newline that starts the answer.
+        π0.5 (normalized state [S]): `<bos>Task: {text}, State: {bins};\\nAction: `.
+        In both, `text` is stripped and its underscores and newlines become spaces. A prompt that is cut is
+        counted in `truncated`, and the first one is logged as a warning.
+
+        Returns ids int32 [max_len] and mask bool [max_len], true where there is a token.
+        Raises ValueError if the state is not one vector of finite numbers.
+        Source: `PaligemmaTokenizer` in openpi's models/tokenizer.py.
+        """
+        text = one_line(text)
+        if state is None:
+            ids = self.encode(text, add_bos=True) + self.encode("\n")
+        else:
+            bins = " ".join(map(str, state_bins(state)))
+            ids = self.encode(f"Task: {text}, State: {bins};\nAction: ", add_bos=True)
+        return self.pad(ids, max_len)
+
+    def reference(self) -> dict[str, str]:
+        """What a checkpoint says about its tokenizer; see `from_reference`."""
+        return {"kind": "sentencepiece", "source": self.source, "sha256": self.sha256}
+
+    @classmethod
+    def from_reference(cls, reference: dict[str, Any]) -> TextTokenizer:
+        """The tokenizer that `reference()` described.
+
+        Raises ValueError if it is of another kind, or if the file at its source is another one by now.
+        """
+        if reference.get("kind") != "sentencepiece":
+            raise ValueError(f"not a reference to a SentencePiece tokenizer: {reference}")
+        tokenizer = cls(reference["source"])
+        require_sha256(tokenizer.source, tokenizer.sha256, reference.get("sha256"))
+        return tokenizer
+
+    def pad(self, ids: list[int], max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [max_len], padded with 0 or cut, and mask bool [max_len]; cut ones are counted and warned of."""
+        self.encoded += 1
+        if len(ids) > max_len:
+            self.truncated += 1
+            if self.truncated == 1:
+                logger.warning(
+                    "a prompt of %d tokens was cut to %d; raise max_token_len in the model config if this is "
+                    "frequent (said once; `truncated` counts them all)",
+                    len(ids),
+                    max_len,
+                )
+            ids = ids[:max_len]
+        padded = np.zeros(max_len, np.int32)
+        padded[: len(ids)] = ids
+        return padded, np.arange(max_len) < len(ids)
+
+
+def state_bins(state: np.ndarray) -> np.ndarray:
+    """The bin of each number of a normalized state [S]: 0 to 255 over [-1, 1], and -1 below.
+
+    Raises ValueError if the state is not one vector of finite numbers.
+    Source: openpi's models/tokenizer.py.
+    """
+    state = np.asarray(state)
+    if state.ndim != 1:
+        raise ValueError(f"a prompt holds one state of shape [S], got shape {list(state.shape)}")
+    if not np.isfinite(state).all():
+        raise ValueError(f"the state has NaN or infinite numbers at {np.flatnonzero(~np.isfinite(state))}")
+    return np.digitize(state, np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
+
+
+def one_line(text: str) -> str:
+    """A prompt without surrounding space; underscores and newlines become spaces."""
+    return text.strip().replace("_", " ").replace("\n", " ")
+
+
+def require_sha256(source: str, found: str, expected: str | None) -> None:
+    """Raise ValueError where a tokenizer is not the one that was used."""
+    if expected not in (None, found):  # None: a reference of LeRobot's, by name alone
+        raise ValueError(
+            f"{source} is not the tokenizer that was used: its sha256 is {found}, expected {expected}. Put the "
+            "original there, or remove a stale copy from the cache."
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints and policies compared, measured and shown; above both frameworks."""

@@ -1,0 +1,1 @@
+"""Compare two checkpoints stage by stage, in either framework."""

@@ -1,0 +1,233 @@
+"""A parity report as one HTML file that opens anywhere: no script, nothing to load; `to_html`.
+
+Axes: B batch, T action horizon, A action dim.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi0 import __version__
+
+if TYPE_CHECKING:
+    from pi0_eval.parity.compare import Report, Row
+
+# The colours: class, background, text, what it says. Lightness falls from well inside to far outside, so that they
+# stand apart without hue too; a cell out of tolerance also has a cross and a frame.
+INSIDE = (
+    ("in3", "#d3efcf", "#111", "1000 times inside or more"),
+    ("in2", "#a9dca3", "#111", "100 times inside or more"),
+    ("in1", "#7cc47a", "#111", "10 times inside or more"),
+    ("in0", "#f2e08a", "#111", "inside, less than 10 times"),
+)
+OUTSIDE = (
+    ("out0", "#d0512f", "#fff", "out, up to 10 times"),
+    ("out1", "#9c1c2e", "#fff", "out, up to 100 times"),
+    ("out2", "#4f0a1d", "#fff", "out, more than 100 times or not a number"),
+)
+PLOT = (220, 110)  # pixels of one plot of actions, axes' labels apart
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { padding: .5rem .8rem; color: #fff; }
+h1.passed { background: #1b6e2e; }
+h1.failed { background: #9c1c2e; }
+h2 { margin-top: 2.2rem; }
+code { overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; }
+.wide { overflow-x: auto; }
+.facts th, .numbers th, .numbers td { padding: .15rem 1.2rem .15rem 0; }
+.numbers td { text-align: right; font-family: ui-monospace, monospace; }
+.map { margin-bottom: 1rem; }
+.map th { font-weight: 400; padding-right: .6rem; white-space: nowrap; }
+.map thead th { text-align: center; padding: 0; color: #555; font-size: .8em; }
+.map td { min-width: 2.2rem; height: 1.9rem; text-align: center; border: 2px solid #fff; white-space: nowrap; }
+.map td.out, .legend td.out { border: 2px solid #000; font-weight: 700; }
+.legend td { width: 1.6rem; height: 1.2rem; text-align: center; }
+.legend th { font-weight: 400; padding: 0 1.2rem 0 .4rem; }
+.plots { display: flex; flex-wrap: wrap; gap: .8rem; }
+svg text { font-size: 11px; fill: #333; }
+svg .frame { fill: none; stroke: #bbb; }
+svg polyline { fill: none; }
+svg .a { stroke: #0b5fa5; stroke-width: 2.6; }
+svg .b { stroke: #d95f02; stroke-width: 1.6; stroke-dasharray: 5 3; }
+"""
+STYLE += "".join(f".{name} {{ background: {back}; color: {text}; }}\n" for name, back, text, _ in INSIDE + OUTSIDE)
+
+
+def to_html(report: Report) -> str:
+    """The verdict, errors as a heat map, the actions of A and B over each other, and all numbers, in one document."""
+    failure = report.first_failure
+    verdict, explanation = "PASSED", "Every stage is within tolerance."
+    if failure is not None:
+        verdict = "FAILED"
+        explanation = f"The first stage out of tolerance is {failure.stage}: {_numbers(failure)}."
+    facts = (("A", report.a), ("B", report.b), ("computed in", report.dtype), ("written by", f"pi0 {__version__}"))
+    rows = "\n".join(f"<tr><th>{escape(name)}</th><td><code>{escape(value)}</code></td></tr>" for name, value in facts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{verdict}: pi0-parity</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1 class="{verdict.lower()}">{verdict}</h1>
+<p>{escape(explanation)}</p>
+<table class="facts"><tbody>
+{rows}
+</tbody></table>
+<h2>Where they differ</h2>
+<p>Relative L2 error of B against A. The number in a cell is its power of ten; the colour is its distance from the
+stage's tolerance. Point at a cell for the exact number.</p>
+{_heat_map(report.rows)}
+{_plots(report.actions_a, report.actions_b)}
+<h2>All numbers</h2>
+<p>The largest error is relative to the largest value of A.</p>
+{_table(report.rows)}
+</body>
+</html>
+"""
+
+
+def _heat_map(rows: list[Row]) -> str:
+    """A line for each stack with a cell for each layer, then a line for each single stage, then the legend."""
+    stacks: dict[str, dict[int, Row]] = {}
+    singles = []
+    for row in rows:
+        layer = re.fullmatch(r"(.+) layer (\d+)", row.stage)
+        if layer:
+            stacks.setdefault(layer[1], {})[int(layer[2])] = row
+        else:
+            singles.append(row)
+    parts = []
+    if stacks:
+        count = 1 + max(max(layers) for layers in stacks.values())
+        header = "".join(f'<th scope="col">{i}</th>' for i in range(count))
+        lines = [
+            f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(layers[i]) for i in sorted(layers))}</tr>'
+            for name, layers in stacks.items()
+        ]
+        body = "\n".join(lines)
+        parts.append(f"<thead><tr><th>layer</th>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>")
+    body = "\n".join(f'<tr><th scope="row">{escape(row.stage)}</th>{_cell(row)}</tr>' for row in singles)
+    parts.append(f"<tbody>\n{body}\n</tbody>")
+    tables = "\n".join(f'<div class="wide"><table class="map">{part}</table></div>' for part in parts)
+    legend = "".join(
+        f'<tr><td class="{name}{mark}">{cross}</td><th>{says}</th></tr>'
+        for colours, mark, cross in ((INSIDE, "", ""), (OUTSIDE, " out", "✗"))
+        for name, _, _, says in colours
+    )
+    return f'{tables}\n<table class="legend"><tbody>{legend}</tbody></table>'
+
+
+def _cell(row: Row) -> str:
+    exponent = _exponent(row.l2_error)
+    title = escape(f"{row.stage}: {_numbers(row)}")
+    if row.passed:
+        return f'<td class="{_colour(row)}" title="{title}">{exponent}</td>'
+    return f'<td class="{_colour(row)} out" title="{title}">{exponent} ✗</td>'
+
+
+def _colour(row: Row) -> str:
+    """By powers of ten between error and tolerance; what failed is never green, what passed never red."""
+    if row.passed:
+        ratio = row.tolerance / row.l2_error if row.l2_error > 0 else math.inf
+        return INSIDE[sum(ratio < bound for bound in (1000, 100, 10))][0]
+    ratio = row.l2_error / row.tolerance if row.tolerance > 0 else math.inf
+    return OUTSIDE[0 if ratio <= 10 else 1 if ratio <= 100 else 2][0]
+
+
+def _exponent(error: float) -> str:
+    if error == 0:
+        return "0"
+    if not math.isfinite(error):
+        return "NaN" if math.isnan(error) else "∞"
+    return f"{int(f'{error:e}'.split('e')[1])}".replace("-", "−")
+
+
+def _numbers(row: Row) -> str:
+    return f"{row.l2_error:.2e}, allowed {row.tolerance:.2e}"
+
+
+def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
+    """One plot for each action dim of the first row of actions [B, T, A]; nothing of models that wrote tokens."""
+    if a is None or b is None:
+        return ""
+    first, second = (np.asarray(x)[0].astype(np.float64) for x in (a, b))
+    plots = "\n".join(_plot(i, first[:, i], second[:, i]) for i in range(first.shape[1]))
+    key = " ".join(
+        f'<svg width="70" height="14" role="img" aria-label="{line.upper()}">'
+        f'<polyline class="{line}" points="0,7 44,7"/><text x="52" y="11">{line.upper()}</text></svg>'
+        for line in "ab"
+    )
+    return f"""<h2>Sampled actions</h2>
+<p>First row of the batch, over the horizon, as the model gives them (normalized); the labels are the lower and upper
+end of the axis.</p>
+<p>{key}</p>
+<div class="plots">
+{plots}
+</div>"""
+
+
+def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
+    """A [T] and B [T] over each other; values that are not finite leave gaps and are counted."""
+    width, height = PLOT
+    both = np.concatenate([a, b])
+    lost = int((~np.isfinite(both)).sum())
+    finite = both[np.isfinite(both)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    # An axis of at least 1% of the values, so that rounding alone does not fill the plot.
+    missing = max(0.01 * max(abs(low), abs(high)), 1e-6) - (high - low)
+    if missing > 0:
+        low, high = low - missing / 2, high + missing / 2
+    lines = []
+    for line, values in (("a", a), ("b", b)):
+        x = np.linspace(0, width, len(values)) if len(values) > 1 else np.array([width / 2])
+        points = np.stack([x, height - (values - low) / (high - low) * height], axis=1)
+        for run in _finite_runs(points):
+            if len(run) == 1:  # a line of one point would not be seen
+                run = run + np.array([[-2.0, 0.0], [2.0, 0.0]])
+            lines.append(f'<polyline class="{line}" points="{" ".join(f"{u:.1f},{v:.1f}" for u, v in run)}"/>')
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        difference = np.abs(b - a)
+    largest = f"{difference.max():.1e}" if np.isfinite(difference).all() else "not a number"
+    note = f", {lost} not finite" if lost else ""
+    label = f"dim {dim}: largest difference {largest}{note}"
+    return (
+        f'<svg width="{width + 8}" height="{height + 40}" viewBox="-4 -20 {width + 8} {height + 40}" role="img" '
+        f'aria-label="{label}"><title>{label}</title><text x="0" y="-7">dim {dim}{note}</text>'
+        f'<text x="{width}" y="-7" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end">{low:.4g}</text>'
+        f'<rect class="frame" width="{width}" height="{height}"/>{"".join(lines)}</svg>'
+    )
+
+
+def _finite_runs(points: np.ndarray) -> list[np.ndarray]:
+    """The stretches of points [T, 2] without a value that is not finite."""
+    finite = np.isfinite(points).all(axis=1)
+    cuts = np.flatnonzero(finite[1:] != finite[:-1]) + 1
+    return [run for run in np.split(points, cuts) if np.isfinite(run).all()]
+
+
+def _table(rows: list[Row]) -> str:
+    names = ("stage", "max error", "rel. L2", "tolerance", "")
+    header = "".join(f'<th scope="col">{name}</th>' for name in names)
+    lines = []
+    for row in rows:
+        values = "".join(f"<td>{x:.2e}</td>" for x in (row.max_error, row.l2_error, row.tolerance))
+        verdict = "<td>ok</td>" if row.passed else "<td><strong>OUT</strong></td>"
+        lines.append(f'<tr><th scope="row">{escape(row.stage)}</th>{values}{verdict}</tr>')
+    body = "\n".join(lines)
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr>{header}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )

@@ -1,0 +1,208 @@
+"""A policy beside a recording, open loop: what it would have done where the robot did something; `pi0-replay`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi0.command import output_path
+from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.datasets.statistics import frame_numbers
+from pi0.policy.policy import Policy
+from pi0.robots import Robot
+from pi0.robots.transforms import DeltaActions
+from pi0.storage import new_folder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replayed:
+    """An episode's actions in the robot's units: `recorded` [F, A], and `predicted` [N, F, A] in N draws of noise.
+
+    `failed` counts the chunks of π0-FAST that were no actions, of `chunks` in all draws.
+    """
+
+    episode: int
+    task: str
+    recorded: np.ndarray
+    predicted: np.ndarray
+    chunks: int
+    failed: int
+
+
+def replay(
+    policy: Policy, dataset: LeRobotDataset, *, every: int | None = None, draws: int = 1, batch_size: int = 16
+) -> list[Replayed]:
+    """Predict the episodes of a dataset: a new chunk of actions `every` so many frames (default: when it is used up).
+
+    Raises ValueError for an `every` that is longer than a chunk, and for a dataset that is not the robot's.
+    """
+    horizon = policy.config.action_horizon
+    every = horizon if every is None else every
+    if not 1 <= every <= horizon or draws < 1 or batch_size < 1:
+        raise ValueError(f"every {every} must be 1 to {horizon}; draws {draws} and batch_size {batch_size} at least 1")
+    recorded = recorded_actions(dataset, policy.pipeline.robot)
+    bounds = list(itertools.pairwise(dataset.starts.tolist()))
+    frames = [i for start, end in bounds for i in range(start, end, every)]
+    size, parts = min(batch_size, len(frames)), []
+    for first in range(0, len(frames), size):
+        chosen = [dataset[i] for i in frames[first : first + size]]
+        full = chosen + chosen[-1:] * (size - len(chosen))  # always as many, so that JAX compiles once
+        parts.append([policy.infer_batch(full) for _ in range(draws)])
+    joined = {
+        key: np.concatenate([np.stack([result[key] for result in part], axis=1) for part in parts])[: len(frames)]
+        for key in parts[0][0].keys() - {"timing"}
+    }
+    actions, decoded = joined["actions"][:, :, :every], joined.get("decoded", np.ones((len(frames), draws), bool))
+    episodes, first = [], 0
+    for episode, (start, end) in zip(dataset.episodes, bounds, strict=True):
+        own = slice(first, first := first + len(range(start, end, every)))
+        predicted = np.concatenate(list(actions[own]), axis=1)[:, : end - start]
+        task = dataset.tasks[int(dataset.table("task_index")[start])]
+        chunks, failed = decoded[own].size, int((~decoded[own]).sum())
+        episodes.append(Replayed(episode.index, task, recorded[start:end], predicted, chunks, failed))
+    return episodes
+
+
+def recorded_actions(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
+    """The actions [F, A] of all frames that the robot commands, which may be some of those recorded."""
+    parts = []
+    for data in frame_numbers(dataset, robot):
+        absolute = data if robot.delta_mask is None else DeltaActions(robot.delta_mask).inverse(data)
+        parts.append(absolute["actions"][:, 0])
+    return robot.from_model({"actions": np.concatenate(parts)})["action"]
+
+
+def compare_actions(episodes: Sequence[Replayed], names: Sequence[str], threshold: float = 0.1) -> dict[str, Any]:
+    """How far off predictions are, by dimension and by episode, as plain values.
+
+    `mae` and `mse` in the robot's units; `within`, the share of actions off by at most `threshold` of the range that
+    is recorded; `mse_to_variance`: 1 for always predicting the mean of what is recorded, None where that is constant.
+    """
+    recorded = np.concatenate([e.recorded for e in episodes])
+    errors = np.abs(np.concatenate([e.predicted - e.recorded for e in episodes], axis=1, dtype=np.float64))
+    columns: dict[str, np.ndarray] = {
+        "mae": errors.mean((0, 1)),
+        "mse": np.square(errors).mean((0, 1)),
+        "within": (errors <= threshold * np.ptp(recorded, axis=0)).mean((0, 1)),
+    }
+    variance = recorded.astype(np.float64).var(axis=0)
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(names):
+        relative = float(columns["mse"][i] / variance[i]) if variance[i] > 0 else None
+        rows.append({"name": name} | {k: float(v[i]) for k, v in columns.items()} | {"mse_to_variance": relative})
+    by_episode = []
+    for e in episodes:
+        error = np.abs(e.predicted - e.recorded.astype(np.float64))
+        figures = {"mae": error.mean((0, 1)).tolist(), "mse": np.square(error).mean((0, 1)).tolist()}
+        by_episode.append({"episode": e.episode, "task": e.task, "frames": len(e.recorded)} | figures)
+    chunks, failed = sum(e.chunks for e in episodes), sum(e.failed for e in episodes)
+    totals = {"frames": len(recorded), "chunks": chunks, "failed_chunks": failed, "threshold": threshold}
+    return totals | {"dimensions": rows, "episodes": by_episode}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The dimensions of `compare_actions` as text."""
+    width = max(len(row["name"]) for row in figures["dimensions"])
+    within = f"within {figures['threshold']:.0%}"
+    lines = [f"{'':{width}}{'MAE':>12}{'MSE':>12}{within:>14}{'MSE/variance':>14}"]
+    for row in figures["dimensions"]:
+        relative = "constant" if row["mse_to_variance"] is None else f"{row['mse_to_variance']:.3f}"
+        shown = f"{row['mae']:>12.4g}{row['mse']:>12.4g}{row['within']:>14.1%}{relative:>14}"
+        lines.append(f"{row['name']:{width}}{shown}")
+    if figures["failed_chunks"]:
+        lines.append(f"{figures['failed_chunks']} of {figures['chunks']} chunks were no actions: the middle instead")
+    return "\n".join(lines)
+
+
+def action_names(dataset: LeRobotDataset, robot: Robot) -> list[str]:
+    """What the recording calls the dimensions of the robot's actions; else "action[0]" and so on."""
+    key = robot.action_key(dataset.features)
+    names = dataset.features[key].get("names") if key else None
+    if isinstance(names, Mapping) and len(names) == 1:  # as in {"motors": [...]}
+        (names,) = names.values()
+    if not isinstance(names, list) or len(names) != robot.action_dim or not all(isinstance(n, str) for n in names):
+        return [f"action[{i}]" for i in range(robot.action_dim)]
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-replay`."""
+    parser = argparse.ArgumentParser(
+        prog="pi0-replay",
+        description="Compare a policy with a recording, open loop: at recorded frames it predicts a chunk of actions, "
+        "which are compared with the recorded ones, dimension by dimension, in the robot's units.",
+        epilog="examples:\n"
+        "  pi0-replay runs/demo/export bundled://metaworld_v30 --episodes 3 7 11 15 --out runs/replay\n"
+        "  pi0-replay runs/aloha data/aloha --framework jax --every 10\n"
+        "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --robot droid --asset-id droid\n\n"
+        "what is left in the folder:\n"
+        "  replay.json, and episode_<number>.png, predicted against recorded actions over time",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a checkpoint's or training run's folder, gs:// or hf://")
+    parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
+    parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="which ones (default: all)")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="to run it in (default torch)")
+    parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
+    parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
+    parser.add_argument("--robot", help='where the checkpoint does not say it: its name, or JSON {"name": …, options}')
+    parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
+    parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint names none (default PaliGemma's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)")
+    parser.add_argument("--device", help="of PyTorch (default cpu)")
+    parser.add_argument("--num-steps", type=int, metavar="N", help="of sampling (default: the checkpoint's)")
+    parser.add_argument("--every", type=int, metavar="N", help="frames from one chunk to the next (default: all of it)")
+    parser.add_argument("--draws", type=int, default=1, metavar="N", help="of noise for each chunk (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="chunks at a time (default 16)")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of `within`: a share of the recorded range")
+    args = parser.parse_args(arguments)
+    try:
+        if args.out is not None and args.out.exists() and not args.overwrite:  # before anything takes long
+            raise FileExistsError(f"{args.out} exists already; choose another name or pass --overwrite")
+        _main(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"pi0-replay: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _main(args: argparse.Namespace) -> None:
+    robot = json.loads(args.robot) if args.robot and args.robot.startswith("{") else args.robot
+    names = ("asset_id", "tokenizer", "dtype", "num_steps", "seed")
+    options = {name: getattr(args, name) for name in names} | {"robot": robot, "fallback": True}
+    if args.device is not None:
+        if args.framework != "torch":
+            raise ValueError("--device is for PyTorch; JAX takes JAX_PLATFORMS")
+        options["device"] = args.device
+    policy = importlib.import_module(f"pi0_{args.framework}").Policy.from_pretrained(args.checkpoint, **options)
+    dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes)
+    episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
+    dimensions = action_names(dataset, policy.pipeline.robot)
+    figures = compare_actions(episodes, dimensions, args.threshold)
+    print(f"{len(episodes)} episodes, {figures['frames']} frames, {figures['chunks']} chunks\n\n{table(figures)}")
+    if args.out is not None:
+        write_folder(args.out, episodes, dimensions, {**vars(args), "out": str(args.out)} | figures, args.overwrite)
+        print(f"\n{args.out}: replay.json, {len(episodes)} plots")
+
+
+def write_folder(
+    out: Path, episodes: Sequence[Replayed], names: Sequence[str], figures: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Figures and plots, all or nothing. Raises FileExistsError."""
+    from pi0.plots import plot_actions  # here, as matplotlib takes long to import
+
+    with new_folder(out, overwrite) as folder:
+        (folder / "replay.json").write_text(json.dumps(figures, indent=2) + "\n")
+        for e in episodes:
+            title = f"episode {e.episode}: {e.task}"
+            target = folder / f"episode_{e.episode:06d}.png"
+            plot_actions(e.recorded, {"predicted": e.predicted[0]}, names, target, title)

@@ -1,0 +1,1 @@
+"""What a training step takes on chips that need not be there."""

@@ -1,0 +1,334 @@
+"""Whether a training run, or sampling, fits a topology, and what it costs there: compiled for it, without having it.
+
+For TPUs the real compiler is asked, which the `libtpu` package brings; for GPUs the CPU's compiler, over as many
+virtual devices, which keeps bfloat16 in float32 at places and so says too much rather than too little. Nothing is
+allocated: all inputs are shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pi0.config import ModelConfig
+from pi0.observation import Observation
+from pi0_jax.loading import Model, make_model, merge
+from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.planning import hlo
+from pi0_jax.training.optimizer import make_optimizer, make_schedule
+from pi0_jax.training.sharding import ROWS, check_batch, make_mesh, state_shardings
+from pi0_jax.training.train import init_state, read_config, train_step
+from pi0_jax.training.trainable import freeze_pattern
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """GiB of memory; peaks per second: bfloat16 operations, bytes of memory, bytes sent to other chips."""
+
+    memory: float
+    flops: float = math.nan
+    bandwidth: float = math.nan
+    links: float = math.nan
+
+
+CHIPS = {  # cloud.google.com/tpu/docs/v4 and so on; of links, one direction
+    "v4": Chip(32, 275e12, 1228e9, 300e9),
+    "v5e": Chip(16, 197e12, 819e9, 200e9),
+    "v5p": Chip(95, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32, 918e12, 1640e9, 448e9),
+}
+TPU_ENVIRONMENT = {  # a compiler alone: no chip, no host to be asked for, and no lock on either
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one chip holds and does in a training step, or in sampling; memory in bytes.
+
+    `held` by name: what lies there between steps. `refused` is the compiler's word where the program is too large for
+    the chip: `temporaries` are then all that it names, and there is no `cost`.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    batch_size: int
+    held: dict[str, int]
+    temporaries: int
+    cost: hlo.Cost | None
+    refused: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory at the worst moment."""
+        return sum(self.held.values()) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused and self.total <= self.chip.memory * GIB
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """At the chip's peaks: arithmetic, memory, links."""
+        if self.cost is None:
+            return {}
+        sent = sum(self.cost.sent.values())
+        times = self.cost.flops / self.chip.flops, self.cost.traffic / self.chip.bandwidth, sent / self.chip.links
+        return dict(zip(("arithmetic", "memory", "links"), times, strict=True))
+
+
+def parse_topology(name: str) -> tuple[str, Chip, int]:
+    """The kind, the chip and, for GPUs, how many of them: "v5e:4x4", or "gpu:8x80", 8 GPUs of 80 GB.
+
+    Raises ValueError for anything else.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == "gpu" and re.fullmatch(r"\d+x\d+", shape):
+        number, gigabytes = map(int, shape.split("x"))
+        return kind, Chip(gigabytes * 1e9 / GIB), number
+    if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        return kind, CHIPS[kind], 0
+    raise ValueError(f"topology is {name!r}; it is like v5p:2x2x2, of {', '.join(CHIPS)}, or gpu:8x80: 8 GPUs of 80 GB")
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology, to compile for. Raises ValueError where the compiler knows none such."""
+    kind, _, number = parse_topology(topology)
+    if kind == "gpu":
+        if len(jax.devices()) < number:
+            raise ValueError(f"{topology} is planned on {number} virtual devices, and JAX has started without them")
+        return jax.devices()[:number]
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    except Exception as error:  # of any type: jaxlib's own, or for a missing libtpu
+        raise ValueError(f"no compiler for {topology}: {str(error).splitlines()[0]}. pip install libtpu?") from error
+
+
+def abstract_batch(model: ModelConfig, batch_size: int, *, training: bool) -> tuple[Observation, jax.ShapeDtypeStruct]:
+    """The shapes of an observation and of actions (or noise)."""
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    tokens = model.max_token_len
+    fast = training and model.kind == "pi0_fast"
+    observation = Observation(
+        images={key: rows(jnp.uint8, *model.image_resolution, 3) for key in model.image_keys},
+        image_masks={key: rows(jnp.bool) for key in model.image_keys},
+        state=rows(jnp.float32, model.action_dim),
+        tokenized_prompt=rows(jnp.int32, tokens),
+        tokenized_prompt_mask=rows(jnp.bool, tokens),
+        token_ar_mask=rows(jnp.int32, tokens) if fast else None,
+        token_loss_mask=rows(jnp.bool, tokens) if fast else None,
+    )
+    return observation, rows(jnp.float32, model.action_horizon, model.action_dim)
+
+
+def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
+    """Actions, or π0-FAST's tokens."""
+    merged: Model = merge(model, params)
+    return merged.sample_tokens(batch[0]) if isinstance(merged, Pi0Fast) else merged.sample_actions(*batch)
+
+
+def plan(config: ml_collections.ConfigDict, topology: str, *, sampling: bool = False) -> Plan:
+    """Compile a config's training step, or its model's sampling in its compute dtype, for a topology.
+
+    Raises ValueError for a config that cannot run there, but for what does not fit: that is an answer.
+    """
+    model = ModelConfig.from_dict(config.model.to_dict())
+    mesh = make_mesh(config.mesh, devices_of(topology))
+    batch: Any = abstract_batch(model, config.batch_size, training=not sampling)
+    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+    if sampling:
+        init = functools.partial(_inference_params, model)
+    else:
+        check_batch(config.batch_size, config.accumulate, mesh)
+        optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
+        init = functools.partial(init_state, config, model, optimizer, freeze_pattern(model, config.freeze))
+    state = jax.eval_shape(init)
+    shardings = state_shardings(state, model, config.sharding, mesh)
+    state = jax.tree.map(_laid, state, shardings)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = jax.tree.map(lambda x: _laid(x, everywhere if config.batch_size % ways else rows), batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if sampling:
+            lowered = jax.jit(functools.partial(sample, model)).lower(state, batch)
+        else:
+            key = _laid(jax.eval_shape(jax.random.key, 0), everywhere)
+            step = functools.partial(train_step, config, model, optimizer)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+            lowered = jitted.lower(state, batch, key)
+    parts = {"parameters": state} if sampling else {k: v for k, v in state.items() if v}
+    names = {"params": "parameters", "ema": "moving average", "opt_state": "optimizer"}
+    held = {names.get(name, name): _bytes_here(part) for name, part in parts.items()} | {"batch": _bytes_here(batch)}
+    return _compile(lowered, topology, mesh, config.batch_size, held)
+
+
+def _compile(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, batch_size: int, held: dict[str, int]) -> Plan:
+    _, chip, _ = parse_topology(topology)
+    made = functools.partial(Plan, topology, chip, dict(mesh.shape), batch_size, held)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        if found is None:
+            raise
+        used = float(found[1]) * (GIB if found[2] == "G" else 2**20)
+        return made(round(used) - sum(held.values()), None, f"{found[1]}{found[2]}iB of {found[3]}GiB")
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "TPU and CPU compilers give both"
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return made(memory.temp_size_in_bytes + fresh, hlo.count(text))
+
+
+def _inference_params(model: ModelConfig) -> Any:
+    params = nnx.to_pure_dict(nnx.state(make_model(model, rngs=nnx.Rngs(0))))
+    return jax.tree.map(lambda x: x.astype(model.runtime.dtype), params)
+
+
+def _laid(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _bytes_here(tree: Any) -> int:
+    """Of one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def suggest(config: ml_collections.ConfigDict, plan: Plan, *, sampling: bool = False) -> list[str]:
+    """What to change where a plan does not fit, the cheapest first: flags of the command, each to be planned again."""
+    chips, mesh = math.prod(plan.mesh.values()), plan.mesh
+    model = ModelConfig.from_dict(config.model.to_dict())
+    changes = []
+    if not sampling and model.runtime.remat != "full":
+        changes.append("--config.model.runtime.remat=full")
+    wider = [n for n in range(mesh["fsdp"] + 1, chips + 1) if chips % (n * mesh["tensor"]) == 0 and n <= 128]
+    if wider:
+        n = next(
+            (n for n in wider if sum(plan.held.values()) * mesh["fsdp"] / n < plan.chip.memory * GIB / 2), wider[-1]
+        )
+        changes.append(f"--config.mesh.data=-1 --config.mesh.fsdp={n}")
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
+    if not sampling and rows > config.accumulate:
+        more = next(n for n in range(config.accumulate + 1, rows + 1) if rows % n == 0)
+        changes.append(f"--config.accumulate={more}")
+    if not sampling and config.optimizer.moments_dtype == "float32":
+        changes.append("--config.optimizer.moments_dtype=bfloat16")
+    return changes or ["a larger topology"]
+
+
+def report(plan: Plan, title: str) -> str:
+    """A plan for people."""
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    chips = math.prod(plan.mesh.values())
+    lines = [f"{title}, batch {plan.batch_size}, on {plan.topology}: {chips} chips, mesh {mesh}", ""]
+    lines.append("memory of a chip         GiB")
+    rows = plan.held | {"temporaries": plan.temporaries, "all": plan.total}
+    lines += [f"  {name:<16} {size / GIB:>9.2f}" for name, size in rows.items()]
+    verdict = "it fits" if plan.fits else f"IT DOES NOT FIT{f' ({plan.refused})' if plan.refused else ''}"
+    lines += [f"  {'the chip has':<16} {plan.chip.memory:>9.2f}  {verdict}", ""]
+    if plan.cost is None:
+        return "\n".join(lines[:-1])
+    lines.append(f"operations of a chip     {plan.cost.flops / 1e12:.2f} TFLOP")
+    lines.append("collectives of a chip    number     GB sent")
+    names = Counter(plan.cost.collectives)
+    lines += [f"  {name:<20} {n:>8} {plan.cost.sent[name] / 1e9:>11.3f}" for name, n in names.most_common()]
+    seconds = plan.seconds
+    if math.isnan(seconds["arithmetic"]):
+        return "\n".join(lines)
+    times = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in seconds.items())
+    low, high = max(seconds.values()) * 1e3, sum(seconds.values()) * 1e3
+    lines += ["", f"milliseconds at the chip's peaks: {times}", f"at least {low:.0f} ms, {high:.0f} if none overlap"]
+    return "\n".join(lines)
+
+
+def table(plans: list[Plan]) -> str:
+    """Several plans, one line each."""
+    lines = [
+        "topology   chips  data×fsdp×tensor  batch  held GiB  temporary GiB  TFLOP/chip  GB sent/chip  ms (peak)  fits"
+    ]
+    for plan in plans:
+        cost, mesh = plan.cost or hlo.Cost(math.nan, math.nan), "×".join(map(str, plan.mesh.values()))
+        time = max(plan.seconds.values(), default=math.nan) * 1e3
+        lines.append(
+            f"{plan.topology:<10} {math.prod(plan.mesh.values()):>5}  {mesh:>16} {plan.batch_size:>6} "
+            f"{sum(plan.held.values()) / GIB:>9.2f} {plan.temporaries / GIB:>14.2f} {cost.flops / 1e12:>11.2f} "
+            f"{sum(cost.sent.values()) / 1e9:>13.2f} {time:>10.0f}  {'yes' if plan.fits else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+def prepare(names: list[str]) -> None:
+    """Set JAX up to compile for topologies, before its first use: on the CPU, with a compiler for TPUs at hand."""
+    numbers = [number for kind, _, number in map(parse_topology, names) if kind == "gpu"]
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    if numbers:
+        jax.config.update("jax_num_cpu_devices", max(numbers))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-plan`."""
+    parser = argparse.ArgumentParser(
+        prog="pi0-plan",
+        description="Compile an experiment's training step for chips that need not be there, and say what it takes: "
+        "memory, operations, collectives, time. Exits with 1 where it does not fit. TPUs need: pip install libtpu.",
+        epilog="examples:\n"
+        "  pi0-plan --config configs/pi0_metaworld.py --topology v5p:2x2x2 --config.batch_size=64 "
+        "--config.mesh.fsdp=8\n"
+        "  pi0-plan --config configs/pi0_metaworld.py --topology gpu:8x80 --config.mesh.fsdp=8\n"
+        "  pi0-plan --config configs/pi0_metaworld.py --topology v5e:1x1 --sample --config.batch_size=1\n"
+        "  pi0-plan --config configs/pi0_metaworld.py --topology v5e:4x4 v5e:8x8 --batch-per-chip 8 "
+        "--config.mesh.fsdp=16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
+    parser.add_argument("--topology", required=True, nargs="+", help="v4, v5e, v5p or v6e:SHAPE, or gpu:NUMBERxGB")
+    parser.add_argument("--sample", action="store_true", help="sampling instead of training")
+    parser.add_argument("--batch-per-chip", type=int, help="instead of the config's batch_size; for several topologies")
+    args, overrides = parser.parse_known_args(arguments)
+    try:
+        prepare(args.topology)
+        config = read_config(args.config, overrides)
+        plans = []
+        for topology in args.topology:
+            if args.batch_per_chip:
+                config.batch_size = args.batch_per_chip * len(devices_of(topology))
+            plans.append(plan(config, topology, sampling=args.sample))
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"pi0-plan: {error}", file=sys.stderr)
+        sys.exit(1)
+    title = f"{config.model.kind}, {'sampling' if args.sample else f'training, remat {config.model.runtime.remat}'}"
+    print(report(plans[0], title) if len(plans) == 1 else table(plans))
+    for refused in [each for each in plans if not each.fits]:
+        print(f"\n{refused.topology}: try one or more of", *suggest(config, refused, sampling=args.sample), sep="\n  ")
+    sys.exit(0 if all(each.fits for each in plans) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Orbax checkpoints of a training run: parameters for inference, the training state, and the assets beside them.
+
+checkpoints/<step>/params         what is evaluated and exported: the moving average where there is one
+checkpoints/<step>/train_state    what training goes on from, but for what is frozen, which `params` has
+checkpoints/<step>/assets         config.json, norm stats
+checkpoints/<step>/checksums.json of every file, written when the checkpoint is complete
+checkpoints/damaged-<step>        one that was found damaged, kept aside
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from convert.formats.orbax import read_orbax
+from convert.tensors import CheckpointError
+from pi0.assets import Assets
+
+CHECKSUMS = "checksums.json"
+BEST = "validation_loss"  # what the best checkpoint is the lowest in
+
+
+class AssetsHandler(ocp.CheckpointHandler):
+    """Writes a checkpoint's `Assets` into its `assets` folder."""
+
+    def save(self, directory: Any, args: AssetsSave) -> None:
+        if jax.process_index() == 0:
+            args.assets.save(Path(directory))
+
+    def restore(self, directory: Any, args: AssetsRestore | None = None) -> Assets | None:
+        return Assets.load(Path(directory).parent)
+
+
+@ocp.args.register_with_handler(AssetsHandler, for_save=True)
+@dataclasses.dataclass
+class AssetsSave(ocp.args.CheckpointArgs):
+    """The assets to save."""
+
+    assets: Assets
+
+
+@ocp.args.register_with_handler(AssetsHandler, for_restore=True)
+@dataclasses.dataclass
+class AssetsRestore(ocp.args.CheckpointArgs):
+    """Nothing to say: the assets are restored as they were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, written asynchronously.
+
+    The newest `keep` stay, with `keep_best` the one of the lowest validation loss too, with `keep_every` those of every
+    so many steps. All processes of a run make one, and call the same of its methods.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_best: bool = False, keep_every: int = 0):
+        self._folder = folder.resolve()
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_best:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[BEST], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), create=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder, item_names=("params", "train_state", "assets"), options=options
+        )
+        self._signing: list[threading.Thread] = []
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, params: Any, train_state: Any, assets: Assets, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Start writing a checkpoint; it gets its name when it is complete. A step that is there already stays.
+
+        `metrics` may have the validation loss, by which the best is kept.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params),
+                train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
+                assets=AssetsSave(dataclasses.replace(assets, step=step)),
+            ),
+            metrics=metrics if metrics and BEST in metrics else None,
+        )
+        if jax.process_index() == 0:
+            self._signing = [thread for thread in self._signing if thread.is_alive()]
+            self._signing.append(threading.Thread(target=self._sign_when_complete, args=(step,), daemon=True))
+            self._signing[-1].start()
+
+    def _sign_when_complete(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if (self._folder / str(step)).exists():
+            sign(self._folder / str(step))
+
+    def restore_newest(self, train_state: Any) -> tuple[int, Any]:
+        """The newest intact checkpoint's step and training state, with the shardings of `train_state` (abstract).
+
+        Damaged ones are reported and put aside, and the one before is taken; without any, it is (0, None).
+        """
+        while (step := self.latest_step) is not None:
+            problem = damage(self._folder / str(step)) if jax.process_index() == 0 else None
+            damaged = bool(multihost_utils.broadcast_one_to_all(np.array(problem is not None)))
+            if not damaged:
+                return step, self.restore(step, train_state)
+            if jax.process_index() == 0:
+                aside = self._folder / f"damaged-{step}"
+                print(f"checkpoint {step} is damaged and put aside as {aside.name}: {problem}")
+                os.replace(self._folder / str(step), aside)
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+            self._manager.reload()
+        return 0, None
+
+    def restore(self, step: int, train_state: Any) -> Any:
+        """The training state at `step`, with the structure and shardings of `train_state`."""
+
+        def wanted(tree: Any) -> ocp.args.PyTreeRestore:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+
+        frozen = train_state["frozen"]
+        items = {"train_state": wanted({k: v for k, v in train_state.items() if k != "frozen"})}
+        if frozen:
+            items["params"] = wanted(frozen)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {**restored["train_state"], "frozen": restored["params"] if frozen else {}}
+
+    def close(self) -> None:
+        """Wait until everything is written and signed."""
+        self._manager.wait_until_finished()
+        for thread in self._signing:
+            thread.join()
+        self._manager.close()
+
+
+def _files(step: Path) -> list[Path]:
+    return sorted(file for file in step.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def sign(step: Path) -> None:
+    """Write the checksums of a complete checkpoint's files beside them."""
+    temporary = step / f".{CHECKSUMS}"
+    try:
+        temporary.write_text(json.dumps({str(f.relative_to(step)): _digest(f) for f in _files(step)}, indent=2))
+        os.replace(temporary, step / CHECKSUMS)
+    except FileNotFoundError:  # a newer checkpoint has taken its place meanwhile
+        return
+
+
+def damage(step: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: by its checksums or, without them, by reading all of it."""
+    if not (step / CHECKSUMS).exists():
+        try:
+            for item in ("params", "train_state"):
+                for tensor in read_orbax(step / item).values():
+                    tensor.read(())
+        except CheckpointError as error:
+            return str(error)
+        return None
+    try:
+        expected = json.loads((step / CHECKSUMS).read_text())
+    except ValueError:
+        return f"{CHECKSUMS} is not JSON"
+    found = {str(file.relative_to(step)): file for file in _files(step)}
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        return f"{missing[0]} is missing"
+    changed = [name for name, digest in expected.items() if _digest(found[name]) != digest]
+    return f"{changed[0]} is not what was written" if changed else None

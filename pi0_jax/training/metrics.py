@@ -1,0 +1,178 @@
+"""Where a run's numbers and pictures go: a progress bar, `metrics.jsonl`, TensorBoard, and W&B where asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from pi0_jax.training.data import Loader
+
+PROFILED = range(5, 10)  # steps after the first one
+# Peak bfloat16 operations per second of one device, by what JAX calls its kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def check_wandb(project: str) -> None:
+    """Raise ValueError where W&B is asked for, by the name of a project, and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"wandb is {project!r}, but the package is not installed: pip install wandb, or wandb=''")
+
+
+class Window:
+    """The steps since the last line of the log: their scalars, and how long they and the wait for their data took."""
+
+    def __init__(self, loader: Loader, batch_size: int):
+        self._loader, self._batch_size = loader, batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, with no steps."""
+        self.rows: list[dict[str, jax.Array]] = []
+        self._start, self._waited = time.perf_counter(), self._loader.waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of what is done meanwhile."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def means(self, flops: float) -> dict[str, float]:
+        """The mean of each scalar, samples per second, the share of time spent waiting for data, and the devices'."""
+        scalars = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}  # waits for them
+        elapsed = time.perf_counter() - self._start
+        rates = {
+            "samples_per_second": len(self.rows) * self._batch_size / elapsed,
+            "data_wait": (self._loader.waited - self._waited) / elapsed,
+        }
+        return scalars | rates | device_metrics(flops, len(self.rows) / elapsed)
+
+
+class Trace:
+    """A profile of the steps `PROFILED` of this process, in `folder`, for TensorBoard or Perfetto; None: no profile."""
+
+    def __init__(self, folder: Path | None, start: int):
+        self._folder, self._start, self._running = folder, start, False
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def before(self, step: int) -> None:
+        """To be called before each step is begun."""
+        if self._folder is not None and step == self._start + PROFILED.start:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """And after it, with what it gives."""
+        if self._running and step == self._start + PROFILED.stop - 1:
+            jax.block_until_ready(results)
+            self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+class Metrics(ExitStack):
+    """Writes scalars and pictures by step to every place; `silent`, for all processes of a run but one, to none."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        config: dict[str, Any],
+        *,
+        total_steps: int,
+        wandb: str = "",
+        silent: bool = False,
+    ):
+        super().__init__()
+        self._pictures, self._silent = workdir / "pictures", silent
+        self._jsonl = Path(os.devnull) if silent else workdir / "metrics.jsonl"
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
+        self.callback(self._tensorboard.close)
+        bar = {"unit": "step", "dynamic_ncols": True, "desc": "training", "disable": silent}
+        self._bar = self.enter_context(tqdm(total=total_steps, initial=start, **bar))
+        self._wandb: Any = None
+        if wandb and not silent:
+            import wandb as client
+
+            options = {"name": workdir.resolve().name, "id": workdir.resolve().name, "resume": "allow"}
+            self._wandb = client.init(project=wandb, dir=workdir, config=config, **options)
+            self.callback(self._wandb.finish)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the progress bar on."""
+        self._bar.update(steps)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars; `loss`, `grad_norm` and `samples_per_second` also stand in the progress bar."""
+        with self._jsonl.open("a") as lines:
+            lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+        if "loss" in scalars:
+            self._bar.set_postfix_str(
+                f"loss {scalars['loss']:.4f}, grad norm {scalars['grad_norm']:.2f}, "
+                f"{scalars['samples_per_second']:.0f} samples/s"
+            )
+        elif not self._silent:
+            line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "/" not in name)
+            self._bar.write(f"step {step}: {line}")
+
+    def picture(self, name: str, step: int) -> Path | None:
+        """Where to draw a picture as PNG; `show` it then. None in a silent process."""
+        if self._silent:
+            return None
+        self._pictures.mkdir(exist_ok=True)
+        return self._pictures / f"{name}_{step}.png"
+
+    def show(self, name: str, step: int, file: Path) -> None:
+        """Show a picture that was drawn in TensorBoard and W&B too."""
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb as client
+
+            self._wandb.log({name: client.Image(pixels)}, step=step)
+
+
+def device_metrics(flops: float, steps_per_second: float) -> dict[str, float]:
+    """`memory_gib`, the most that a device held, and `mfu`, `flops` of a device's step against its peak.
+
+    Each where it is known: not on CPUs.
+    """
+    device, found = jax.local_devices()[0], {}
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["memory_gib"] = stats["peak_bytes_in_use"] / 2**30
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    if kinds:
+        found["mfu"] = flops * steps_per_second / PEAK_FLOPS[max(kinds, key=len)]
+    return found

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs.metaworld_demo import get_config
+from pi0.parameters import parameters
+from pi0.variants import get_variant
+from pi0_jax.planning.plan import CHIPS, GIB, main, parse_topology, plan, report, suggest, table
+
+ROOT = Path(__file__).parents[3]
+OPENPI_GIB = 6.29 + 6.91  # of its own step on v5p:2x2x2, fsdp 8, global batch 64, AdamW and EMA
+LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs: pip install libtpu")
+
+
+def test_a_plan_on_the_cpu():
+    """What lies on a device is known by hand: four bytes for each parameter, twice that for Adam."""
+    config, model = get_config("tiny"), get_variant("tiny")
+    config.batch_size = 4
+    found = plan(config, "gpu:1x80")
+    size = 4 * sum(math.prod(p.shape) for p in parameters(model).values())
+    assert found.held["parameters"] == found.held["moving average"] == size
+    assert 2 * size < found.held["optimizer"] <= 2 * size + 64
+    assert found.fits and found.temporaries > 0 and found.cost is not None and not found.cost.collectives
+    text = report(found, "tiny")
+    assert "it fits" in text and "parameters" in text and "1 chips" in text
+    small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=found.total / GIB / 2))
+    assert not small.fits and "DOES NOT FIT" in report(small, "tiny") and " no" in table([small])
+    config.model.runtime.remat = "none"
+    assert suggest(config, small) == [
+        "--config.model.runtime.remat=full",
+        "--config.accumulate=2",
+        "--config.optimizer.moments_dtype=bfloat16",
+    ]
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v7:2x2", "gpu:8", "gpu:ax80", "v5p:2x2x"])
+def test_no_topology(name: str, capsys):
+    with pytest.raises(ValueError, match="topology is"):
+        parse_topology(name)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", "configs/metaworld_demo.py", "--topology", name])
+    assert stop.value.code == 1 and "topology is" in capsys.readouterr().err
+
+
+def test_topologies():
+    assert parse_topology("v5p:2x2x2") == ("v5p", CHIPS["v5p"], 0)
+    kind, chip, number = parse_topology("gpu:8x80")
+    assert (kind, number) == ("gpu", 8) and chip.memory == pytest.approx(74.5, abs=0.01)
+    with pytest.raises(ValueError, match="virtual devices"):
+        plan(get_config("tiny"), f"gpu:{len(jax.devices()) + 1}x80")
+
+
+def planned(*flags: str) -> list[str]:
+    command = [sys.executable, "-m", "pi0_jax.planning.plan", "--config", "configs/pi0_metaworld.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "most"),
+    [("v5p:2x2x2", 8, OPENPI_GIB), ("v5e:4x4", 16, CHIPS["v5e"].memory)],
+)
+def test_the_full_model_fits(topology: str, fsdp: int, most: float):
+    """Minutes each. Everything of a layer is recomputed and nothing else, as in openpi's step."""
+    flags = ("--config.batch_size=64", "--config.model.action_horizon=50", f"--config.mesh.fsdp={fsdp}")
+    lines = planned("--topology", topology, *flags)
+    everything = next(float(line.split()[1]) for line in lines if line.split()[:1] == ["all"])
+    assert everything <= most and any("it fits" in line for line in lines)
+
+
+@LIBTPU
+@pytest.mark.slow
+def test_more_chips_do_not_compute_more_each():
+    flags = ("--batch-per-chip", "8", "--config.mesh.fsdp=16")
+    rows = [line.split() for line in planned("--topology", "v5e:4x4", "v5p:4x8x8", *flags)[1:]]
+    few, many = (float(row[6]) for row in rows)
+    assert abs(many / few - 1) <= 0.05

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from pi0.assets import Assets
+from pi0.variants import get_variant
+from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
+
+ASSETS = Assets(get_variant("tiny"))
+
+
+def saved(folder, steps: dict[int, float], **options) -> list[int]:
+    """The steps that stay of a run with these validation losses."""
+    checkpoints = Checkpoints(folder, **options)
+    for step, loss in steps.items():
+        params = {"a": {"kernel": jnp.full(3, step)}}
+        state = {"params": params, "frozen": {}, "ema": None}
+        checkpoints.save(step, params, state, ASSETS, {"validation_loss": loss} if loss else None)
+    checkpoints.close()
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep": 1}, [6]),
+        ({"keep": 2}, [5, 6]),
+        ({"keep": 1, "keep_best": True}, [2, 6]),
+        ({"keep": 1, "keep_every": 3}, [3, 6]),
+    ],
+)
+def test_what_is_kept(options, kept, tmp_path):
+    assert saved(tmp_path, {1: 5.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0, 6: 5.0}, **options) == kept
+
+
+def test_the_best_without_validation(tmp_path):
+    assert saved(tmp_path, {1: 0, 2: 0, 3: 0}, keep=1, keep_best=True) == [3]
+
+
+def test_checksums_of_every_file(tmp_path):
+    saved(tmp_path, {1: 0}, keep=1)
+    assert (tmp_path / "1" / CHECKSUMS).exists() and damage(tmp_path / "1") is None
+    extra = tmp_path / "1" / "assets" / "config.json"
+    content = extra.read_text()
+    extra.write_text(content + " ")
+    assert damage(tmp_path / "1") == "assets/config.json is not what was written"
+    extra.unlink()
+    assert damage(tmp_path / "1") == "assets/config.json is missing"
+    extra.write_text(content)
+    (tmp_path / "1" / CHECKSUMS).write_text("{")
+    assert damage(tmp_path / "1") == "checksums.json is not JSON"
+
+
+def test_a_step_that_is_there_stays(tmp_path):
+    assert saved(tmp_path, {1: 0, 2: 0}, keep=2) == [1, 2]
+    assert saved(tmp_path, {2: 0, 3: 0}, keep=2) == [2, 3]

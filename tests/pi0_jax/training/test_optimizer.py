@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs.metaworld_demo import get_config
+from pi0.config import ATTENTIONS, REMATS, ConfigError, ModelConfig
+from pi0.observation import Observation
+from pi0.variants import get_variant
+from pi0_jax.loading import flatten, merge
+from pi0_jax.training.optimizer import accumulate, make_optimizer
+from pi0_jax.training.train import init_state, train_step
+
+MODEL = get_variant("tiny")
+
+
+def batch_of(size: int) -> tuple[Observation, np.ndarray]:
+    rng = np.random.default_rng(0)
+    data = {f"image/{k}": rng.integers(0, 256, (size, *MODEL.image_resolution, 3), np.uint8) for k in MODEL.image_keys}
+    data |= {
+        "state": rng.standard_normal((size, MODEL.action_dim)),
+        "tokenized_prompt": rng.integers(0, MODEL.vocab_size, (size, MODEL.max_token_len)),
+        "tokenized_prompt_mask": rng.random((size, MODEL.max_token_len)) < 0.7,
+    }
+    actions = rng.standard_normal((size, MODEL.action_horizon, MODEL.action_dim)).astype(np.float32)
+    return Observation.from_dict(data, MODEL), actions
+
+
+def update(count: int):
+    """A training step on 32 rows in `count` micro-batches: its scalars and parameters.
+
+    Plain steps along the gradient: Adam, which divides by its size, would make steps of rounding.
+    """
+    config, optimizer = get_config("tiny"), optax.sgd(1e-2)
+    config.accumulate = count
+    state = jax.jit(functools.partial(init_state, config, MODEL, optimizer, ""))()
+    step = jax.jit(functools.partial(train_step, config, MODEL, optimizer))
+    state, scalars = step(state, batch_of(32), jax.random.key(1))
+    return scalars, flatten(state["params"])
+
+
+def test_accumulation_equals_the_large_batch(highest_precision):
+    """4 × 8 and 32 rows, with the same noise: loss and parameters to 1e-6, float32 sums in another order."""
+    (scalars, params), (ours, accumulated) = update(1), update(4)
+    for name in ("loss", "grad_norm", "param_norm"):
+        np.testing.assert_allclose(ours[name], scalars[name], rtol=1e-6, err_msg=name)
+    for name, value in params.items():
+        np.testing.assert_allclose(accumulated[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_every_micro_batch_has_a_share_of_each_device():
+    """Rows 0 and 1 of two devices' halves, not one device's rows alone."""
+    seen = []
+
+    def value_and_grad(params, rows):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), rows, ordered=True)
+        return rows.mean(), params * rows.mean()
+
+    value, grad = accumulate(value_and_grad, jnp.ones(3), jnp.arange(8.0), 4)
+    jax.effects_barrier()
+    assert seen == [[0, 4], [1, 5], [2, 6], [3, 7]] and value == 3.5 and grad.tolist() == [3.5] * 3
+
+
+def test_moments_in_bfloat16():
+    """Half of the memory; after ten steps within two of bfloat16's roundings (2^-9 each) of float32's steps."""
+    rng, config = np.random.default_rng(0), get_config("tiny").optimizer
+    params = {"w": jnp.asarray(rng.standard_normal(1000), jnp.float32)}
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        config.moments_dtype = dtype
+        optimizer, now = make_optimizer(config, lambda _: 1e-3), params
+        state = optimizer.init(params)
+        for i in range(10):
+            grads = {"w": jnp.asarray(np.random.default_rng(i).standard_normal(1000) + 1, jnp.float32)}
+            updates, state = optimizer.update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim} == {dtype}
+        moved[dtype] = now["w"] - params["w"]
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=0, atol=2 * 2**-9 * 1e-3 * 10)
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"moments_dtype": "int8"}, "moments_dtype"), ({"b2": 0.999}, "b2 is")])
+def test_moments_that_cannot_be_kept_are_refused(changes, said: str):
+    config = get_config("tiny").optimizer
+    config.update({"moments_dtype": "bfloat16"} | changes)
+    with pytest.raises(ValueError, match=said):
+        make_optimizer(config, lambda _: 1e-3)
+
+
+@pytest.mark.parametrize("change", [{"remat": r} for r in REMATS[1:]] + [{"attention": "xla"}])
+def test_another_way_to_compute_the_same(change: dict[str, str], highest_precision):
+    """Loss and gradients of every rematerialization and of XLA's attention, to float32 rounding."""
+    config = MODEL.with_runtime(remat="none")
+    observation, actions = batch_of(4)
+    noise, time = np.ones_like(actions), np.full(4, 0.3, np.float32)
+    init = functools.partial(init_state, get_config("tiny"), config, optax.sgd(1.0), "")
+    params = jax.jit(init)()["params"]
+
+    def of(model: ModelConfig):
+        def loss(params):
+            return merge(model, params).compute_loss(observation, actions, noise, time).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (loss, grads), (other_loss, other) = of(config), of(dataclasses.replace(config, **change))
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    scale = float(optax.tree.norm(grads))
+    for name, value in flatten(grads).items():
+        np.testing.assert_allclose(flatten(other)[name], value, rtol=0, atol=1e-6 * scale, err_msg=name)
+
+
+def test_attention_that_cannot_be_is_refused():
+    assert ATTENTIONS[0] == "plain"
+    for variant, attention in (("tiny", "flash"), ("tiny", "cudnn"), ("tiny_pi0_fast", "xla")):
+        with pytest.raises(ConfigError, match="attention is"):
+            get_variant(variant, attention=attention)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import pi0_jax
+from configs.metaworld_demo import get_config
+from convert.checkpoints import open_checkpoint
+from pi0.variants import get_variant
+from pi0_eval.parity.compare import Inputs, assert_parity
+from pi0_jax.loading import parameters_of, unflatten
+from pi0_jax.training.optimizer import make_optimizer, make_schedule
+from pi0_jax.training.train import main, noise_and_time, read_config, train, train_step
+from tests.pi0_eval.parity.test_compare import random_parameters
+
+
+def small_config(**changes):
+    """A few steps of a tiny model on the bundled recordings."""
+    config = get_config("tiny")
+    config.data.validation_episodes = [e for e in range(16) if e not in (0, 4)]
+    config.update({"batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 4, "save_every": 2} | changes)
+    config.optimizer.warmup_steps = 1
+    config.data.validation_episodes = list(range(2, 16))
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return train(small_config(), workdir), workdir
+
+
+def test_a_run_leaves_what_it_should(run):
+    metrics, workdir = run
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 4]
+    assert {"loss", "grad_norm", "param_norm", "learning_rate", "samples_per_second"} <= rows[0].keys()
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["validation_loss"])
+    assert list((workdir / "tensorboard").iterdir())
+    assert sorted(f.name for f in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert json.loads((workdir / "config.json").read_text())["model"]["kind"] == "pi0"
+
+
+def test_a_checkpoint_carries_everything(run):
+    checkpoint = open_checkpoint(run[1] / "checkpoints" / "4")
+    assets = checkpoint.assets
+    assert checkpoint.layout.name == "pi0_jax" and assets.model == get_variant("tiny")
+    assert (assets.step, assets.robot, assets.normalization) == (4, "metaworld", "zscore")
+    assert set(assets.norm_stats) == {"state", "actions"} and assets.tokenizer["sha256"]
+
+
+def test_a_checkpoint_exports(run, tmp_path):
+    from convert.conversion import convert
+
+    convert(run[1] / "checkpoints" / "4", tmp_path / "torch", to="pi0_torch")
+    assert_parity(run[1] / "checkpoints" / "4", tmp_path / "torch", num_steps=2, gradients=False)
+
+
+def test_a_run_goes_on_where_it_stopped(run, tmp_path):
+    """Stopped after 2 of 4 steps and started again: the same parameters, bit for bit."""
+    first = small_config()
+    first.steps = 2
+    first.optimizer = small_config().optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        # The schedule belongs to the whole run, not to the part of it that was done.
+        patch.setattr("pi0_jax.training.train.make_schedule", lambda config, steps: make_schedule(config, 4))
+        train(first, tmp_path)
+    train(small_config(), tmp_path)
+    again, straight = (pi0_jax.load(folder / "checkpoints" / "4") for folder in (tmp_path, run[1]))
+    for name, value in parameters_of(straight).items():
+        np.testing.assert_array_equal(parameters_of(again)[name], value, err_msg=name)
+
+
+def test_training_changes_every_parameter_that_can_matter(run):
+    start, end = (pi0_jax.load(run[1] / "checkpoints" / step) for step in ("2", "4"))
+    after = parameters_of(end)
+    same = {name for name, value in parameters_of(start).items() if np.array_equal(value, after[name])}
+    # The prefix's final norm reaches no loss, and weight decay leaves its zeros zero.
+    assert same <= {"paligemma.final_norm.scale"}
+
+
+def test_pi0_fast_learns_what_is_to_be_predicted():
+    """The same step as the others': 30 of them on one batch bring the cross-entropy from chance to under a third."""
+    model, config = get_variant("tiny_pi0_fast", remat="none"), get_config("tiny_pi0_fast")
+    config.optimizer.update({"warmup_steps": 1, "peak_lr": 0.02})
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 30))
+    params, inputs = unflatten(random_parameters(model)), Inputs.random(model, batch=4)
+    state = {"params": params, "frozen": {}, "ema": None, "opt_state": optimizer.init(params)}
+    step = jax.jit(partial(train_step, config, model, optimizer))
+    losses = []
+    for i in range(30):
+        state, scalars = step(state, (inputs.observation, inputs.actions), jax.random.key(i))
+        losses.append(float(scalars["loss"]))
+    assert 0.5 * np.log(model.vocab_size) < losses[0] < 2 * np.log(model.vocab_size)
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 100_000}, "batch_size"),
+        ({"data": {"validation_episodes": list(range(16))}}, "validation episodes"),
+        ({"data": {"robot": "toaster"}}, "toaster"),
+        ({"data": {"root": "nowhere"}}, "nowhere"),
+        ({"optimizer": {"warmup_steps": 9}}, "warmup_steps"),
+        ({"model": {"kind": "pi1"}}, "kind"),
+        ({"model": {"action_dim": 3}}, "robot_action_dim 4"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(changes, said: str, tmp_path):
+    config = small_config()
+    config.update(changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(tmp_path, capsys):
+    config = read_config(
+        "configs/metaworld_demo.py:tiny_pi05", ["--config.batch_size=3", "--config.model.runtime.num_steps=7"]
+    )
+    assert (config.batch_size, config.model.runtime.num_steps, config.model.kind) == (3, 7, "pi05")
+    for arguments in (["--config.no_such=1"], ["--colour=red"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["--config", "configs/metaworld_demo.py", "--workdir", str(tmp_path / "run"), *arguments])
+        assert stop.value.code == 1 and arguments[0].split("=")[0].split(".")[-1].strip("-") in capsys.readouterr().err
+
+
+def test_flow_times():
+    """Beta(1.5, 1)·0.999 + 0.001: mean 0.6·0.999 + 0.001, within 5 standard errors of 20000 draws."""
+    noise, time = noise_and_time(jax.random.key(0), np.zeros((20_000, 1, 1)))
+    assert time.min() >= 0.001 and time.max() <= 1.0
+    assert abs(float(time.mean()) - 0.6004) < 5 * 0.262 / 20_000**0.5
+    assert abs(float(noise.std()) - 1) < 0.03
