@@ -10,7 +10,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs.pi05_pretrain import experiment
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 
 
 def get_config(size: str | None = None) -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ import ml_collections
 
 from configs import metaworld_demo
 from configs.finetune import finetune
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0.tokenizers.fast import FAST
 from pi0.variants import get_variant
 

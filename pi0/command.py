@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -59,7 +60,7 @@ def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callabl
     `errors` are raised beside ValueError and OSError; one with an attribute `exit_code` says its own.
     """
 
-    caught = (ValueError, OSError, MissingExtraError, *errors)
+    caught: tuple[type[Exception], ...] = (ValueError, OSError, MissingExtraError, *errors)
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
@@ -81,7 +82,8 @@ def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callabl
 def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A command's parser; the epilog keeps its lines."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+    text = textwrap.fill(description, 100)
+    parser = argparse.ArgumentParser(prog=prog, description=text, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     return parser
 

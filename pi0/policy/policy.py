@@ -14,7 +14,7 @@ import numpy as np
 from pi0.assets import Assets, AssetsError
 from pi0.fetch import fetch
 from pi0.observation import Observation, ObservationError, check_actions
-from pi0.recipe import Planner
+from pi0.policy.subtasks import SubtaskSampler
 from pi0.robots import ROBOTS
 from pi0.robots.normalize import NormStats, load_norm_stats
 from pi0.robots.pipeline import Pipeline
@@ -48,7 +48,7 @@ class Policy(abc.ABC):
         self.num_steps, self.fallback = num_steps, fallback
         self.pipeline = Pipeline.from_assets(assets)
         self._rng = np.random.default_rng(seed)
-        self._planner = Planner(self.sample_planned, plan_every)
+        self._planner = SubtaskSampler(self.sample_planned, plan_every)
 
     def reset(self) -> None:
         """Begin a new episode: the next call writes a new subtask."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0_jax.models.gemma import Cache, joint_forward
 from pi0_jax.models.pi0 import Pi0
 

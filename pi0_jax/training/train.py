@@ -30,7 +30,7 @@ from pi0.config import ConfigError, ModelConfig
 from pi0.datasets.batches import Batches
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_cameras
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0.storage import local_path
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.models.pi0_fast import Pi0Fast

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0_torch.models.gemma import Cache, joint_forward
 from pi0_torch.models.pi0 import Pi0
 

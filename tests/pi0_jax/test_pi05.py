@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pi0 import masks
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0_jax.loading import parameters_of, with_parameters
 from pi0_jax.models.gemma import joint_forward
 from tests.compiled import AS_IN_USE

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pi0_torch
-from pi0.recipe import RecipeConfig
+from pi0.run_config import RecipeConfig
 from pi0_torch.loading import to_torch, with_parameters
 from tests.recipe_case import CONFIG, mixed_batch, torch_parameters
 

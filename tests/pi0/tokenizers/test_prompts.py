@@ -13,7 +13,7 @@ from pi0.datasets.errors import DataError
 from pi0.datasets.fit_fast import action_chunks
 from pi0.masks import FAST, PREFIX, SUBTASK
 from pi0.observation import Observation, ObservationError
-from pi0.recipe import Planner, RecipeConfig
+from pi0.policy.subtasks import RecipeConfig, SubtaskSampler
 from pi0.robots import MetaWorld
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.transforms import TokenizeRecipe
@@ -185,10 +185,10 @@ def test_a_planner_plans_every_so_many_chunks():
         asked.append(subtask)
         return (f"after {observation}" if subtask is None else subtask), noise
 
-    planner = Planner(sample, every=3)
+    planner = SubtaskSampler(sample, every=3)
     assert [planner(i, -i) for i in range(4)] == [("after 0", 0), ("after 0", -1), ("after 0", -2), ("after 3", -3)]
     assert asked == [None, "after 0", "after 0", None]
     planner.reset()
     assert planner(9, 0)[0] == "after 9"
     with pytest.raises(ValueError, match="every"):
-        Planner(sample, every=0)
+        SubtaskSampler(sample, every=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pi0_torch
-from pi0.recipe import Planner, RecipeConfig
+from pi0.policy.subtasks import RecipeConfig, SubtaskSampler
 from pi0_eval.parity.compare import FLOAT32_TOLERANCE
 from pi0_jax.loading import with_parameters
 from pi0_torch.loading import to_torch
@@ -51,8 +51,8 @@ def test_subtasks_and_actions(models):
     ours, theirs = models
     sample = jax.jit(partial(type(ours).sample, ours), static_argnames=("num_steps", "max_decoding_steps"))
     planners = (
-        Planner(lambda o, n, s: sample(o, n, s, num_steps=3, max_decoding_steps=6), every=2),
-        Planner(
+        SubtaskSampler(lambda o, n, s: sample(o, n, s, num_steps=3, max_decoding_steps=6), every=2),
+        SubtaskSampler(
             lambda o, n, s: theirs.sample(
                 pi0_torch.to_device(o), torch.from_numpy(n), s, num_steps=3, max_decoding_steps=6
             ),

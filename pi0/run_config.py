@@ -1,9 +1,9 @@
-"""π0.5's recipe: what its training minimizes, and how its subtasks are planned anew while a robot runs."""
+"""The config of a training run."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pi0.config import ConfigError
@@ -44,29 +44,3 @@ class RecipeConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"recipe has unknown fields {unknown}; known fields are {sorted(known)}")
         return cls(**values)
-
-
-class Planner:
-    """Subtask and actions chunk by chunk, the subtask predicted anew every `every` chunks and kept in between.
-
-    `sample(observation, noise, subtask)` is `Pi05.sample` of either framework: it predicts the subtask where that is
-    None, and returns the subtask's tokens and the actions.
-    """
-
-    def __init__(self, sample: Callable[[Any, Any, Any], tuple[Any, Any]], every: int = 1):
-        if every < 1:
-            raise ValueError(f"every is {every}; a subtask is planned for at least 1 chunk")
-        self.sample, self.every = sample, every
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a new episode: the next call predicts a subtask."""
-        self.chunks, self.subtask = 0, None
-
-    def __call__(self, observation: Any, noise: Any) -> tuple[Any, Any]:
-        """The tokens of the subtask, int32 [B, D], and the actions, float32 [B, T, A]."""
-        if self.chunks % self.every == 0:
-            self.subtask = None
-        self.subtask, actions = self.sample(observation, noise, self.subtask)
-        self.chunks += 1
-        return self.subtask, actions
