@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pi0.robots import Robot
+from pi0.robots.robot import Robot
 
 TASKS = ["open the drawer", "push the puck to the goal"]
 
