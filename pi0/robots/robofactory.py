@@ -10,7 +10,7 @@ from pi0.robots.robot import Robot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoboFactory(Robot):
-    """A simulated Panda arm with three cameras: beside it, above the scene, and at its wrist.
+    """A simulated Panda arm with three cameras: at its side, above the scene, and at its wrist.
 
     state [8] and actions [T, 8]: seven joint positions in radians and the gripper; with `delta` the model's actions are
     relative to the state. Its checkpoints are normalized by "quantile01", and take the camera above the scene where

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.datasets.lerobot import LeRobotDataset
+from pi0.datasets.registry import open_dataset
+from pi0.robots.metaworld import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.storage import write_text
 
@@ -54,12 +55,12 @@ def spans(actions: np.ndarray, task: str) -> list[tuple[int, int, str]]:
 
 def subtasks() -> str:
     """The lines of the file."""
-    dataset = LeRobotDataset(METAWORLD, cameras=[])
+    dataset = open_dataset(METAWORLD, MetaWorld(), cameras=[])
     actions = dataset.table("action")
     lines = []
     for position, episode in enumerate(dataset.episodes):
         first, end = dataset.starts[position : position + 2]
-        for start, stop, subtask in spans(actions[first:end], dataset[int(first)]["task"]):
+        for start, stop, subtask in spans(actions[first:end], dataset.task(first)):
             row = {"episode": episode.index, "start_frame": start, "end_frame": stop, "subtask": subtask}
             lines.append(json.dumps(row) + "\n")
     return "".join(lines)

@@ -215,7 +215,7 @@ _TOKENIZER_CONFIG = b'{"clean_up_tokenization_spaces": false, "tokenizer_class":
 def _dct_matrix(size: int) -> np.ndarray:
     """The orthonormal DCT-II of vectors [T] as a matrix [T, T]; its transpose is the inverse, the DCT-III.
 
-    It differs from SciPy's FFT, which openpi uses, by rounding of float64, so only exact ties are quantized differently.
+    It differs from SciPy's FFT, which openpi uses, by float64's rounding: only exact ties are quantized differently.
     """
     frequency, time = np.arange(size)[:, None], np.arange(size)
     phase = (2 * time + 1) * frequency % (4 * size)  # reduced to a period, so that large ones lose no precision
