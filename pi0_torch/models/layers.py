@@ -1,4 +1,4 @@
-"""What SigLIP and Gemma are both made of: projections, layer norm, activation, attention.
+"""Layers that SigLIP and Gemma share: projections, layer norm, activation, attention.
 
 Axes: B batch, T queries, S keys, W width, N heads, K key/value heads, G = N/K, H head dim.
 Values are rounded to the compute dtype at the places that `pi0.numerics.ROUNDING` lists, and nowhere else.
@@ -21,7 +21,7 @@ from pi0_torch.models.lora import LoRA
 
 
 def cast(x: Tensor, place: str, dtype: str) -> Tensor:
-    """`x` in the dtype it has at `place` of `pi0.numerics.ROUNDING` in a model that computes in `dtype`."""
+    """`x` in the dtype that `pi0.numerics.ROUNDING` gives for `place` in a model that computes in `dtype`."""
     return x.to(getattr(torch, numerics.rounding(place, dtype)))
 
 
@@ -48,6 +48,10 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         y = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
         return y if self.lora is None else y + self.lora(x)
+
+    def merged_weight(self) -> Float[Tensor, "out in"]:
+        """The weight, with the low-rank update added in float32 where there is one."""
+        return self.weight if self.lora is None else self.weight.float() + self.lora.update()
 
 
 class LayerNorm(nn.Module):
