@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pi0.config import ConfigError
+from pi0.config import ConfigError, from_dict
 from pi0.datasets import Annotated, LeRobotDataset, Questions
 from pi0.datasets.errors import DataError
 from pi0.datasets.fit_fast import action_chunks
 from pi0.masks import FAST, PREFIX, SUBTASK
 from pi0.observation import Observation, ObservationError
-from pi0.policy.subtasks import RecipeConfig, SubtaskSampler
+from pi0.policy.subtasks import SubtaskSampler
 from pi0.robots import MetaWorld
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.transforms import TokenizeRecipe
+from pi0.run_config import RecipeConfig
 from pi0.sample import METAWORLD
 from pi0.sample.make_subtasks import FILE, subtasks
 from pi0.tokenizers.fast import FASTTokenizer
@@ -170,7 +171,7 @@ def test_a_question_about_no_picture(tmp_path):
 )
 def test_bad_recipes(values):
     with pytest.raises(ConfigError, match="recipe"):
-        RecipeConfig.from_dict(values)
+        from_dict(RecipeConfig, values, "recipe")
 
 
 def test_a_recipe_without_any_weight():
