@@ -23,8 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0.run_config import RunConfig
-from pi0_jax.loading import Model, make_model, merge
-from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0_jax.loading import make_model, merge
 from pi0_jax.planning import hlo
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
 from pi0_jax.training.sharding import ROWS, check_batch, make_mesh, state_shardings
@@ -147,10 +146,9 @@ def abstract_batch(model: ModelConfig, batch_size: int, *inputs: str) -> tuple[O
     return observation, rows(jnp.float32, model.action_horizon, model.action_dim)
 
 
-def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
-    """Actions, or π0-FAST's tokens."""
-    merged: Model = merge(model, params)
-    return merged.sample_tokens(batch[0]) if isinstance(merged, Pi0Fast) else merged.sample_actions(*batch)
+def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> Any:
+    """What the model samples for an observation and noise."""
+    return merge(model, params).sample(*batch)
 
 
 def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:

@@ -24,13 +24,13 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from pi0.config import ModelConfig
 from pi0.parameters import Parameter, parameters, scope_of
 from pi0.run_config import MeshConfig
+from pi0_jax.models.layers import AXES, ROWS
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # of arrays whose first axis is the batch
 MUST_BE_SHARDED = 2**20  # parameters of at least as many elements, along fsdp
 
 
@@ -62,8 +62,6 @@ def barrier(name: str) -> None:
     To be called between work that takes one of them longer, such as compilation, and their first collective, which
     waits half a minute only.
     """
-    from orbax.checkpoint import multihost  # not above: models import this file, and need no Orbax
-
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
 
 
@@ -140,14 +138,6 @@ def state_shardings(state: Any, model: ModelConfig, rules: Mapping[str, str], me
         return NamedSharding(mesh, next((specs[end] for end in ends if end in specs), PartitionSpec()))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Shard the first axis, the batch, along `data` and `fsdp`; a batch that does not divide is left as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(AXES) <= set(mesh.axis_names) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

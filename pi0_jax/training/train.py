@@ -22,8 +22,6 @@ from pi0.plugins import require_extra
 from pi0.run_config import RecipeConfig, RunConfig
 from pi0.storage import local_path, write_text
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
-from pi0_jax.models.pi0_fast import Pi0Fast
-from pi0_jax.models.pi05 import Pi05
 from pi0_jax.planning import hlo
 from pi0_jax.training.checkpoints import Checkpoints
 from pi0_jax.training.data import Loader, load_data
@@ -231,18 +229,14 @@ def mean_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The mean loss of a batch, given the noise [B, T, A] and flow times [B] `drawn`; and a recipe's parts of it.
 
-    A recipe's loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without
-    it adds nothing.
+    The loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without it
+    adds nothing.
     """
-    observation, actions = batch
-    if isinstance(model, Pi0Fast):
-        return model.compute_loss(observation).mean(), {}
+    parts = {name: loss.mean() for name, loss in model.loss_parts(*batch, *drawn, recipe).items()}
     if recipe is None:
-        return model.compute_loss(observation, actions, *drawn).mean(), {}
-    assert isinstance(model, Pi05)
-    losses = model.compute_losses(observation, actions, *drawn, recipe)
-    parts = {f"{name}_loss": loss.mean() for name, loss in losses.items()}
-    return jnp.stack([weight * parts[f"{name}_loss"] for name, weight in recipe.weights.items() if weight]).sum(), parts
+        return jnp.stack(list(parts.values())).sum(), {}
+    loss = jnp.stack([recipe.weights[name] * part for name, part in parts.items()]).sum()
+    return loss, {f"{name}_loss": part for name, part in parts.items()}
 
 
 def train_step(

@@ -63,7 +63,7 @@ def action_metrics(
     stages: dict[str, jax.Array] = {}
     flow.compute_loss(observation, recorded, noise, time, stages)
     loss = jnp.square(stages["velocity"] - (noise - recorded))[..., :dims].mean((0, 1))
-    sampled = flow.sample_actions(observation, jax.random.normal(noise_key, recorded.shape))[..., :dims]
+    sampled = flow.sample(observation, jax.random.normal(noise_key, recorded.shape))[..., :dims]
     error = jnp.abs(sampled - recorded[..., :dims])
     scalars = {
         "action_mse": jnp.square(error).mean(),
