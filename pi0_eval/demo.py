@@ -15,7 +15,8 @@ import numpy as np
 
 from convert.conversion import convert
 from pi0.command import output_path
-from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.datasets.base import Dataset
+from pi0.datasets.registry import open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
@@ -96,7 +97,7 @@ def fit_fast(config: Any, folder: Path) -> None:
     config.data.action_tokenizer = str(folder)
 
 
-def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
+def parity_inputs(policy: Policy, dataset: Dataset, rows: int) -> Inputs:
     """A few frames, spread over all, with their recorded actions."""
     frames = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, rows)]
     inputs = [policy.pipeline(frame) for frame in frames]
@@ -107,7 +108,7 @@ def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
     return Inputs(observation, actions, noise.astype(np.float32), flow_time.astype(np.float32))
 
 
-def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: Path) -> dict[str, float]:
+def evaluate(policies: Mapping[str, Policy], dataset: Dataset, picture: Path) -> dict[str, float]:
     """Predict every episode open loop in "JAX" and in "PyTorch".
 
     Errors are mean squares in units of each dimension's standard deviation in training, so that all dimensions count
@@ -145,7 +146,7 @@ def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, picture: P
     }
 
 
-def written_alike(policies: Mapping[str, Policy], dataset: LeRobotDataset) -> dict[str, float]:
+def written_alike(policies: Mapping[str, Policy], dataset: Dataset) -> dict[str, float]:
     """How many tokens π0-FAST writes for a chunk at every T-th frame, and how many of them the frameworks write alike.
 
     Raises RuntimeError where one differs.

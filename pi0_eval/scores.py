@@ -19,7 +19,8 @@ import numpy as np
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.assets import Assets
 from pi0.command import output_path
-from pi0.datasets import Annotated, LeRobotDataset, Questions
+from pi0.datasets.annotations import AnnotatedDataset, Questions
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
 from pi0.robots.pipeline import Pipeline
@@ -97,7 +98,7 @@ def evaluate(
         raise ValueError("pi0-eval-offline scores π0 and π0.5; π0-FAST's loss is its tokens' already")
     model, file = assets.model, subtasks or data.get("subtasks")
     recorded: Any = LeRobotDataset(dataset, action_horizon=model.action_horizon, episodes=episodes)
-    recorded = Annotated(recorded, file) if file else recorded
+    recorded = AnnotatedDataset(recorded, file) if file else recorded
     items = [recorded[i] for i in range(0, len(recorded), every)]
     call = _runner(checkpoint, framework)
     scores: dict[str, Score] = {}

@@ -18,14 +18,17 @@ from absl import flags
 
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
-from pi0.datasets import Annotated, Mixture, Questions, episode_numbers, open_dataset, split_episodes
+from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.mixture import Mixture, split_episodes
+from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import RunningStats, dataset_statistics
 from pi0.fetch import fetch
 from pi0.observation import Observation, check_actions
-from pi0.robots import Robot, make_robot
 from pi0.robots.normalize import NormStats
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import make_robot
+from pi0.robots.robot import Robot
 from pi0.run_config import DataConfig, RunConfig
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
@@ -112,15 +115,15 @@ class Recordings:
         if not config.root:
             raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
         root = fetch(config.root)
-        options = {
+        options: dict[str, Any] = {
+            "format": config.format,
             "action_horizon": model.action_horizon,
             "image_size": model.image_resolution,
             "cache": config.cache or None,
             "skip_damaged": config.skip_damaged,
         }
-        form: dict[str, Any] = {} if config.format == "lerobot" else {"format": config.format}
-        parts = split_episodes(episode_numbers(root, **form), config.validation_episodes, seed)
-        training, validation = (open_dataset(root, robot, episodes=p, **options, **form) if p else None for p in parts)
+        parts = split_episodes(episode_numbers(root, config.format), config.validation_episodes, seed)
+        training, validation = (open_dataset(root, robot, episodes=p, **options) if p else None for p in parts)
         assert training is not None  # split_episodes leaves some
         skipped = training.skipped + (validation.skipped if validation else [])
         if skipped:
@@ -132,9 +135,10 @@ class Recordings:
                 f"{root}: the longest of {len(training.episodes)} training episodes has {longest} frames, and "
                 f"model.action_horizon is {model.action_horizon}: no chunk of actions would be whole"
             )
-        held_out = validation if validation and len(validation) else None
+        held_out: Any = validation if validation and len(validation) else None
         if file := config.subtasks:
-            return cls(config, robot, Annotated(training, file), Annotated(held_out, file) if held_out else None)
+            held_out = AnnotatedDataset(held_out, file) if held_out else None
+            return cls(config, robot, AnnotatedDataset(training, file), held_out)
         return cls(config, robot, training, held_out)
 
     @property
@@ -183,7 +187,7 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
             )
         if not place and not isinstance(one.training, Questions):
             total = totals.setdefault(asset_id, {})
-            recorded = one.training.dataset if isinstance(one.training, Annotated) else one.training
+            recorded = one.training.dataset if isinstance(one.training, AnnotatedDataset) else one.training
             for key, stats in dataset_statistics(recorded, one.robot).items():
                 total[key] = total[key] + stats if key in total else stats
     computed = {asset_id: {key: s.norm_stats() for key, s in total.items()} for asset_id, total in totals.items()}

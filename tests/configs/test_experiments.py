@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0.datasets import LeRobotDataset
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.experiments import read_config
 from pi0.observation import Observation
-from pi0.robots import make_robot
 from pi0.robots.normalize import MODES
+from pi0.robots.registry import make_robot
 from pi0.run_config import RunConfig
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import BUNDLED

@@ -14,8 +14,8 @@ import pytest
 
 from configs.metaworld_demo import get_config
 from pi0.config import ModelConfig
-from pi0.datasets import DataError
 from pi0.datasets.batches import Batches
+from pi0.datasets.errors import DataError
 from pi0.run_config import RunConfig
 from pi0.variants import get_variant
 from pi0_jax.training.data import Batch, Loader, load_data
