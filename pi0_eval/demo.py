@@ -21,6 +21,7 @@ from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
 from pi0.policy.policy import Policy
+from pi0.run_config import RunConfig
 from pi0_eval.parity.compare import Inputs, compare, exact_matmuls
 from pi0_eval.replay import action_names, replay
 
@@ -54,7 +55,7 @@ def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict
         fit_fast(config, workdir / "fast")
 
     say(f"1. Train a small {NAMES[kind]} in JAX on recordings of a simulated robot")
-    metrics = train(config, workdir)
+    metrics = train(RunConfig.from_dict(config.to_dict()), workdir)
     plot_loss(workdir / "metrics.jsonl", workdir / "loss.png")
 
     say("2. Export it to PyTorch; every byte is read again and compared")
