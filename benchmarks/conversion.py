@@ -25,7 +25,7 @@ import numpy as np
 
 from convert.conversion import convert
 from convert.formats.orbax import write_orbax
-from convert.layouts import LAYOUTS, WRITTEN
+from convert.layouts.registry import LAYOUTS, WRITABLE
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.command import output_path
@@ -113,7 +113,7 @@ def main() -> None:
         "--workdir", type=output_path, help="where to make a temporary folder; it is deleted at the end"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary, to try it at a smaller size")
-    parser.add_argument("--layouts", nargs="+", choices=WRITTEN, default=["pi0_torch"])
+    parser.add_argument("--layouts", nargs="+", choices=WRITABLE, default=["pi0_torch"])
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:

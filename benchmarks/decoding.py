@@ -21,7 +21,7 @@ from flax import nnx
 
 import pi0_jax
 import pi0_torch
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.config import GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
 from pi0.observation import Observation

@@ -20,7 +20,7 @@ from flax import nnx
 
 import pi0_jax
 import pi0_torch
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.config import GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
 from pi0_eval.parity.compare import Inputs

@@ -17,7 +17,7 @@ import pi0_jax.models.vision_language as jax_vision_language
 import pi0_torch.loading
 import pi0_torch.models.gemma as torch_gemma
 import pi0_torch.models.vision_language as torch_vision_language
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.observation import Observation
 from pi0.variants import get_variant

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from pi0.command import output_path
 from pi0.config import ModelConfig
 from pi0.observation import Observation, check_actions

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.checkpoints import Checkpoint, write_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from convert.checkpoints import Checkpoint, write_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0 import __version__
 from pi0.assets import Assets
