@@ -234,7 +234,7 @@ def infer_config(
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
         (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
-        raise LayoutError(f"{name} has {vision['s']} positions, which no square image has; pass --model")
+        raise LayoutError(f"{name} holds {vision['s']} positions, which no square image has; pass config=")
     resolution = (side * vision["p"], side * vision["p"])
     return dataclasses.replace(
         released,

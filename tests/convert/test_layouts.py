@@ -155,7 +155,7 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
 def test_sizes_follow_from_shapes(config: ModelConfig):
     side = config.image_resolution[0]
     shapes = LAYOUTS["openpi_jax"].shapes(
-        ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side], "dtype": "bfloat16"})
+        ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side]}).with_runtime(dtype="bfloat16")
     )
     layout, kind, lora = detect(shapes)
     found = infer_config(layout, kind, shapes, lora)
