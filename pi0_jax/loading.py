@@ -16,8 +16,8 @@ from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
 
-Model = Pi0 | Pi0Fast
-MODELS: dict[str, type[Pi0] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
+Model = Pi0 | Pi05 | Pi0Fast
+MODELS: dict[str, type[Pi0] | type[Pi05] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
 def load(
@@ -32,11 +32,12 @@ def load(
     return load_model(open_checkpoint(path, config), dtype=dtype, param_dtype=param_dtype)
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype: str | None = None) -> Model:
-    """The model of an opened checkpoint; see `load`."""
-    model = checkpoint.assets.model
-    if dtype is not None:
-        model = model.with_runtime(dtype=dtype)
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype: str | None = None, attention: str | None = None
+) -> Model:
+    """The model of an opened checkpoint; see `load`. `attention` as in `RuntimeConfig` (default: the config's)."""
+    runtime = {"dtype": dtype, "attention": attention}
+    model = checkpoint.assets.model.with_runtime(**{k: v for k, v in runtime.items() if v is not None})
     params = {
         name: jnp.asarray(tensor.read(()), dtype=param_dtype or tensor.dtype)
         for name, tensor in checkpoint.ours.items()
@@ -45,7 +46,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype:
 
 
 def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
-    """A model of the config's kind, freshly initialized."""
+    """A model of the config's family, newly initialized."""
     return MODELS[config.kind](config, rngs=rngs)
 
 

@@ -12,23 +12,17 @@ import pi0.policy.policy
 from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0.policy.policy import complete
+from pi0.policy.policy import fill_assets
 from pi0_jax.loading import load_model
-from pi0_jax.models.pi0 import Pi0
-from pi0_jax.models.pi0_fast import Pi0Fast
-from pi0_jax.models.pi05 import Pi05
-from pi0_jax.sampler import Sampler, TokenSampler
+from pi0_jax.sampler import Sampler
 
 # Compiled once for each size of model and batch.
-_sample_actions = jax.jit(Pi0.sample_actions, static_argnames="num_steps")
-_sample_planned = jax.jit(Pi05.sample, static_argnames="num_steps")
-_sample_tokens = jax.jit(Pi0Fast.sample_tokens, static_argnames="max_decoding_steps")
+_sample = jax.jit(lambda model, *inputs: model.sample(*inputs), static_argnums=3)
+_sample_with_subtask = jax.jit(lambda model, *inputs: model.sample_with_subtask(*inputs), static_argnums=4)
 
 
 class Policy(pi0.policy.policy.Policy):
-    """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
-
-    sampler: Sampler | TokenSampler | None = None
+    """`from_pretrained`, then `infer`: observations in, actions out (see `pi0.policy.policy.Policy`)."""
 
     @classmethod
     def from_pretrained(
@@ -42,42 +36,41 @@ class Policy(pi0.policy.policy.Policy):
         num_steps: int | None = None,
         seed: int = 0,
         fallback: bool = False,
-        plan_every: int = 1,
-        fast: bool = False,
-        **said: Any,
+        subtask_every: int = 1,
+        use_sampler: bool = False,
+        attention: str | None = None,
+        **overrides: Any,
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
-        itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). With `fast`, π0
-        and π0.5 sample by `pi0_jax.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`; their compiled
-        programs are kept in the user's own cache. Raises what they do.
+        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
+        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
+        `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled programs are kept in the user's
+        own cache. `attention` is how the model computes it, see `RuntimeConfig`; the sampler has its own.
+        Raises what they do, and ValueError for both together.
         """
+        if use_sampler and attention is not None:
+            raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
-        assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
-        model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype)
-        policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
-        if fast:
-            if isinstance(model, Pi0Fast):
-                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps)
-            else:
-                policy.sampler = Sampler(model, num_steps=num_steps)
-        return policy
+        assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
+        model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
+        sampler = Sampler(model, num_steps=num_steps, subtasks=assets.subtasks) if use_sampler else None
+        options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
+        return cls(model, assets, num_steps=num_steps, sampler=sampler, **options)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
-        """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
-        if isinstance(self.sampler, TokenSampler):
-            return np.asarray(self.sampler.sample(observation))
-        if self.sampler is not None and noise is not None:
+        """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""
+        if self.sampler is not None:
             return np.asarray(self.sampler.sample(observation, noise))
-        if isinstance(self.model, Pi0Fast):
-            return np.asarray(_sample_tokens(self.model, observation, max_decoding_steps=self.num_steps))
-        return np.asarray(_sample_actions(self.model, observation, noise, num_steps=self.num_steps))
+        return np.asarray(_sample(self.model, observation, noise, self.num_steps))
 
-    def sample_planned(
+    def sample_with_subtask(
         self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """π0.5's subtask [B, D], written unless it is given, and the actions after it [B, T, A]; NumPy's both."""
-        tokens, actions = _sample_planned(self.model, observation, noise, subtask, num_steps=self.num_steps)
+        """π0.5's subtask [B, D], predicted unless it is given, and the actions [B, T, A], as NumPy arrays."""
+        if self.sampler is not None:
+            tokens, actions = self.sampler.sample_with_subtask(observation, noise, subtask)
+        else:
+            tokens, actions = _sample_with_subtask(self.model, observation, noise, subtask, self.num_steps)
         return np.asarray(tokens), np.asarray(actions)

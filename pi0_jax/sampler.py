@@ -1,19 +1,19 @@
-"""Fast sampling of π0 and π0.5: the function of `models.pi0.Pi0.sample_actions`, laid out for speed.
+"""Sampling for speed: the functions of the models' `sample` and `sample_with_subtask`, laid out for it.
 
-`Sampler(model)` reads the plain model's parameters once. What does not depend on the observation is computed then:
-fused projections, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts and gates.
-What nobody attends to is left out: cameras that are masked in every row, padding beyond the text's bucket, and all but
-keys and values in the last layer of the prefix. One compiled program per shape does the rest, over a cache that is
-allocated once with the suffix's place at its end. `TokenSampler(model)` is π0-FAST's, where the plain model has the
-static cache already.
+`Sampler(model)` reads the model's parameters once. What does not depend on the observation is computed then: fused
+projections, with LoRA merged, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts
+and gates. What is not attended to is left out: cameras that are masked in every row, padding beyond the text's bucket,
+and all but keys and values in the last layer of a prefix that no text follows. One compiled program per shape does the
+rest, over a cache that is allocated once, with the places of written tokens and of the suffix at its end.
 
-Axes: B batch, C cameras, S prefix tokens, T tokens of the suffix, G = N/K, R = T·G query rows of one key head, W width,
-N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler steps.
+Axes: B batch, C cameras, S prefix tokens, D written tokens, T tokens of the suffix, P places of the cache, G = N/K,
+R = T·G query rows of one key head, W width, N heads, K key/value heads, H head dim, V vocabulary, A action dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,54 +21,64 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pi0 import numerics
+from pi0 import masks, numerics
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.fetch import cache_dir
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
-from pi0_jax.models.gemma import (
-    AdaptiveRMSNorm,
-    Expert,
-    RMSNorm,
-    Rotation,
-    apply_rope,
-    gated_residual,
-    normalize,
-    rotation,
-)
-from pi0_jax.models.layers import LayerNorm, Linear, cast, gelu
-from pi0_jax.models.pi0 import Pi0, embed_time, suffix_blocks
-from pi0_jax.models.pi0_fast import Pi0Fast
-from pi0_jax.models.siglip import SigLIP
-from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask, pixels
+from pi0_jax.fused import Modulation, Weights, lay_out, linear
+from pi0_jax.loading import Model
+from pi0_jax.models.decoding import decode, written
+from pi0_jax.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
+from pi0_jax.models.layers import cast, gelu
+from pi0_jax.models.pi0_fast import SKIPPED_POSITIONS
+from pi0_jax.models.vision_language import pixels
 
-Weights = dict[str, Any]
-Modulation = tuple[Array, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
-Cache = list[tuple[Float[Array, "B K S+T H"], Float[Array, "B K S+T H"]]]  # one entry per layer
+Cache = list[tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]]]  # one entry per layer
+Inputs = dict[str, Any]
 
 
 class Sampler:
-    """`model.sample_actions`, compiled, for `num_steps` (default: the config's) Euler steps.
+    """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
-    Prompts are cut to one of `text_buckets`. Compiled programs are kept for a restart (`use_compilation_cache`). With
-    `warm_up`, programs for one robot with all cameras and any prompt are made now. The model is not needed afterwards.
-    Raises ValueError for a model with LoRA, which is to be merged first.
+    `num_steps` defaults to the config's.
+    With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of `text_buckets`. Compiled programs are
+    kept for a restart (`use_compilation_cache`). With `warm_up`, programs for one robot with all cameras and any prompt
+    are made now. The model is not needed afterwards. Raises ValueError for subtasks of a
+    model that writes none, and for another `attention` than "plain".
     """
 
     def __init__(
         self,
-        model: Pi0,
+        model: Model,
         *,
         num_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
+        eos_token: int = numerics.EOS_TOKEN,
+        subtasks: bool = False,
         warm_up: bool = True,
     ):
-        self.config, self.text_buckets = check_plain(model), text_buckets
-        self.num_steps = model.config.runtime.num_steps if num_steps is None else num_steps
+        self.config, self.text_buckets, self.subtasks = model.config, text_buckets, subtasks
+        tokens, runtime = self.config.family.action_tokens, self.config.runtime
+        if subtasks and not self.config.family.recipe:
+            raise ValueError(f"{self.config.family.title} writes no subtasks; leave subtasks out")
+        if num_steps is None:
+            num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
+        if runtime.attention != "plain":
+            raise ValueError(f"attention is {runtime.attention!r}; a sampler has its own: load the model with 'plain'")
+        self.num_steps = num_steps
         use_compilation_cache()
-        self.weights = jax.jit(lay_out, static_argnums=1)(model, self.num_steps)
+        self.weights = jax.jit(lay_out, static_argnums=(1, 2))(model, num_steps, tokens or subtasks)
         self.weights["embedding"] = model.paligemma.embedding[...]
-        self._program = jax.jit(lambda weights, inputs: sample(weights, self.config, inputs))
+        steps = num_steps if tokens else runtime.max_decoding_steps
+        decoding: dict[str, Any] = {"steps": steps, "eos_token": eos_token}
+        programs: dict[str, Callable[..., Any]] = {
+            "vision": embed_prefix,
+            "prefix": read_prefix,
+            "sample": partial(sample_tokens, **decoding) if tokens else sample_actions,
+            "sample_with_subtask": partial(sample_with_subtask, **decoding),
+        }
+        self._programs = {name: jax.jit(partial(call, config=self.config)) for name, call in programs.items()}
         if warm_up:
             self.warm_up()
 
@@ -78,52 +88,67 @@ class Sampler:
             for count in [len(self.config.image_keys)] if cameras is None else cameras:
                 for length in text_lengths(self.config, self.text_buckets):
                     noise = np.zeros((batch, self.config.action_horizon, self.config.action_dim), np.float32)
-                    jax.block_until_ready(self._run(placeholder(self.config, batch, count, length), noise))
+                    inputs = self.inputs(placeholder(self.config, batch, count, length), noise)
+                    jax.block_until_ready(self._programs["sample"](self.weights, inputs))
+                    if self.subtasks:
+                        subtask, _ = self._programs["sample_with_subtask"](self.weights, inputs)
+                        jax.block_until_ready(
+                            self._programs["sample_with_subtask"](
+                                self.weights, inputs | {"subtask": np.asarray(subtask)}
+                            )
+                        )
 
-    def sample(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> Float[Array, "B T A"]:
-        """The actions, float32. An observation in NumPy is fastest. A new shape of it compiles once."""
-        return self._run(compact(observation, self.config, self.text_buckets), noise)
+    def sample(
+        self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"] | None = None
+    ) -> Float[Array, "B T A"] | Int[Array, "B D"]:
+        """Normalized actions, float32, or of π0-FAST tokens, int32, which takes no noise.
 
-    def _run(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> Float[Array, "B T A"]:
-        return self._program(self.weights, self.inputs(observation, noise))
+        An observation in NumPy is fastest. A new shape of it compiles once.
+        """
+        return self._run("sample", observation, noise)
 
-    def inputs(self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"]) -> dict[str, Any]:
+    def sample_with_subtask(
+        self,
+        observation: Observation,
+        noise: Float[Array | np.ndarray, "B T A"],
+        subtask: Int[Array | np.ndarray, "B D"] | None = None,
+    ) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
+        """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
+
+        Raises ValueError for a sampler without `subtasks`.
+        """
+        if not self.subtasks:
+            raise ValueError("this sampler was made without subtasks; make it with subtasks=True")
+        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask)
+
+    def stages(
+        self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"] | None = None
+    ) -> dict[str, Callable[[], Any]]:
+        """The stages of `sample` before Euler steps or tokens: calls that compute all up to the end of each."""
+        inputs = self.inputs(compact(observation, self.config, self.text_buckets), noise)
+        return {name: partial(self._programs[name], self.weights, inputs) for name in ("vision", "prefix")}
+
+    def _run(self, program: str, observation: Observation, *arrays: Any) -> Any:
+        compacted = compact(observation, self.config, self.text_buckets)
+        return self._programs[program](self.weights, self.inputs(compacted, *arrays))
+
+    def inputs(
+        self,
+        observation: Observation,
+        noise: Float[Array | np.ndarray, "B T A"] | None = None,
+        subtask: Int[Array | np.ndarray, "B D"] | None = None,
+    ) -> Inputs:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
-        return {
+        inputs = {
             "images": list(observation.images.values()),
             "image_masks": list(observation.image_masks.values()),
             "state": observation.state,
             "prompt": observation.tokenized_prompt,
             "prompt_mask": observation.tokenized_prompt_mask,
             "noise": noise,
+            "subtask": subtask,
         }
-
-
-class TokenSampler:
-    """`model.sample_tokens` of π0-FAST after prompts that are cut to one of `text_buckets`.
-
-    Writes at most `max_decoding_steps` tokens (default: as many as the config says). Compiled, one program for each
-    batch size and bucket. Raises ValueError for a model with LoRA, which is to be merged
-    first.
-    """
-
-    def __init__(
-        self,
-        model: Pi0Fast,
-        *,
-        max_decoding_steps: int | None = None,
-        text_buckets: Sequence[int] = TEXT_BUCKETS,
-        eos_token: int = numerics.EOS_TOKEN,
-    ):
-        self.config, self.text_buckets = check_plain(model), text_buckets
-        self.max_decoding_steps, self.eos_token = max_decoding_steps, eos_token
-        use_compilation_cache()
-        self.model = model
-        self._program = jax.jit(lambda model, o: model.sample_tokens(o, max_decoding_steps, eos_token=eos_token))
-
-    def sample(self, observation: Observation) -> Int[Array, "B D"]:
-        """The tokens, int32. An observation in NumPy is fastest."""
-        return self._program(self.model, compact(observation, self.config, self.text_buckets))
+        return {name: value for name, value in inputs.items() if value is not None}
 
 
 def use_compilation_cache() -> None:
@@ -132,163 +157,94 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
 
 
-def check_plain(model: VisionLanguageModel) -> ModelConfig:
-    """The config of a model that can be laid out. Raises ValueError for LoRA."""
-    config = model.config
-    if any(gemma is not None and gemma.lora_rank is not None for gemma in (config.paligemma, config.action_expert)):
-        raise ValueError("the model has LoRA, which costs time in every call; merge it: pi0-convert ... --lora merge")
-    return config
+def sample_actions(weights: Weights, inputs: Inputs, *, config: ModelConfig) -> Float[Array, "B T A"]:
+    """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
+    cache, _, seen = read_prefix(weights, inputs, config=config, room=suffix_length(inputs, config))
+    return integrate(weights, inputs, cache, seen, config=config)
 
 
-def lay_out(model: Pi0, num_steps: int) -> Weights:
-    """All parameters but the text embedding in the layout and the dtypes that `sample` reads."""
-    pi0, paligemma = model.config.kind == "pi0", model.paligemma
-    prefix = expert_weights(paligemma)
-    queries = model.config.paligemma.num_heads * model.config.paligemma.head_dim
-    prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][:, queries:],)}  # nobody reads what the last layer's queries give
-    return {
-        "vision": vision_weights(model.vision),
-        "prefix": prefix,
-        "prefix_norms": norm_weights(paligemma, None, 1),
-        "suffix": expert_weights(model.action_expert),
-        "steps": step_weights(model, num_steps),
-        "action_in": (action_in_weights(model),),
-        "action_out": projection(model.action_out_proj),
-        **({"state": projection(model.state_proj), "action_mix": projection(model.action_time_mlp_out)} if pi0 else {}),
-    }
+def sample_with_subtask(
+    weights: Weights, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
+) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
+    """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
+    subtask, suffix = inputs.get("subtask"), suffix_length(inputs, config)
+    if subtask is None:
+        cache, logits, seen = read_prefix(weights, inputs, config=config, room=steps + suffix)
+        places = jnp.pad(seen, ((0, 0), (0, steps + suffix)))
+        read = partial(read_token, weights, config=config)
+        options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
+        subtask, cache = decode(logits, cache, places, seen.shape[1], steps, read, **options)
+        seen = jnp.concatenate([seen, written(subtask, eos_token)], axis=1)
+    else:
+        cache, _, seen = read_prefix(weights, inputs, config=config, room=suffix, eos_token=eos_token)
+    return subtask, integrate(weights, inputs, cache, seen, config=config)
 
 
-def vision_weights(vision: SigLIP) -> Weights:
-    """The vision tower: patches as a matrix product, its bias within the position embedding; fused projections."""
-    patches, layers = vision.patch_embedding, vision.layers
-    attention, mlp = layers.attention, layers.mlp
-    kernel, bias, position = (
-        cast(p[...], "patches", vision.dtype) for p in (patches.kernel, patches.bias, vision.position_embedding)
-    )
-    stacked = {
-        "attention_norm": layer_norm_weights(layers.attention_norm),
-        "qkv": projection(attention.query, attention.key, attention.value, stacked=True),
-        "out": projection(attention.out, stacked=True),
-        "mlp_norm": layer_norm_weights(layers.mlp_norm),
-        "up": projection(mlp.up, stacked=True),
-        "down": projection(mlp.down, stacked=True),
-    }
-    return {
-        "patches": (kernel.reshape(-1, kernel.shape[-1]), position + bias),
-        "layers": unstack(stacked),
-        "final_norm": layer_norm_weights(vision.final_norm),
-        "head": projection(vision.head),
-    }
+def sample_tokens(
+    weights: Weights, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
+) -> Int[Array, "B D"]:
+    """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
+    cache, logits, seen = read_prefix(weights, inputs, config=config, room=steps)
+    places, read = jnp.pad(seen, ((0, 0), (0, steps))), partial(read_token, weights, config=config)
+    options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+    return decode(logits, cache, places, seen.shape[1], steps, read, **options)[0]
 
 
-def expert_weights(expert: Expert) -> list[Weights]:
-    """The projections of each layer: query, key and value in one, and gate and up."""
-    attention, mlp = expert.layers.attention, expert.layers.mlp
-    stacked = {
-        "qkv": projection(attention.query, attention.key, attention.value, stacked=True),
-        "out": projection(attention.out, stacked=True),
-        "gate_up": projection(mlp.gate, mlp.up, stacked=True),
-        "down": projection(mlp.down, stacked=True),
-    }
-    return unstack(stacked)
+def suffix_length(inputs: Inputs, config: ModelConfig) -> int:
+    """Tokens of the suffix."""
+    return config.family.state_tokens + inputs["noise"].shape[1]
 
 
-def step_weights(model: Pi0, num_steps: int) -> Weights:
-    """What each Euler step adds that no observation changes: leaves [E, ...]."""
-    assert model.config.action_expert is not None
-    embedded = embed_time(jnp.asarray(numerics.euler_times(num_steps)), model.config.action_expert.width)
-    condition, bias = None, jnp.broadcast_to(projection(model.action_in_proj)[1], embedded.shape)
-    if model.config.kind == "pi05":
-        condition = jax.nn.silu(model.time_mlp_out(jax.nn.silu(model.time_mlp_in(embedded))))
-    else:  # the time half of action_time_mlp_in
-        bias = linear(jnp.concatenate([bias, embedded], axis=-1), *projection(model.action_time_mlp_in))
-    return {"bias": (bias,), **norm_weights(model.action_expert, condition, num_steps)}
+def read_prefix(
+    weights: Weights, inputs: Inputs, *, config: ModelConfig, room: int = 0, eos_token: int = numerics.EOS_TOKEN
+) -> tuple[Cache, Any, Bool[Array, "B S"]]:
+    """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
+    prefix, valid = embed_prefix(weights, inputs, config=config)
+    mask, subtask = valid[:, None], inputs.get("subtask")
+    if subtask is not None:
+        groups = jnp.pad(jnp.full(subtask.shape, masks.SUBTASK), ((0, 0), (prefix.shape[1], 0)))
+        prefix = jnp.concatenate([prefix, embed_text(weights, subtask, config)], axis=1)
+        valid = jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
+        mask = masks.attention_mask(groups, valid)
+    return *fill_cache(weights, prefix, mask, valid, config=config, room=room), valid
 
 
-def norm_weights(expert: Expert, condition: Float[Array, "E W"] | None, num_steps: int) -> Weights:
-    """An expert's norms in each step."""
-    layers = expert.layers
-    return {
-        "attention_norms": unstack(modulation(layers.attention_norm, condition, num_steps), axis=1),
-        "mlp_norms": unstack(modulation(layers.mlp_norm, condition, num_steps), axis=1),
-        "final_norm": modulation(expert.final_norm, condition, num_steps),
-    }
-
-
-def action_in_weights(model: Pi0) -> Float[Array, "A W"]:
-    """What actions are multiplied with: action_in_proj, with π0 together with the action half of action_time_mlp_in."""
-    kernel = projection(model.action_in_proj)[0]
-    if model.config.kind == "pi05":
-        return kernel
-    return jnp.matmul(kernel, projection(model.action_time_mlp_in)[0][: kernel.shape[-1]])
-
-
-def modulation(norm: RMSNorm | AdaptiveRMSNorm, condition: Float[Array, "E W"] | None, num_steps: int) -> Modulation:
-    """1 + scale and, of an adaptive norm, shift and gate of each step: [E, W], or [E, L, W] of a stack's norm."""
-    if isinstance(norm, RMSNorm):
-        scale = 1 + cast(norm.scale[...], "norm", norm.dtype)
-        return (jnp.broadcast_to(scale, (num_steps, *scale.shape)),)
-    assert condition is not None, "an adaptive norm needs a condition"
-    kernel, bias = projection(norm.modulation, stacked=norm.modulation.kernel.ndim == 3)
-    scale, shift, gate = jnp.split(jnp.moveaxis(linear(condition, kernel, bias[..., None, :]), -2, 0), 3, axis=-1)
-    return 1 + cast(scale, "norm", norm.dtype), cast(shift, "norm", norm.dtype), gate
-
-
-def projection(*linears: Linear, stacked: bool = False) -> tuple[Array, ...]:
-    """Kernel [(L,) in, out] and bias [(L,) out], if any, of projections side by side, in their compute dtype."""
-    dtype, kernels, biases = linears[0].dtype, [], []
-    for one in linears:
-        kernel = one.kernel[...]
-        layers, inputs = kernel.shape[:stacked], kernel.shape[stacked : stacked + one.in_ndim]
-        kernels.append(kernel.astype(dtype).reshape(*layers, int(np.prod(inputs)), -1))
-        if one.bias is not None:
-            biases.append(one.bias[...].astype(dtype).reshape(*layers, -1))
-    return tuple(jnp.concatenate(parts, axis=-1) for parts in (kernels, biases) if parts)
-
-
-def layer_norm_weights(norm: LayerNorm) -> tuple[Array, Array]:
-    """Scale and bias."""
-    return cast(norm.scale[...], "norm", norm.dtype), cast(norm.bias[...], "norm", norm.dtype)
-
-
-def unstack(stacked: Any, axis: int = 0) -> list[Any]:
-    """One entry per layer, so that no step of a loop has to copy a layer's weights out of the stack."""
-    count = jax.tree.leaves(stacked)[0].shape[axis]
-    return [jax.tree.map(lambda x: jnp.take(x, i, axis=axis), stacked) for i in range(count)]  # noqa: B023
-
-
-def sample(weights: Weights, config: ModelConfig, inputs: Weights) -> Float[Array, "B T A"]:
-    """Euler steps from `inputs["noise"]`; see `models.pi0.Pi0.sample_actions`, whose numbers these are."""
-    x_t = inputs["noise"].astype(jnp.float32)
-    prefix, valid = embed_prefix(weights, config, inputs)
-    blocks = suffix_blocks(config.kind, x_t.shape[1])
-    cache = fill_cache(weights, config, prefix, valid, room=len(blocks))
-    positions = valid.sum(axis=1, keepdims=True) + np.arange(len(blocks))
-    suffix_valid = jnp.ones((len(x_t), len(blocks)), bool)
-    key_blocks = np.concatenate([np.zeros(prefix.shape[1], int), blocks])
-    mask = attention_mask(blocks, key_blocks, suffix_valid, jnp.concatenate([valid, suffix_valid], axis=1))
-    state = linear(inputs["state"], *weights["state"])[:, None] if config.kind == "pi0" else None
-    turn, bias = rotation(positions, config.paligemma.head_dim), mask_bias(mask)
+def integrate(
+    weights: Weights, inputs: Inputs, cache: Cache, seen: Bool[Array, "B S"], *, config: ModelConfig
+) -> Float[Array, "B T A"]:
+    """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
+    x_t, suffix = inputs["noise"].astype(jnp.float32), suffix_length(inputs, config)
+    blocks = np.repeat([0, 1, 2], [seen.shape[1], config.family.state_tokens, x_t.shape[1]])
+    valid = jnp.concatenate([seen, jnp.ones((len(x_t), suffix), bool)], axis=1)
+    bias = mask_bias(masks.block_mask(blocks, valid)[:, -suffix:])
+    positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
+    rope = rotation(positions, config.paligemma.head_dim)
+    state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
     time_step = np.float32(-1 / len(weights["steps"]["bias"][0]))
 
     def step(carry: tuple[Array, Cache], now: Weights) -> tuple[tuple[Array, Cache], None]:
-        velocity, cache = denoise(weights, config, carry[1], state, carry[0], turn, bias, now)
+        velocity, cache = denoise(weights, config, carry[1], state, carry[0], rope, bias, now)
         return (carry[0] + time_step * velocity, cache), None
 
     return jax.lax.scan(step, (x_t, cache), weights["steps"])[0][0]
 
 
+def embed_text(weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T W"]:
+    """Text embeddings × sqrt(W)."""
+    text = weights["embedding"][tokens].astype(config.runtime.dtype)
+    return text * jnp.sqrt(text.shape[-1]).astype(config.runtime.dtype)
+
+
 def embed_prefix(
-    weights: Weights, config: ModelConfig, inputs: Weights
+    weights: Weights, inputs: Inputs, *, config: ModelConfig
 ) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
     """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
-    text = weights["embedding"][inputs["prompt"]].astype(config.runtime.dtype)
-    text = text * jnp.sqrt(text.shape[-1]).astype(config.runtime.dtype)
+    text = embed_text(weights, inputs["prompt"], config)
     if not inputs["images"]:
         return text, inputs["prompt_mask"]
     tokens = embed_images(weights["vision"], config, jnp.stack([pixels(x) for x in inputs["images"]], axis=1))
-    masks = jnp.repeat(jnp.stack(inputs["image_masks"], axis=1), config.image_tokens, axis=1)
-    return jnp.concatenate([tokens, text], axis=1), jnp.concatenate([masks, inputs["prompt_mask"]], axis=1)
+    image_masks = jnp.repeat(jnp.stack(inputs["image_masks"], axis=1), config.image_tokens, axis=1)
+    return jnp.concatenate([tokens, text], axis=1), jnp.concatenate([image_masks, inputs["prompt_mask"]], axis=1)
 
 
 def embed_images(
@@ -309,19 +265,60 @@ def embed_images(
 
 
 def fill_cache(
-    weights: Weights, config: ModelConfig, x: Float[Array, "B S W"], valid: Bool[Array, "B S"], room: int
-) -> Cache:
-    """Keys and values of the prefix, with `room` for those of the suffix after them."""
-    gemma, norms, cache = config.paligemma, at(weights["prefix_norms"], 0), []
-    turn, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim), mask_bias(valid[:, None])
-    for i, w in enumerate(weights["prefix"]):
-        attention_norm, mlp_norm = norms["attention_norms"][i], norms["mlp_norms"][i]
-        q, k, v = project(rms_norm(x, attention_norm), w, gemma, turn)
+    weights: Weights,
+    x: Float[Array, "B S W"],
+    mask: Bool[Array, "B S S"] | Bool[Array, "B 1 S"],
+    valid: Bool[Array, "B S"],
+    *,
+    config: ModelConfig,
+    room: int,
+) -> tuple[Cache, Any]:
+    """Keys and values of the prefix, with `room` for more after them; and the logits [B, V] of what follows, if any."""
+    gemma, cache = config.paligemma, []
+    rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim), mask_bias(mask)
+    for w, attention_norm, mlp_norm in prefix_layers(weights):
+        q, k, v = project(rms_norm(x, attention_norm), w, config, gemma, rope)
         pad = ((0, 0), (0, 0), (0, room), (0, 0))
         cache.append((jnp.pad(k, pad), jnp.pad(v, pad)))
-        if i < gemma.depth - 1:
+        if "out" in w:
             x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return cache
+    if "out" not in w:
+        return cache, None
+    last = jnp.argmax(jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1), axis=1)
+    return cache, read_logits(weights, x[jnp.arange(len(x)), last][:, None])
+
+
+def read_token(
+    weights: Weights,
+    token: Int[Array, "B 1"],
+    position: Int[Array, "B 1"],
+    seen: Bool[Array, "B P"],
+    slot: Int[Array, ""],
+    cache: Cache,
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """The logits of the next token, and the cache with this one in its place."""
+    x, gemma, new_cache = embed_text(weights, token, config), config.paligemma, []
+    rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None])
+    for (w, attention_norm, mlp_norm), cached in zip(prefix_layers(weights), cache, strict=True):
+        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
+        k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, slot, axis=2) for c, y in zip(cached, new, strict=True))
+        new_cache.append((k, v))
+        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+    return read_logits(weights, x), new_cache
+
+
+def prefix_layers(weights: Weights) -> list[tuple[Weights, Modulation, Modulation]]:
+    """The language model's layers: projections and norms."""
+    norms = at(weights["prefix_norms"], 0)
+    return list(zip(weights["prefix"], norms["attention_norms"], norms["mlp_norms"], strict=True))
+
+
+def read_logits(weights: Weights, x: Float[Array, "B 1 W"]) -> Float[Array, "B V"]:
+    """The vocabulary's logits, float32."""
+    out = rms_norm(x, at(weights["prefix_norms"]["final_norm"], 0))
+    return jnp.matmul(out, weights["embedding"].T).astype(jnp.float32)[:, 0]
 
 
 def denoise(
@@ -330,7 +327,7 @@ def denoise(
     cache: Cache,
     state: Float[Array, "B 1 W"] | None,
     x_t: Float[Array, "B T A"],
-    turn: Rotation,
+    rope: Rotation,
     bias: Float[Array, "B T S+T"],
     now: Weights,
 ) -> tuple[Float[Array, "B T A"], Cache]:
@@ -343,7 +340,7 @@ def denoise(
     x, new_cache = x.astype(config.runtime.dtype), []
     for i, (w, cached) in enumerate(zip(weights["suffix"], cache, strict=True)):
         attention_norm, mlp_norm = now["attention_norms"][i], now["mlp_norms"][i]
-        q, *new = project(rms_norm(x, attention_norm), w, gemma, turn)
+        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
         place = cached[0].shape[2] - x.shape[1]
         k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, place, axis=2) for c, y in zip(cached, new, strict=True))
         new_cache.append((k, v))
@@ -351,13 +348,15 @@ def denoise(
     return linear(rms_norm(x, now["final_norm"])[:, -x_t.shape[1] :], *weights["action_out"]), new_cache
 
 
-def project(x: Float[Array, "B T W"], w: Weights, gemma: GemmaConfig, turn: Rotation) -> tuple[Array, Array, Array]:
+def project(
+    x: Float[Array, "B T W"], w: Weights, config: ModelConfig, gemma: GemmaConfig, rope: Rotation
+) -> tuple[Array, Array, Array]:
     """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
     batch, tokens, groups = *x.shape[:2], gemma.num_kv_heads
     heads = linear(x, *w["qkv"]).reshape(batch, tokens, -1, gemma.head_dim)
-    rotated = apply_rope(heads[:, :, :-groups], turn, x.dtype.name)
+    rotated = apply_rope(heads[:, :, :-groups], rope, numerics.rounding(config.family.query_rounding, x.dtype.name))
     q = rotated[:, :, :-groups].reshape(batch, tokens, groups, -1, gemma.head_dim).swapaxes(1, 2)
-    k, v = rotated[:, :, -groups:].swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
+    k, v = rotated[:, :, -groups:].astype(x.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
     return q.reshape(batch, groups, -1, gemma.head_dim), k, v
 
 
@@ -421,11 +420,3 @@ def layer_norm(x: Float[Array, "B S W"], scale: Float[Array, " W"], bias: Float[
     mean = y.mean(-1, keepdims=True)
     variance = jnp.square(y - mean).mean(-1, keepdims=True)
     return ((y - mean) * jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPS) * scale + bias).astype(x.dtype)
-
-
-def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Array | None = None) -> Float[Array, "..."]:
-    """x·kernel (+ bias) in the kernel's dtype, rounded once at the end."""
-    x = x.astype(kernel.dtype)
-    if bias is None:
-        return jnp.matmul(x, kernel)
-    return (jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + bias).astype(kernel.dtype)

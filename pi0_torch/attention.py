@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0_torch.models.layers import cast, dtype_name
 
@@ -80,15 +81,26 @@ def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
 ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "flash": flash_attention, "eager": eager_attention}
 
 
-def attention_backend(name: str, config: ModelConfig, device: torch.device) -> Attend:
-    """The attention of this name. Raises ValueError for one that is unknown or not to be had here."""
+def attention_backend(name: str | None, config: ModelConfig, device: torch.device, compiled: bool = False) -> Attend:
+    """The attention of this name; default: sdpa, or eager where queries and keys have different dtypes.
+
+    Raises ValueError for one that is unknown or not available.
+    """
+    dtype = config.runtime.dtype
+    mixed = numerics.rounding(config.family.query_rounding, dtype) != dtype
+    if name is None:
+        name = "eager" if mixed else "sdpa"
     if name not in ATTENTION:
         raise ValueError(f"attention is {name!r}; it must be one of {', '.join(ATTENTION)}")
+    if mixed and name != "eager":
+        raise ValueError(f"attention {name!r}: {config.family.title} has float32 queries, so {dtype} keys need eager")
+    if name == "flex" and compiled and device.type == "cpu":
+        raise ValueError("attention 'flex': PyTorch cannot compile it on a CPU; use sdpa, or compile=False")
     if name == "flash":
         lacking = {
             "the package flash-attn (pip install flash-attn)": importlib.util.find_spec("flash_attn") is not None,
             f"a GPU, not {device.type}": device.type == "cuda",
-            f"dtype bfloat16, not {config.runtime.dtype}": config.runtime.dtype == "bfloat16",
+            f"dtype bfloat16, not {dtype}": dtype == "bfloat16",
         }
         if not all(lacking.values()):
             needs = "; ".join(need for need, met in lacking.items() if not met)

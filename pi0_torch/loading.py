@@ -19,8 +19,8 @@ from pi0_torch.models.pi0 import Pi0
 from pi0_torch.models.pi0_fast import Pi0Fast
 from pi0_torch.models.pi05 import Pi05
 
-Model = Pi0 | Pi0Fast
-MODELS: dict[str, type[Pi0] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
+Model = Pi0 | Pi05 | Pi0Fast
+MODELS: dict[str, type[Pi0] | type[Pi05] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
 def load(
@@ -59,7 +59,7 @@ def load_model(
 
 
 def make_model(config: ModelConfig) -> Model:
-    """A model of the config's kind, freshly initialized."""
+    """A model of the config's family, newly initialized."""
     return MODELS[config.kind](config)
 
 

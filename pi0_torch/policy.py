@@ -12,16 +12,13 @@ import pi0.policy.policy
 from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0.policy.policy import complete
+from pi0.policy.policy import fill_assets
 from pi0_torch.loading import load_model, to_device, to_numpy
-from pi0_torch.models.pi0_fast import Pi0Fast
-from pi0_torch.sampler import Sampler, TokenSampler
+from pi0_torch.sampler import Sampler
 
 
 class Policy(pi0.policy.policy.Policy):
-    """`from_pretrained`, then `infer`: what the robot sees in, its actions out (see `pi0.policy.Policy`)."""
-
-    sampler: Sampler | TokenSampler | None = None
+    """`from_pretrained`, then `infer`: observations in, actions out (see `pi0.policy.policy.Policy`)."""
 
     @classmethod
     def from_pretrained(
@@ -36,47 +33,48 @@ class Policy(pi0.policy.policy.Policy):
         num_steps: int | None = None,
         seed: int = 0,
         fallback: bool = False,
-        plan_every: int = 1,
-        fast: bool = False,
-        **said: Any,
+        subtask_every: int = 1,
+        use_sampler: bool = False,
+        attention: str | None = None,
+        compile: bool | None = None,
+        **overrides: Any,
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `plan_every` those of `pi0.policy.Policy`; and `said` is what the checkpoint
-        itself does not say: `robot`, `default_prompt`, `norm_stats`, ... (see `pi0.policy.complete`). With `fast`, π0
-        and π0.5 sample by `pi0_torch.Sampler`, made and warmed up now, and π0-FAST by `TokenSampler`. Raises what they
-        do.
+        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
+        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
+        `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`.
+        Raises what they do, and ValueError for these two without `use_sampler`.
         """
+        if not use_sampler and (attention is not None or compile is not None):
+            raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
-        assets = complete(checkpoint.assets, checkpoint.norm_stats, **said)
+        assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
-        policy = cls(model, assets, num_steps=num_steps, seed=seed, fallback=fallback, plan_every=plan_every)
-        if fast:
-            if isinstance(model, Pi0Fast):
-                policy.sampler = TokenSampler(model, max_decoding_steps=num_steps)
-            else:
-                policy.sampler = Sampler(model, num_steps=num_steps)
-        return policy
+        how: dict[str, Any] = {"subtasks": assets.subtasks, "attention": attention, "compile": compile}
+        sampler = Sampler(model, num_steps=num_steps, **how) if use_sampler else None
+        options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
+        return cls(model, assets, num_steps=num_steps, sampler=sampler, **options)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
-        """The model's normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D]; NumPy's all."""
-        if isinstance(self.sampler, TokenSampler):
-            return to_numpy(self.sampler.sample(observation))
-        if self.sampler is not None and noise is not None:
+        """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""
+        if self.sampler is not None:
             return to_numpy(self.sampler.sample(observation, noise))
-        device = next(self.model.parameters()).device
-        inputs = to_device(observation, device)
-        if isinstance(self.model, Pi0Fast):
-            return to_numpy(self.model.sample_tokens(inputs, self.num_steps))
-        return to_numpy(self.model.sample_actions(inputs, torch.as_tensor(noise, device=device), self.num_steps))
+        return to_numpy(self.model.sample(*self._on_device(observation, noise), self.num_steps))
 
-    def sample_planned(
+    def sample_with_subtask(
         self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """π0.5's subtask [B, D], written unless it is given, and the actions after it [B, T, A]; NumPy's both."""
-        device = next(self.model.parameters()).device
-        given = None if subtask is None else torch.as_tensor(subtask, device=device)
-        inputs, noise_there = to_device(observation, device), torch.as_tensor(noise, device=device)
-        tokens, actions = self.model.sample(inputs, noise_there, given, self.num_steps)
+        """π0.5's subtask [B, D], predicted unless it is given, and the actions [B, T, A], as NumPy arrays."""
+        if self.sampler is not None:
+            tokens, actions = self.sampler.sample_with_subtask(observation, noise, subtask)
+        else:
+            inputs = self._on_device(observation, noise, subtask)
+            tokens, actions = self.model.sample_with_subtask(*inputs, self.num_steps)
         return to_numpy(tokens), to_numpy(actions)
+
+    def _on_device(self, observation: Observation, *arrays: np.ndarray | None) -> tuple[Any, ...]:
+        device = next(self.model.parameters()).device
+        there = (None if array is None else torch.as_tensor(array, device=device) for array in arrays)
+        return to_device(observation, device), *there

@@ -1,324 +1,279 @@
-"""Fast sampling of π0 and π0.5: the function of `models.pi0.Pi0.sample_actions`, laid out for speed.
+"""Sampling for speed: the functions of the models' `sample` and `sample_with_subtask`, laid out for it.
 
-`Sampler(model)` reads the plain model's parameters once. What does not depend on the observation is computed then:
-fused projections, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts and gates.
-What nobody attends to is left out: cameras that are masked in every row, padding beyond the text's bucket, and all but
-keys and values in the last layer of the prefix. One compiled program per shape does the rest, over a cache that is
-allocated once with the suffix's place at its end. `TokenSampler(model)` is π0-FAST's, where the plain model has the
-static cache already.
+`Sampler(model)` reads the model's parameters once. What does not depend on the observation is computed then: fused
+projections, with LoRA merged, and for every Euler step the time's part of π0's action tokens or π0.5's scales, shifts
+and gates. What is not attended to is left out: cameras that are masked in every row, padding beyond the text's bucket,
+and all but keys and values in the last layer of a prefix that no text follows. One compiled program per shape does the
+rest, over a cache that is allocated once, with the places of written tokens and of the suffix at its end.
 
-Axes: B batch, C cameras, S prefix tokens, T tokens of the suffix, G = N/K, R = T·G query rows of one key head, W width,
-N heads, K key/value heads, H head dim, M mlp, L layers, A action dim, E Euler steps.
+Axes: B batch, C cameras, S prefix tokens, D written tokens, T tokens of the suffix, P places of the cache, G = N/K,
+R = T·G query rows of one key head, W width, N heads, K key/value heads, H head dim, V vocabulary, A action dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from pi0 import numerics
+from pi0 import masks, numerics
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
-from pi0_torch.attention import Attend, attention_backend, flash_attention
-from pi0_torch.loading import to_device
-from pi0_torch.models.gemma import (
-    AdaptiveRMSNorm,
-    Expert,
-    RMSNorm,
-    Rotation,
-    apply_rope,
-    gated_residual,
-    normalize,
-    rotation,
-)
-from pi0_torch.models.layers import LayerNorm, Linear, cast, dtype_name, gelu
-from pi0_torch.models.pi0 import Pi0, embed_time, suffix_blocks
-from pi0_torch.models.pi0_fast import Pi0Fast
-from pi0_torch.models.siglip import SigLIP
-from pi0_torch.models.vision_language import ReadToken, VisionLanguageModel, attention_mask, pixels
+from pi0_torch.attention import Attend, attention_backend, flash_attention, sdpa_attention
+from pi0_torch.fused import Modulation, Weights, lay_out, linear
+from pi0_torch.loading import Model
+from pi0_torch.models.decoding import decode, written
+from pi0_torch.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
+from pi0_torch.models.layers import dtype_name, gelu
+from pi0_torch.models.pi0_fast import SKIPPED_POSITIONS
+from pi0_torch.models.vision_language import pixels
 
-Weights = Any  # nested nn.ModuleDict and nn.ModuleList of nn.ParameterList, in which `torch.compile` sees constants
-Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
-Cache = list[tuple[Float[Tensor, "B K S+T H"], Float[Tensor, "B K S+T H"]]]  # one entry per layer
+Cache = list[tuple[Float[Tensor, "B K P H"], Float[Tensor, "B K P H"]]]  # one entry per layer
+Inputs = dict[str, Any]
 
 
 class Sampler:
-    """`model.sample_actions`, compiled, for `num_steps` (default: the config's) Euler steps.
+    """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
-    Prompts are cut to one of `text_buckets`. `attention` is one of `ATTENTION`. `compile` makes one graph of each shape
-    of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs);
-    without it, every operation runs by itself, which a debugger can follow. With `warm_up`, graphs for one robot with
-    all cameras and any prompt are made now. The model is not needed afterwards. Raises ValueError for a model with
-    LoRA, which is to be merged first, and for an attention that is unknown or not to be had here: "flash" needs the
-    package flash-attn, a GPU and bfloat16, "flex" a GPU to be compiled.
+    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of
+    `text_buckets`. `attention` is one of `ATTENTION`, see `attention_backend`. `compile` makes one graph of each shape
+    of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text
+    is written without them); without it, every operation runs by itself, which a debugger can follow. With `warm_up`,
+    graphs for one robot with all cameras and any prompt are made now. The model is not needed afterwards. Raises
+    ValueError for subtasks of a model that writes none, and for an attention that is unknown or not available.
     """
 
     def __init__(
         self,
-        model: Pi0,
+        model: Model,
         *,
         num_steps: int | None = None,
         text_buckets: Sequence[int] = TEXT_BUCKETS,
-        attention: str = "sdpa",
+        eos_token: int = numerics.EOS_TOKEN,
+        subtasks: bool = False,
+        attention: str | None = None,
         compile: bool | None = None,
         mode: str | None = None,
         warm_up: bool = True,
     ):
-        self.config, self.text_buckets = check_plain(model), text_buckets
-        self.num_steps = model.config.runtime.num_steps if num_steps is None else num_steps
-        self.device = model.paligemma.embedding.device
-        attend = attention_backend(attention, self.config, self.device)
-        with torch.no_grad():
-            self.weights = as_module(lay_out(model, self.num_steps))
+        self.config, self.text_buckets, self.subtasks = model.config, text_buckets, subtasks
+        tokens, runtime = self.config.family.action_tokens, self.config.runtime
+        if subtasks and not self.config.family.recipe:
+            raise ValueError(f"{self.config.family.title} writes no subtasks; leave subtasks out")
+        if num_steps is None:
+            num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
+        self.num_steps, self.device = num_steps, model.paligemma.embedding.device
         cuda = self.device.type == "cuda"
         self.compile = cuda if compile is None else compile
-        if self.compile and attention == "flex" and not cuda:
-            raise ValueError("attention 'flex': PyTorch cannot compile it on a CPU; use sdpa, or compile=False")
+        attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
         self.mode = "reduce-overhead" if mode is None and cuda else mode
-        self._program = lambda inputs: sample(self.weights, self.config, attend, inputs)
-        if self.compile:
-            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)  # shapes; else 8
-            self._program = torch.compile(self._program, fullgraph=True, dynamic=False, mode=self.mode)
+        self.weights = lay_out(model, num_steps, tokens or subtasks)
+        bound: dict[str, Any] = {"config": self.config, "attend": attend}
+        self._stages = {name: partial(f, self.weights, **bound) for name, f in STAGES.items()}
+        # Text is written to a cache that the next call reads: no CUDA graphs, which reuse the memory of their results.
+        text = Programs(*(self._compiled(partial(f, self.weights, **bound), None) for f in PROGRAMS))
+        steps = num_steps if tokens else runtime.max_decoding_steps
+        decoding: dict[str, Any] = {"config": self.config, "steps": steps, "eos_token": eos_token}
+        write, act = partial(sample_tokens, text, **decoding), partial(sample_actions, self.weights, **bound)
+        self._programs: dict[str, Callable[..., Any]] = {
+            "sample": write if tokens else self._compiled(act, self.mode),
+            "sample_with_subtask": partial(sample_with_subtask, text, **decoding),
+        }
         if warm_up:
             self.warm_up()
 
+    def _compiled(self, function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+        if not self.compile:
+            return function
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)  # shapes; else 8
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+    @torch.no_grad()
     def warm_up(self, batches: Sequence[int] = (1,), cameras: Sequence[int] | None = None) -> None:
         """Make the programs for these batch sizes and numbers of cameras (default: all of the model's), any prompt."""
         for batch in batches:
             for count in [len(self.config.image_keys)] if cameras is None else cameras:
                 for length in text_lengths(self.config, self.text_buckets):
                     noise = np.zeros((batch, self.config.action_horizon, self.config.action_dim), np.float32)
+                    inputs = self.inputs(placeholder(self.config, batch, count, length), noise)
                     for _ in range(3 if self.compile else 1):  # CUDA graphs are recorded in the second call
-                        self._run(placeholder(self.config, batch, count, length), noise)
+                        self._programs["sample"](inputs)
+                    if self.subtasks:
+                        subtask, _ = self._programs["sample_with_subtask"](inputs)
+                        self._programs["sample_with_subtask"](inputs | {"subtask": subtask})
 
-    def sample(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> Float[Tensor, "B T A"]:
-        """The actions, float32. An observation in NumPy is fastest. A new shape of it compiles once."""
-        return self._run(compact(observation, self.config, self.text_buckets), noise)
+    def sample(
+        self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"] | None = None
+    ) -> Float[Tensor, "B T A"] | Int[Tensor, "B D"]:
+        """Normalized actions, float32, or of π0-FAST tokens, int32, which takes no noise.
+
+        An observation in NumPy is fastest. A new shape of it compiles once.
+        """
+        return self._run("sample", observation, noise).clone()  # the next CUDA graph run writes to its memory
+
+    def sample_with_subtask(
+        self,
+        observation: Observation,
+        noise: Float[Tensor | np.ndarray, "B T A"],
+        subtask: Int[Tensor | np.ndarray, "B D"] | None = None,
+    ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
+        """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
+
+        Raises ValueError for a sampler without `subtasks`.
+        """
+        if not self.subtasks:
+            raise ValueError("this sampler was made without subtasks; make it with subtasks=True")
+        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask)
 
     @torch.no_grad()
-    def _run(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> Float[Tensor, "B T A"]:
-        inputs = self.inputs(observation, noise)
-        return self._program(inputs).clone()  # out of the memory that the next CUDA graph run writes to
+    def stages(
+        self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"] | None = None
+    ) -> dict[str, Callable[[], Any]]:
+        """The stages of `sample` before Euler steps or tokens: calls that compute all up to the end of each."""
+        inputs = self.inputs(compact(observation, self.config, self.text_buckets), noise)
+        return {name: partial(self._compiled(stage, self.mode), inputs) for name, stage in self._stages.items()}
 
-    def inputs(self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"]) -> dict[str, Any]:
+    @torch.no_grad()
+    def _run(self, program: str, observation: Observation, *arrays: Any) -> Any:
+        compacted = compact(observation, self.config, self.text_buckets)
+        return self._programs[program](self.inputs(compacted, *arrays))
+
+    def inputs(
+        self,
+        observation: Observation,
+        noise: Float[Tensor | np.ndarray, "B T A"] | None = None,
+        subtask: Int[Tensor | np.ndarray, "B D"] | None = None,
+    ) -> Inputs:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
 
         def move(x: Any) -> Tensor:  # in order, since other strides would be another program
             return torch.as_tensor(x).to(self.device, copy=True, memory_format=torch.contiguous_format)
 
+        inputs = {
+            "state": observation.state,
+            "prompt": observation.tokenized_prompt,
+            "prompt_mask": observation.tokenized_prompt_mask,
+            "noise": noise,
+            "subtask": subtask,
+        }
         return {
             "images": [move(x) for x in observation.images.values()],
             "image_masks": [move(x) for x in observation.image_masks.values()],
-            "state": move(observation.state),
-            "prompt": move(observation.tokenized_prompt),
-            "prompt_mask": move(observation.tokenized_prompt_mask),
-            "noise": move(noise),
+            **{name: move(value) for name, value in inputs.items() if value is not None},
         }
 
 
-class TokenSampler:
-    """`model.sample_tokens` of π0-FAST after prompts that are cut to one of `text_buckets`.
+class Programs(NamedTuple):
+    """`read_prefix`, `read_token` and `integrate` over a model's weights, compiled perhaps."""
 
-    Writes at most `max_decoding_steps` tokens (default: as many as the config says). With `compile` (default: on a GPU)
-    what each token takes is one graph; a new batch size or bucket makes another. Raises ValueError for a model with
-    LoRA, which is to be merged first.
-    """
-
-    def __init__(
-        self,
-        model: Pi0Fast,
-        *,
-        max_decoding_steps: int | None = None,
-        text_buckets: Sequence[int] = TEXT_BUCKETS,
-        eos_token: int = numerics.EOS_TOKEN,
-        compile: bool | None = None,
-    ):
-        self.model, self.config, self.text_buckets = model, check_plain(model), text_buckets
-        self.max_decoding_steps, self.eos_token = max_decoding_steps, eos_token
-        self.device = model.paligemma.embedding.device
-        self.compile = self.device.type == "cuda" if compile is None else compile
-        self._read_token: ReadToken = model.read_token
-        if self.compile:
-            self._read_token = torch.compile(model.read_token, fullgraph=True, dynamic=False)
-
-    def sample(self, observation: Observation) -> Int[Tensor, "B D"]:
-        """The tokens, int32. An observation in NumPy is fastest."""
-        inputs = to_device(compact(observation, self.config, self.text_buckets), self.device)
-        return self.model.sample_tokens(
-            inputs, self.max_decoding_steps, eos_token=self.eos_token, read_token=self._read_token
-        )
+    read_prefix: Callable[..., tuple[Cache, Any, Tensor]]
+    read_token: Callable[..., Tensor]
+    integrate: Callable[..., Tensor]
 
 
-def check_plain(model: VisionLanguageModel) -> ModelConfig:
-    """The config of a model that can be laid out. Raises ValueError for LoRA."""
-    config = model.config
-    if any(gemma is not None and gemma.lora_rank is not None for gemma in (config.paligemma, config.action_expert)):
-        raise ValueError("the model has LoRA, which costs time in every call; merge it: pi0-convert ... --lora merge")
-    return config
+def sample_actions(weights: Weights, inputs: Inputs, *, config: ModelConfig, attend: Attend) -> Float[Tensor, "B T A"]:
+    """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
+    bound: dict[str, Any] = {"config": config, "attend": attend}
+    cache, _, seen = read_prefix(weights, inputs, room=suffix_length(inputs, config), **bound)
+    return integrate(weights, inputs, cache, seen, **bound)
 
 
-def lay_out(model: Pi0, num_steps: int) -> dict[str, Any]:
-    """All parameters in the layout and the dtypes that `sample` reads."""
-    pi0, paligemma = model.config.kind == "pi0", model.paligemma
-    prefix = expert_weights(paligemma)
-    queries = model.config.paligemma.num_heads * model.config.paligemma.head_dim
-    prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][queries:],)}  # nobody reads what the last layer's queries give
-    return {
-        "embedding": (paligemma.embedding,),
-        "vision": vision_weights(model.vision),
-        "prefix": prefix,
-        "prefix_norms": norm_weights(paligemma, None, 1),
-        "suffix": expert_weights(model.action_expert),
-        "steps": step_weights(model, num_steps),
-        "action_in": (action_in_weights(model),),
-        "action_out": projection(model.action_out_proj),
-        **({"state": projection(model.state_proj), "action_mix": projection(model.action_time_mlp_out)} if pi0 else {}),
-    }
+def sample_with_subtask(
+    programs: Programs, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
+) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
+    """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
+    subtask, suffix = inputs.get("subtask"), suffix_length(inputs, config)
+    if subtask is None:
+        cache, logits, seen = programs.read_prefix(inputs, room=steps + suffix)
+        places = F.pad(seen, (0, steps + suffix))
+        options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
+        subtask = decode(logits, cache, places, seen.shape[1], steps, programs.read_token, **options)
+        seen = torch.cat([seen, written(subtask, eos_token)], dim=1)
+    else:
+        cache, _, seen = programs.read_prefix(inputs, room=suffix, eos_token=eos_token)
+    return subtask, programs.integrate(inputs, cache, seen)
 
 
-def vision_weights(vision: SigLIP) -> dict[str, Any]:
-    """The vision tower: patches as a matrix product, its bias within the position embedding; fused projections."""
-    layers: Any = vision.layers  # which mypy takes for tensors
-    patches = vision.patch_embedding
-    kernel, bias, position = (
-        cast(p, "patches", vision.dtype) for p in (patches.weight, patches.bias, vision.position_embedding)
-    )
-    return {
-        "patches": (kernel.permute(0, 2, 3, 1).flatten(1), position + bias),
-        "layers": [
-            {
-                "attention_norm": layer_norm_weights(block.attention_norm),
-                "qkv": projection(block.attention.query, block.attention.key, block.attention.value),
-                "out": projection(block.attention.out),
-                "mlp_norm": layer_norm_weights(block.mlp_norm),
-                "up": projection(block.mlp.up),
-                "down": projection(block.mlp.down),
-            }
-            for block in layers
-        ],
-        "final_norm": layer_norm_weights(vision.final_norm),
-        "head": projection(vision.head),
-    }
+def sample_tokens(
+    programs: Programs, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
+) -> Int[Tensor, "B D"]:
+    """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
+    cache, logits, seen = programs.read_prefix(inputs, room=steps)
+    options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+    return decode(logits, cache, F.pad(seen, (0, steps)), seen.shape[1], steps, programs.read_token, **options)
 
 
-def expert_weights(expert: Expert) -> list[dict[str, Any]]:
-    """The projections of each layer: query, key and value in one, and gate and up."""
-    layers: Any = expert.layers
-    return [
-        {
-            "qkv": projection(block.attention.query, block.attention.key, block.attention.value),
-            "out": projection(block.attention.out),
-            "gate_up": projection(block.mlp.gate, block.mlp.up),
-            "down": projection(block.mlp.down),
-        }
-        for block in layers
-    ]
+def suffix_length(inputs: Inputs, config: ModelConfig) -> int:
+    """Tokens of the suffix."""
+    return config.family.state_tokens + inputs["noise"].shape[1]
 
 
-def step_weights(model: Pi0, num_steps: int) -> dict[str, Any]:
-    """What each Euler step adds that no observation changes: leaves [E, ...]."""
-    assert model.config.action_expert is not None
-    times = torch.from_numpy(numerics.euler_times(num_steps)).to(model.action_in_proj.weight.device)
-    embedded = embed_time(times, model.config.action_expert.width)
-    condition, bias = None, projection(model.action_in_proj)[1].expand_as(embedded)
-    if model.config.kind == "pi05":
-        condition = F.silu(model.time_mlp_out(F.silu(model.time_mlp_in(embedded))))
-    else:  # the time half of action_time_mlp_in
-        bias = linear(torch.cat([bias, embedded], dim=-1), *projection(model.action_time_mlp_in))
-    return {"bias": (bias,), **norm_weights(model.action_expert, condition, num_steps)}
-
-
-def norm_weights(expert: Expert, condition: Float[Tensor, "E W"] | None, num_steps: int) -> dict[str, Any]:
-    """An expert's norms in each step."""
-    layers: Any = expert.layers
-    return {
-        "attention_norms": [modulation(block.attention_norm, condition, num_steps) for block in layers],
-        "mlp_norms": [modulation(block.mlp_norm, condition, num_steps) for block in layers],
-        "final_norm": modulation(expert.final_norm, condition, num_steps),
-    }
-
-
-def action_in_weights(model: Pi0) -> Float[Tensor, "W A"]:
-    """What actions are multiplied with: action_in_proj, with π0 together with the action half of action_time_mlp_in."""
-    kernel = projection(model.action_in_proj)[0]
-    if model.config.kind == "pi05":
-        return kernel
-    return projection(model.action_time_mlp_in)[0][:, : len(kernel)] @ kernel
-
-
-def modulation(norm: RMSNorm | AdaptiveRMSNorm, condition: Float[Tensor, "E W"] | None, num_steps: int) -> Modulation:
-    """1 + scale and, of an adaptive norm, shift and gate of each step: [E, W]."""
-    if isinstance(norm, RMSNorm):
-        scale = 1 + cast(norm.scale, "norm", norm.dtype)
-        return (scale.expand(num_steps, -1),)
-    scale, shift, gate = norm.modulation(condition).chunk(3, dim=-1)
-    return 1 + cast(scale, "norm", norm.dtype), cast(shift, "norm", norm.dtype), gate
-
-
-def projection(*linears: Linear) -> tuple[Tensor, ...]:
-    """Weight [out, in] and bias [out], if any, of projections side by side, in their compute dtype."""
-    weight = torch.cat([one.weight.to(one.dtype) for one in linears])
-    if linears[0].bias is None:
-        return (weight,)
-    return weight, torch.cat([one.bias.to(one.dtype) for one in linears if one.bias is not None])
-
-
-def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
-    """Scale and bias."""
-    return cast(norm.scale, "norm", norm.dtype), cast(norm.bias, "norm", norm.dtype)
-
-
-def as_module(tree: Any) -> Any:
-    """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy."""
-    if isinstance(tree, dict):
-        return nn.ModuleDict({name: as_module(value) for name, value in tree.items()})
-    if isinstance(tree, list):
-        return nn.ModuleList(as_module(value) for value in tree)
-    return nn.ParameterList(nn.Parameter(x.detach().contiguous(), requires_grad=False) for x in tree)
-
-
-def sample(weights: Weights, config: ModelConfig, attend: Attend, inputs: dict[str, Any]) -> Float[Tensor, "B T A"]:
-    """Euler steps from `inputs["noise"]`; see `models.pi0.Pi0.sample_actions`, whose numbers these are."""
-    x_t = inputs["noise"].float()
-    prefix, valid = embed_prefix(weights, config, attend, inputs)
-    if attend is flash_attention:
+def read_prefix(
+    weights: Weights,
+    inputs: Inputs,
+    *,
+    config: ModelConfig,
+    attend: Attend,
+    room: int = 0,
+    eos_token: int = numerics.EOS_TOKEN,
+) -> tuple[Cache, Any, Bool[Tensor, "B S"]]:
+    """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
+    prefix, valid = embed_prefix(weights, inputs, config=config, attend=attend)
+    mask, subtask = valid[:, None], inputs.get("subtask")
+    if subtask is not None:
+        groups = F.pad(torch.full_like(subtask, masks.SUBTASK), (prefix.shape[1], 0))
+        prefix = torch.cat([prefix, embed_text(weights, subtask, config)], dim=1)
+        valid = torch.cat([valid, written(subtask, eos_token)], dim=1)
+        mask = masks.attention_mask(groups, valid)
+    elif attend is flash_attention:
         prefix, valid = pad_left(prefix, valid)
-    blocks = suffix_blocks(config.kind, x_t.shape[1])
-    cache = fill_cache(weights, config, attend, prefix, valid, room=len(blocks))
-    positions = valid.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=x_t.device)
-    suffix_valid = valid.new_ones((len(x_t), len(blocks)))
-    key_blocks = np.concatenate([np.zeros(prefix.shape[1], int), blocks])
-    mask = attention_mask(blocks, key_blocks, suffix_valid, torch.cat([valid, suffix_valid], dim=1))
-    state = linear(inputs["state"], *weights["state"])[:, None] if config.kind == "pi0" else None
-    turn, bias = rotation(positions, config.paligemma.head_dim), mask_bias(mask, config)
+        mask = valid[:, None]
+    return *fill_cache(weights, prefix, mask, valid, config=config, attend=attend, room=room), valid
+
+
+def integrate(
+    weights: Weights, inputs: Inputs, cache: Cache, seen: Bool[Tensor, "B S"], *, config: ModelConfig, attend: Attend
+) -> Float[Tensor, "B T A"]:
+    """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
+    x_t, suffix = inputs["noise"].float(), suffix_length(inputs, config)
+    blocks = [0] * seen.shape[1] + [1] * config.family.state_tokens + [2] * x_t.shape[1]
+    valid = torch.cat([seen, seen.new_ones((len(x_t), suffix))], dim=1)
+    mask = masks.block_mask(torch.tensor(blocks, device=x_t.device), valid)[:, -suffix:]
+    positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
+    rope, bias = rotation(positions, config.paligemma.head_dim), mask_bias(mask, config)
+    state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
     num_steps = len(weights["steps"]["bias"][0])
     for i in range(num_steps):
-        x_t = x_t + float(np.float32(-1 / num_steps)) * denoise(
-            weights, config, attend, cache, state, x_t, turn, bias, step=i
-        )
+        velocity = denoise(weights, config, attend, cache, state, x_t, rope, bias, step=i)
+        x_t = x_t + float(np.float32(-1 / num_steps)) * velocity
     return x_t
 
 
+def embed_text(weights: Weights, tokens: Int[Tensor, "B T"], config: ModelConfig) -> Float[Tensor, "B T W"]:
+    """Text embeddings × sqrt(W)."""
+    dtype = getattr(torch, config.runtime.dtype)
+    text = F.embedding(tokens, weights["embedding"][0]).to(dtype)
+    return text * float(torch.tensor(config.paligemma.width**0.5, dtype=dtype))
+
+
 def embed_prefix(
-    weights: Weights, config: ModelConfig, attend: Attend, inputs: dict[str, Any]
+    weights: Weights, inputs: Inputs, *, config: ModelConfig, attend: Attend
 ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
     """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
-    dtype = getattr(torch, config.runtime.dtype)
-    text = F.embedding(inputs["prompt"], weights["embedding"][0]).to(dtype)
-    text = text * float(torch.tensor(config.paligemma.width**0.5, dtype=dtype))
+    text = embed_text(weights, inputs["prompt"], config)
     if not inputs["images"]:
         return text, inputs["prompt_mask"]
     images = torch.stack([pixels(x) for x in inputs["images"]], dim=1)
     tokens = embed_images(weights["vision"], config, attend, images)
-    masks = torch.stack(inputs["image_masks"], dim=1).repeat_interleave(config.image_tokens, dim=1)
-    return torch.cat([tokens, text], dim=1), torch.cat([masks, inputs["prompt_mask"]], dim=1)
+    image_masks = torch.stack(inputs["image_masks"], dim=1).repeat_interleave(config.image_tokens, dim=1)
+    return torch.cat([tokens, text], dim=1), torch.cat([image_masks, inputs["prompt_mask"]], dim=1)
 
 
 def embed_images(
@@ -342,22 +297,62 @@ def embed_images(
 
 def fill_cache(
     weights: Weights,
+    x: Float[Tensor, "B S W"],
+    mask: Bool[Tensor, "B S S"] | Bool[Tensor, "B 1 S"],
+    valid: Bool[Tensor, "B S"],
+    *,
     config: ModelConfig,
     attend: Attend,
-    x: Float[Tensor, "B S W"],
-    valid: Bool[Tensor, "B S"],
     room: int,
-) -> Cache:
-    """Keys and values of the prefix, with `room` for those of the suffix after them."""
-    gemma, norms, cache = config.paligemma, weights["prefix_norms"], []
-    turn, bias = rotation(valid.cumsum(dim=1) - 1, gemma.head_dim), mask_bias(valid[:, None], config)
-    for i, w in enumerate(weights["prefix"]):
-        attention_norm, mlp_norm = (at(norms[name][i], 0) for name in ("attention_norms", "mlp_norms"))
-        q, k, v = project(rms_norm(x, attention_norm), w, gemma, turn)
+) -> tuple[Cache, Any]:
+    """Keys and values of the prefix, with `room` for more after them; and the logits [B, V] of what follows, if any."""
+    gemma, cache = config.paligemma, []
+    rope, bias = rotation(valid.cumsum(dim=1) - 1, gemma.head_dim), mask_bias(mask, config)
+    for w, attention_norm, mlp_norm in prefix_layers(weights):
+        q, k, v = project(rms_norm(x, attention_norm), w, config, gemma, rope)
         cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
-        if i < gemma.depth - 1:
+        if "out" in w:
             x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return cache
+    if "out" not in w:
+        return cache, None
+    last = (valid.cumsum(dim=1) - 1).masked_fill(~valid, -1).argmax(dim=1)
+    return cache, read_logits(weights, x[torch.arange(len(x), device=x.device), last][:, None])
+
+
+def read_token(
+    weights: Weights,
+    token: Int[Tensor, "B 1"],
+    position: Int[Tensor, "B 1"],
+    seen: Bool[Tensor, "B P"],
+    slot: Int[Tensor, " 1"],
+    cache: Cache,
+    *,
+    config: ModelConfig,
+    attend: Attend,
+) -> Float[Tensor, "B V"]:
+    """The logits of the next token; in the cache, this one takes its place."""
+    attend = sdpa_attention if attend is flash_attention else attend  # which takes padding at the left alone
+    x, gemma = embed_text(weights, token, config), config.paligemma
+    rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None], config)
+    for (w, attention_norm, mlp_norm), (k, v) in zip(prefix_layers(weights), cache, strict=True):
+        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
+        for kept, fresh in zip((k, v), new, strict=True):
+            kept.index_copy_(2, slot, fresh)
+        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+    return read_logits(weights, x)
+
+
+def prefix_layers(weights: Weights) -> list[tuple[Weights, Modulation, Modulation]]:
+    """The language model's layers: projections and norms."""
+    norms = ([at(norm, 0) for norm in weights["prefix_norms"][name]] for name in ("attention_norms", "mlp_norms"))
+    return list(zip(weights["prefix"], *norms, strict=True))
+
+
+def read_logits(weights: Weights, x: Float[Tensor, "B 1 W"]) -> Float[Tensor, "B V"]:
+    """The vocabulary's logits, float32, multiplied in the wider dtype of the two."""
+    out, (embedding,) = rms_norm(x, at(weights["prefix_norms"]["final_norm"], 0)), weights["embedding"]
+    dtype = torch.promote_types(out.dtype, embedding.dtype)
+    return F.linear(out.to(dtype), embedding.to(dtype)).float()[:, 0]
 
 
 def denoise(
@@ -367,7 +362,7 @@ def denoise(
     cache: Cache,
     state: Float[Tensor, "B 1 W"] | None,
     x_t: Float[Tensor, "B T A"],
-    turn: Rotation,
+    rope: Rotation,
     bias: Float[Tensor, "B 1 R S+T"],
     step: int,
 ) -> Float[Tensor, "B T A"]:
@@ -380,20 +375,22 @@ def denoise(
     x = x.to(getattr(torch, config.runtime.dtype))
     for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
         attention_norm, mlp_norm = (at(now[name][i], step) for name in ("attention_norms", "mlp_norms"))
-        q, *new = project(rms_norm(x, attention_norm), w, gemma, turn)
+        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
         for kept, fresh in zip((k, v), new, strict=True):
             kept[:, :, -x.shape[1] :] = fresh
         x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
     return linear(rms_norm(x, at(now["final_norm"], step))[:, -x_t.shape[1] :], *weights["action_out"])
 
 
-def project(x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    x: Float[Tensor, "B T W"], w: Weights, config: ModelConfig, gemma: GemmaConfig, rope: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
     groups = gemma.num_kv_heads
     heads = linear(x, *w["qkv"]).unflatten(-1, (-1, gemma.head_dim))
-    rotated = apply_rope(heads[:, :, :-groups], turn, dtype_name(x))
+    rotated = apply_rope(heads[:, :, :-groups], rope, numerics.rounding(config.family.query_rounding, dtype_name(x)))
     q = rotated[:, :, :-groups].unflatten(2, (groups, -1)).transpose(1, 2)
-    k, v = rotated[:, :, -groups:].transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
+    k, v = rotated[:, :, -groups:].to(x.dtype).transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
     return q.flatten(2, 3), k, v
 
 
@@ -448,8 +445,5 @@ def layer_norm(x: Float[Tensor, "B S W"], scale: Float[Tensor, " W"], bias: Floa
     return F.layer_norm(x.to(scale.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS).to(x.dtype)
 
 
-def linear(
-    x: Float[Tensor, "..."], weight: Float[Tensor, "out in"], bias: Tensor | None = None
-) -> Float[Tensor, "..."]:
-    """x·weightᵀ (+ bias) in the weight's dtype, rounded once at the end."""
-    return F.linear(x.to(weight.dtype), weight, bias)
+STAGES: dict[str, Callable[..., Any]] = {"vision": embed_prefix, "prefix": read_prefix}
+PROGRAMS: tuple[Callable[..., Any], ...] = (read_prefix, read_token, integrate)

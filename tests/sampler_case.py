@@ -26,14 +26,11 @@ def config(kind: str, dtype: str = "float32", depth: int = 2, num_steps: int = 3
     return dataclasses.replace(
         TINY,
         kind=kind,
-        dtype=dtype,
         vision=vision,
         paligemma=expert,
         action_expert=action_expert,
         image_keys=CAMERAS,
-        num_steps=num_steps,
-        remat="none",
-    )
+    ).with_runtime(dtype=dtype, num_steps=num_steps, remat="none")
 
 
 def observations(model: ModelConfig) -> Iterator[tuple[str, Inputs]]:

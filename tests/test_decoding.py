@@ -13,12 +13,11 @@ import torch
 
 import pi0_jax.loading
 import pi0_jax.models.gemma as jax_gemma
-import pi0_jax.models.vision_language as jax_vision_language
 import pi0_torch.loading
 import pi0_torch.models.gemma as torch_gemma
-import pi0_torch.models.vision_language as torch_vision_language
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
+from pi0.masks import block_mask
 from pi0.observation import Observation
 from pi0.variants import get_variant
 from pi0_eval.parity.compare import Inputs
@@ -64,7 +63,7 @@ def logits_in_jax(params: dict[str, jax.Array], observation: Observation, tokens
     positions = jnp.concatenate([jnp.cumsum(valid, axis=1) - 1, length + 1 + jnp.arange(count)], axis=1)
     valid = jnp.concatenate([valid, jnp.ones(tokens.shape, bool)], axis=1)
     blocks = np.concatenate([np.zeros(prefix.shape[1], int), 1 + np.arange(count)])
-    mask = jax_vision_language.attention_mask(blocks, blocks, valid, valid)
+    mask = block_mask(blocks, valid)
     (out,), _ = jax_gemma.joint_forward((model.paligemma,), (x,), (positions,), mask, (None,))
     before = jnp.concatenate([length - 1, prefix.shape[1] + jnp.arange(count)[None] + 0 * length], axis=1)[:, :-1]
     return model.paligemma.logits(jnp.take_along_axis(out, before[..., None], axis=1))
@@ -126,7 +125,7 @@ class InTorch:
         positions = torch.cat([valid.cumsum(dim=1) - 1, length + 1 + torch.arange(count)], dim=1)
         valid = torch.cat([valid, valid.new_ones(tokens.shape)], dim=1)
         blocks = np.concatenate([np.zeros(prefix.shape[1], int), 1 + np.arange(count)])
-        mask = torch_vision_language.attention_mask(blocks, blocks, valid, valid)
+        mask = block_mask(torch.from_numpy(blocks), valid)
         (out,), _ = torch_gemma.joint_forward((model.paligemma,), (x,), (positions,), mask, (None,))
         before = torch.cat([length - 1, prefix.shape[1] + torch.arange(count)[None] + 0 * length], dim=1)[:, :-1]
         return model.paligemma.logits(out.gather(1, before[..., None].expand(-1, -1, out.shape[-1]))).numpy()

@@ -271,7 +271,7 @@ def changed(**values: Any) -> dict[str, Any]:
         (changed(state=["a", "b", "c", "d"]), r"observation\.state is no array of numbers"),
         (changed(task=None), "prompt"),
         (changed(task=7), "prompt is 7"),
-        ("go", "table of pictures"),
+        ("go", "expected a dict of images"),
     ],
 )
 def test_bad_observations_never_reach_the_model(observation: Any, named: str, policy_of, monkeypatch):
@@ -329,7 +329,7 @@ def test_from_every_layout(kind: str, layout: str, folders, policy_of, tmp_path)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_fast_policies_act_alike(framework: str, kind: str, folders, policy_of):
     """By the samplers laid out for speed."""
-    policy = FRAMEWORKS[framework].from_pretrained(folders[kind], fast=True)
+    policy = FRAMEWORKS[framework].from_pretrained(folders[kind], use_sampler=True)
     item, options = recorded("metaworld"), {} if kind == "pi0_fast" else {"noise": noise()}
     expected = policy_of(kind, framework).infer(item, **options)["actions"]
     assert_equal(policy.infer(item, **options)["actions"], expected)

@@ -9,13 +9,13 @@ from typing import Any
 class SubtaskSampler:
     """Subtask and actions chunk by chunk, the subtask predicted anew every `every` chunks and kept in between.
 
-    `sample(observation, noise, subtask)` is `Pi05.sample` of either framework: it predicts the subtask where that is
-    None, and returns the subtask's tokens and the actions.
+    `sample(observation, noise, subtask)` is `Policy.sample_with_subtask`: it predicts the subtask where that is None,
+    and returns the subtask's tokens and the actions.
     """
 
     def __init__(self, sample: Callable[[Any, Any, Any], tuple[Any, Any]], every: int = 1):
         if every < 1:
-            raise ValueError(f"every is {every}; a subtask is planned for at least 1 chunk")
+            raise ValueError(f"every is {every}; a subtask is kept for at least 1 chunk")
         self.sample, self.every = sample, every
         self.reset()
 

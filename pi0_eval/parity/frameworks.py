@@ -39,7 +39,8 @@ def exact_matmuls() -> Iterator[None]:
         with contextlib.suppress(ImportError):
             import torch
 
-            for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+            for backend in backends:
                 stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
                 backend.allow_tf32 = False
         yield

@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
-from pi0_jax.models.layers import Linear, attention, cast, gelu, remat
+from pi0_jax.models.layers import Linear, attention, cast, constrain_rows, gelu, remat
 from pi0_jax.models.lora import make_lora
-from pi0_jax.training.sharding import constrain_rows
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 

@@ -13,10 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
 from pi0_jax.models.lora import LoRA
+
+AXES = ("data", "fsdp", "tensor")  # of the mesh, see `pi0_jax.training.sharding`
+ROWS = PartitionSpec(("data", "fsdp"))  # of arrays whose first axis is the batch
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keep the first axis, the batch, over `data` and `fsdp`, and the others whole; a batch too small stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def cast(x: Array, place: str, dtype: str) -> Array:
@@ -53,6 +65,11 @@ class Linear(nnx.Module):
             return y if self.lora is None else y + self.lora(x)
         y = jnp.tensordot(x, kernel, axes=self.in_ndim, preferred_element_type=jnp.float32)
         return (y + self.bias[...].astype(self.dtype)).astype(self.dtype)
+
+    def merged_kernel(self) -> Float[Array, "..."]:
+        """The kernel, with the low-rank update added in float32 where there is one."""
+        kernel = self.kernel[...]
+        return kernel if self.lora is None else kernel.astype(jnp.float32) + self.lora.update()
 
 
 class LayerNorm(nnx.Module):

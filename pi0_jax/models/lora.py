@@ -23,6 +23,8 @@ class LoRA(nnx.Module):
         b_axes = heads + "r" + out_axes.replace(heads, "")
         kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
         self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
+        summed = b_axes.replace(heads, heads.upper()) if heads and heads in in_axes else b_axes
+        self.product = f"...{a_axes},...{summed}->...{in_axes}{out_axes}"
         self.scale, self.dtype = scale, dtype
         self.a = nnx.Param(
             jax.random.normal(rngs.params(), [sizes[axis] for axis in a_axes]) * numerics.LORA_INIT_STDDEV
@@ -34,6 +36,11 @@ class LoRA(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x = jnp.einsum(self.first, x.astype(self.dtype), self.a[...].astype(self.dtype))
         return jnp.einsum(self.second, x, self.b[...].astype(self.dtype)) * self.scale
+
+    def update(self) -> Float[Array, "..."]:
+        """a·b × scale in the kernel's axes (after those of stacked layers), float32."""
+        a, b = self.a[...].astype(jnp.float32), self.b[...].astype(jnp.float32)
+        return jnp.einsum(self.product, a, b) * self.scale
 
 
 def make_lora(

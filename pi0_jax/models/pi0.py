@@ -1,166 +1,49 @@
-"""π0 and π0.5: a vision-language model and an action expert, trained by flow matching.
+"""π0: the state is a token of the action expert, and the flow time is mixed into those of the actions.
 
-Axes: B batch, C cameras, S tokens, W width, A action dim, T action horizon. Time t = 1 is noise, t = 0 is data.
+Axes: B batch, S tokens, W width, A action dim, T action horizon, E Euler steps.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from pi0 import numerics
-from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0_jax.models.gemma import Cache, Expert, joint_forward
-from pi0_jax.models.layers import Linear
-from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask
+from pi0_jax.models.flow import FlowModel, SuffixSteps, embed_time
 
 
-def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
-    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
-    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+class Pi0(FlowModel):
+    """π0."""
 
-
-def suffix_blocks(kind: str, horizon: int) -> np.ndarray:
-    """Mask blocks of the suffix, int [S]; the prefix is block 0. Actions see each other, not the reverse."""
-    return np.array([1] * horizon if kind == "pi05" else [1] + [2] * horizon)
-
-
-class Pi0(VisionLanguageModel):
-    """π0, or π0.5 where `config.kind` says so."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        assert config.action_expert is not None
-        super().__init__(config, queries="queries", rngs=rngs)
-        dtype, width, pi05 = config.runtime.dtype, config.action_expert.width, config.kind == "pi05"
-        self.action_expert = Expert(
-            config.action_expert,
-            adaptive=pi05,
-            dtype=dtype,
-            remat=config.runtime.remat,
-            attention=config.runtime.attention,
-            rngs=rngs,
-        )
-
-        def projection(inputs: int, outputs: int) -> Linear:
-            float32 = numerics.rounding("action_projections", dtype)
-            return Linear((inputs,), (outputs,), bias=True, dtype=float32, rngs=rngs)
-
-        self.action_in_proj = projection(config.action_dim, width)
-        if pi05:
-            self.time_mlp_in = projection(width, width)
-            self.time_mlp_out = projection(width, width)
-        else:
-            self.state_proj = projection(config.action_dim, width)
-            self.action_time_mlp_in = projection(2 * width, width)
-            self.action_time_mlp_out = projection(width, width)
-        self.action_out_proj = projection(width, config.action_dim)
+    def add_projections(self, width: int, rngs: nnx.Rngs) -> None:
+        """Add those of the state, and of actions and time."""
+        self.state_proj = self.projection(self.config.action_dim, width, rngs)
+        self.action_time_mlp_in = self.projection(2 * width, width, rngs)
+        self.action_time_mlp_out = self.projection(width, width, rngs)
 
     def embed_suffix(
         self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
-    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"] | None]:
-        """Tokens of the action expert, and its norms' condition: π0 [state, T actions], π0.5 [T actions]."""
+    ) -> tuple[Float[Array, "B S W"], None]:
+        """Tokens of the action expert: the state, T actions. Its norms have no condition."""
         tokens = self.action_in_proj(x_t)
-        embedded = embed_time(time, tokens.shape[-1])
-        if self.config.kind == "pi05":
-            return tokens, nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedded))))
-        embedded = jnp.broadcast_to(embedded[:, None], tokens.shape)
+        embedded = jnp.broadcast_to(embed_time(time, tokens.shape[-1])[:, None], tokens.shape)
         tokens = self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1))
         tokens = self.action_time_mlp_out(nnx.silu(tokens))
         return jnp.concatenate([self.state_proj(observation.state)[:, None], tokens], axis=1), None
 
-    def read_velocity(self, suffix_out: Float[Array, "B S W"], horizon: int) -> Float[Array, "B T A"]:
-        """The velocity of the last T suffix outputs, float32."""
-        return self.action_out_proj(suffix_out[:, -horizon:])
-
-    def compute_loss(
-        self,
-        observation: Observation,
-        actions: Float[Array, "B T A"],
-        noise: Float[Array, "B T A"],
-        time: Float[Array, " B"],
-        stages: dict[str, Array] | None = None,
-    ) -> Float[Array, "B T"]:
-        """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
-
-        `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
-        """
-        noise, actions = noise.astype(jnp.float32), actions.astype(jnp.float32)
-        t = time.astype(jnp.float32)[:, None, None]
-        x_t, target = t * noise + (1 - t) * actions, noise - actions
-        prefix, prefix_valid = self.embed_prefix(observation, stages)
-        suffix, condition = self.embed_suffix(observation, x_t, time)
-        blocks = np.concatenate([np.zeros(prefix.shape[1], int), suffix_blocks(self.config.kind, x_t.shape[1])])
-        valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
-        positions = jnp.cumsum(valid, axis=1) - 1
-        split = prefix.shape[1]
-        (prefix_out, suffix_out), _ = joint_forward(
-            (self.paligemma, self.action_expert),
-            (prefix, suffix),
-            (positions[:, :split], positions[:, split:]),
-            attention_mask(blocks, blocks, valid, valid),
-            (None, condition),
-            stages=stages,
+    def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
+        """The time's half of `action_time_mlp_in` is a bias, the actions' half multiplies `action_in_proj`."""
+        action_in, mlp_in = self.action_in_proj, self.action_time_mlp_in
+        width = action_in.kernel.shape[-1]
+        embedded = embed_time(times, width)
+        assert action_in.bias is not None
+        bias = jnp.broadcast_to(action_in.bias[...].astype(action_in.dtype), embedded.shape)
+        kernels = (linear.kernel[...].astype(linear.dtype) for linear in (action_in, mlp_in))
+        first, second = kernels
+        return SuffixSteps(
+            action_in=jnp.matmul(first, second[:width]),
+            bias=mlp_in(jnp.concatenate([bias, embedded], axis=-1)),
+            action_mix=self.action_time_mlp_out,
+            state=self.state_proj,
         )
-        velocity = self.read_velocity(suffix_out, x_t.shape[1])
-        loss = jnp.square(velocity - target).mean(-1)
-        if stages is not None:
-            stages.update(
-                prefix_tokens=prefix,
-                suffix_tokens=suffix,
-                prefix_layers=stages.pop("layers.0"),
-                suffix_layers=stages.pop("layers.1"),
-                prefix_out=prefix_out,
-                suffix_out=suffix_out,
-                velocity=velocity,
-                loss=loss,
-                prefix_valid=prefix_valid,
-            )
-        return loss
-
-    def sample_actions(
-        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
-    ) -> Float[Array, "B T A"]:
-        """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
-
-        The prefix runs once and its keys and values are kept. `num_steps` (default: the config's) is static.
-        """
-        prefix, valid = self.embed_prefix(observation)
-        positions = jnp.cumsum(valid, axis=1) - 1
-        blocks = np.zeros(prefix.shape[1], int)
-        mask = attention_mask(blocks, blocks, valid, valid)
-        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        return self.integrate(observation, noise, num_steps, cache, valid)
-
-    def integrate(
-        self,
-        observation: Observation,
-        noise: Float[Array, "B T A"],
-        num_steps: int | None,
-        cache: Cache,
-        seen: Bool[Array, "B S"],
-    ) -> Float[Array, "B T A"]:
-        """The Euler steps of `sample_actions`, which see those S tokens of `cache` that are `seen`."""
-        num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
-        horizon = noise.shape[1]
-        blocks = suffix_blocks(self.config.kind, horizon)
-        suffix_valid = jnp.ones((noise.shape[0], len(blocks)), bool)
-        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
-        mask = attention_mask(
-            blocks,
-            np.concatenate([np.zeros(seen.shape[1], int), blocks]),
-            suffix_valid,
-            jnp.concatenate([seen, suffix_valid], axis=1),
-        )
-
-        def step(x_t: Array, time: Array) -> tuple[Array, None]:
-            time = jnp.broadcast_to(time, noise.shape[:1])
-            suffix, condition = self.embed_suffix(observation, x_t, time)
-            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
-            return x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon), None
-
-        return jax.lax.scan(step, noise.astype(jnp.float32), jnp.asarray(numerics.euler_times(num_steps)))[0]

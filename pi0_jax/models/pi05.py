@@ -1,26 +1,50 @@
-"""π0.5's whole recipe: the parameters of π0.5, whose PaliGemma also writes subtasks, answers and FAST tokens.
+"""π0.5: the state is in the prompt, the flow time in the action expert's norms, and PaliGemma may write text too.
 
-Axes: B batch, S tokens, L text tokens, W width, A action dim, T action horizon, D tokens of a subtask.
-`pi0.masks` says who sees whom.
+Subtasks, answers and FAST tokens are written after the prompt; the attention mask is that of `pi0.masks`.
+Axes: B batch, S tokens, L text tokens, W width, A action dim, T action horizon, D tokens of a subtask, E Euler steps.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
+from pi0_jax.models.decoding import written
+from pi0_jax.models.flow import FlowModel, SuffixSteps, embed_time, interpolate
 from pi0_jax.models.gemma import Cache, joint_forward
-from pi0_jax.models.pi0 import Pi0
 
 
-class Pi05(Pi0):
-    """π0.5. `compute_loss` and `sample_actions` are the plain ones, without text."""
+class Pi05(FlowModel):
+    """π0.5. `compute_loss` and `sample_actions` are those without text."""
+
+    def add_projections(self, width: int, rngs: nnx.Rngs) -> None:
+        """Add those of the time."""
+        self.time_mlp_in = self.projection(width, width, rngs)
+        self.time_mlp_out = self.projection(width, width, rngs)
+
+    def embed_suffix(
+        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"]]:
+        """Tokens of the action expert, T actions, and the condition of its norms."""
+        tokens = self.action_in_proj(x_t)
+        return tokens, self.condition(time)
+
+    def condition(self, time: Float[Array, " B"]) -> Float[Array, "B W"]:
+        """The condition of the action expert's adaptive norms."""
+        embedded = embed_time(time, self.time_mlp_in.kernel.shape[0])
+        return nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedded))))
+
+    def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
+        """The time is in the condition alone."""
+        action_in, condition = self.action_in_proj, self.condition(times)
+        assert action_in.bias is not None
+        bias = jnp.broadcast_to(action_in.bias[...].astype(action_in.dtype), condition.shape)
+        return SuffixSteps(action_in.kernel[...].astype(action_in.dtype), bias, condition)
 
     def prefix_groups(self, observation: Observation) -> Int[Array, "B S"]:
         """The group of each token of the prefix: cameras and prompt, then what `token_group` says."""
@@ -28,27 +52,28 @@ class Pi05(Pi0):
         text = jnp.zeros_like(observation.tokenized_prompt) if groups is None else groups
         return jnp.pad(text, ((0, 0), (self.config.prefix_len - self.config.max_token_len, 0)))
 
-    def compute_losses(
+    def loss_parts(
         self,
         observation: Observation,
         actions: Float[Array, "B T A"],
         noise: Float[Array, "B T A"],
         time: Float[Array, " B"],
-        recipe: RecipeConfig,
+        recipe: RecipeConfig | None = None,
     ) -> dict[str, Array]:
-        """The parts of the recipe's loss that have a weight, float32: `text` [B], `fast` [B], `flow` [B, T].
+        """The parts of the training loss that have a weight in the recipe (default: `flow` alone), float32.
 
-        Text is the cross-entropy of the next token, mean over the group's tokens of each example; flow as in
-        `compute_loss`. An example that lacks a part has 0 there. Without `flow` the action expert does not run.
+        `text` [B] and `fast` [B] are the cross-entropy of the next token, mean over the group's tokens of each example;
+        `flow` [B, T] is as in `compute_loss`. An example that lacks a part has 0 there. Without `flow` the action
+        expert does not run.
         """
+        if recipe is None:
+            return super().loss_parts(observation, actions, noise, time)
         prefix, valid = self.embed_prefix(observation)
         groups, split = self.prefix_groups(observation), prefix.shape[1]
         experts, xs = [self.paligemma], [prefix]
         conditions: list[Array | None] = [None]
         if recipe.flow_weight:
-            noise, actions = noise.astype(jnp.float32), actions.astype(jnp.float32)
-            t = time.astype(jnp.float32)[:, None, None]
-            x_t, target = t * noise + (1 - t) * actions, noise - actions
+            x_t, target = interpolate(actions, noise, time)
             suffix, condition = self.embed_suffix(observation, x_t, time)
             experts, xs, conditions = [*experts, self.action_expert], [prefix, suffix], [None, condition]
             groups = jnp.concatenate([groups, jnp.full(suffix.shape[:2], masks.ACTIONS)], axis=1)
@@ -85,18 +110,27 @@ class Pi05(Pi0):
         return losses
 
     def text_logits(self, prefix_out: Float[Array, "B S W"]) -> Float[Array, "B L V"]:
-        """What the prefix's outputs predict for each text token but the first."""
+        """The logits of each text token but the first, from the prefix's outputs."""
         return self.paligemma.logits(prefix_out[:, -self.config.max_token_len : -1])
 
     def next_tokens(self, observation: Observation) -> Int[Array, "B L"]:
-        """For each text token but the first, the likeliest one after those that are really before it (for metrics)."""
-        prefix, valid = self.embed_prefix(observation)
-        groups = self.prefix_groups(observation)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        (out,), _ = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
+        """The likeliest token after the true ones before it, for each text token but the first (for metrics)."""
+        out, _, _ = self.read_text(observation)
         return jnp.argmax(self.text_logits(out), axis=-1)
 
-    def sample(
+    def read_text(
+        self, observation: Observation, subtask: Int[Array, "B D"] | None = None, eos_token: int = numerics.EOS_TOKEN
+    ) -> tuple[Float[Array, "B S W"], Cache, Bool[Array, "B S"]]:
+        """PaliGemma over the images, the text and a given subtask: its output, its cache and the valid tokens of it."""
+        prefix, valid = self.embed_prefix(observation)
+        groups = self.prefix_groups(observation)
+        if subtask is not None:
+            prefix = jnp.concatenate([prefix, self.paligemma.embed(subtask)], axis=1)
+            valid = jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
+            groups = jnp.concatenate([groups, jnp.full(subtask.shape, masks.SUBTASK)], axis=1)
+        return *self.read_prefix(prefix, valid, masks.attention_mask(groups, valid)), valid
+
+    def sample_with_subtask(
         self,
         observation: Observation,
         noise: Float[Array, "B T A"],
@@ -108,47 +142,18 @@ class Pi05(Pi0):
         rng: Array | None = None,
         eos_token: int = numerics.EOS_TOKEN,
     ) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
-        """Write the subtask, or take it as given, and sample actions that see it; returns its tokens and the actions.
+        """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
-        Subtasks end with `eos_token` and then zeros, or are cut. The options and errors are those of `decode` and
-        `sample_actions`; all numbers are static. The prefix runs once: the subtask's keys and values are appended to
-        its cache. Training rows are taken without their own answers.
+        Subtasks end with `eos_token` and then zeros, or are cut. The options and errors are those of `decoding.decode`
+        and `sample_actions`; all numbers are static. The prefix runs once: the subtask's keys and values are appended
+        to its cache. Training rows are taken without their own answers.
         """
         observation = observation.prompt_only()
+        out, cache, seen = self.read_text(observation, subtask, eos_token)
         if subtask is None:
             steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
-            options = {"temperature": temperature, "rng": rng}
-            subtask, cache, seen = self.write_subtask(observation, steps, eos_token, **options)
-        else:
-            cache, seen = self.read_subtask(observation, subtask, eos_token)
+            subtask, cache = self.decode(
+                out, cache, seen, steps, read_last=True, temperature=temperature, rng=rng, eos_token=eos_token
+            )
+            seen = jnp.concatenate([seen, written(subtask, eos_token)], axis=1)
         return subtask, self.integrate(observation, noise, num_steps, cache, seen)
-
-    def write_subtask(
-        self, observation: Observation, steps: int, eos_token: int, **options: Any
-    ) -> tuple[Int[Array, "B D"], Cache, Bool[Array, "B S"]]:
-        """The subtask, `decode`d with its options, and the cache and its valid tokens of the prompt and the subtask."""
-        prefix, valid = self.embed_prefix(observation)
-        groups = self.prefix_groups(observation)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        subtask, cache = self.decode(out, cache, valid, steps, read_last=True, eos_token=eos_token, **options)
-        return subtask, cache, jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
-
-    def read_subtask(
-        self, observation: Observation, subtask: Int[Array, "B D"], eos_token: int
-    ) -> tuple[Cache, Bool[Array, "B S"]]:
-        """The cache and its valid tokens of the prompt and a given subtask."""
-        prefix, valid = self.embed_prefix(observation)
-        prefix = jnp.concatenate([prefix, self.paligemma.embed(subtask)], axis=1)
-        valid = jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
-        groups = self.prefix_groups(observation)
-        groups = jnp.concatenate([groups, jnp.full(subtask.shape, masks.SUBTASK)], axis=1)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        return cache, valid
-
-
-def written(tokens: Int[Array, "B D"], eos_token: int) -> Bool[Array, "B D"]:
-    """Which tokens are text: all up to the first `eos_token`, itself included."""
-    ends = tokens == eos_token
-    return jnp.cumsum(ends, axis=1) - ends == 0

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
-from pi0.config import ModelConfig
+from pi0.masks import block_mask
 from pi0.observation import Observation
-from pi0_jax.models.gemma import joint_forward
-from pi0_jax.models.vision_language import VisionLanguageModel, attention_mask
+from pi0.run_config import RecipeConfig
+from pi0_jax.models.vision_language import VisionLanguageModel
+
+SKIPPED_POSITIONS = 1  # between the prompt and the first token: the released implementation skips one
 
 
 class Pi0Fast(VisionLanguageModel):
     """π0-FAST: PaliGemma alone."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, queries="fast_queries", rngs=rngs)
 
     def text_blocks(self, observation: Observation) -> Int[Array, "B S"]:
         """Mask blocks of all tokens: cameras and prompt are block 0, tokens to be predicted one block each."""
@@ -29,9 +27,17 @@ class Pi0Fast(VisionLanguageModel):
         text = jnp.zeros_like(observation.tokenized_prompt) if starts is None else jnp.cumsum(starts, axis=1)
         return jnp.pad(text, ((0, 0), (self.config.prefix_len - self.config.max_token_len, 0)))
 
-    def compute_loss(self, observation: Observation, stages: dict[str, Array] | None = None) -> Float[Array, " B"]:
+    def compute_loss(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B T A"] | None = None,
+        noise: Float[Array, "B T A"] | None = None,
+        time: Float[Array, " B"] | None = None,
+        stages: dict[str, Array] | None = None,
+    ) -> Float[Array, " B"]:
         """Cross-entropy of the next token, mean over those that `token_loss_mask` asks for, float32.
 
+        The actions are tokens of the observation: `actions`, `noise` and `time`, of other models, are not read.
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares. Raises ValueError
         for an observation without the masks of training.
         """
@@ -40,14 +46,7 @@ class Pi0Fast(VisionLanguageModel):
         prefix, valid = self.embed_prefix(observation, stages)
         inputs, valid = prefix[:, :-1], valid[:, :-1]  # the last token predicts nothing
         blocks = self.text_blocks(observation)[:, :-1]
-        (pre_logits,), _ = joint_forward(
-            (self.paligemma,),
-            (inputs,),
-            (jnp.cumsum(valid, axis=1) - 1,),
-            attention_mask(blocks, blocks, valid, valid),
-            (None,),
-            stages=stages,
-        )
+        pre_logits, _ = self.read_prefix(inputs, valid, block_mask(blocks, valid), stages)
         targets, wanted = observation.tokenized_prompt[:, 1:], observation.token_loss_mask[:, 1:]
         logits = self.paligemma.logits(pre_logits[:, -targets.shape[1] :])
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
@@ -63,6 +62,24 @@ class Pi0Fast(VisionLanguageModel):
             )
         return loss
 
+    def loss_parts(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B T A"] | None = None,
+        noise: Float[Array, "B T A"] | None = None,
+        time: Float[Array, " B"] | None = None,
+        recipe: RecipeConfig | None = None,
+    ) -> dict[str, Array]:
+        """The parts of the training loss, float32: `tokens` [B]. No recipe has a place here."""
+        assert recipe is None, "this model has no recipe"
+        return {"tokens": self.compute_loss(observation)}
+
+    def sample(
+        self, observation: Observation, noise: Float[Array, "B T A"] | None = None, num_steps: int | None = None
+    ) -> Int[Array, "B D"]:
+        """Action tokens: `sample_tokens`, greedily, at most `num_steps`. `noise`, of other models, is not read."""
+        return self.sample_tokens(observation, num_steps)
+
     def sample_tokens(
         self,
         observation: Observation,
@@ -75,8 +92,8 @@ class Pi0Fast(VisionLanguageModel):
     ) -> Int[Array, "B D"]:
         """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
 
-        The options and errors are those of `decode`; `max_decoding_steps` (default: the config's) and `temperature` are
-        static.
+        The options and errors are those of `decoding.decode`; `max_decoding_steps` (default: the config's) and
+        `temperature` are static.
 
         The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
         i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
@@ -85,19 +102,6 @@ class Pi0Fast(VisionLanguageModel):
         """
         steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
         prefix, valid = self.embed_prefix(observation)
-        blocks = self.text_blocks(observation)
-        mask = attention_mask(blocks, blocks, valid, valid)
-        positions = jnp.cumsum(valid, axis=1) - 1
-        (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        tokens, _ = self.decode(
-            out,
-            cache,
-            valid,
-            steps,
-            skipped=1,
-            temperature=temperature,
-            rng=rng,
-            allowed=allowed,
-            eos_token=eos_token,
-        )
-        return tokens
+        out, cache = self.read_prefix(prefix, valid, block_mask(self.text_blocks(observation), valid))
+        options = {"temperature": temperature, "rng": rng, "allowed": allowed, "eos_token": eos_token}
+        return self.decode(out, cache, valid, steps, skipped=SKIPPED_POSITIONS, **options)[0]

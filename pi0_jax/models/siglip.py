@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
-from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
-from pi0_jax.training.sharding import constrain_rows
+from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, constrain_rows, gelu, remat
 
 
 class SelfAttention(nnx.Module):

@@ -26,9 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0.config import ModelConfig
 from pi0.parameters import Parameter, parameters, scope_of
+from pi0_jax.models.layers import AXES, ROWS
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # of whatever has the batch as its first axis
 MUST_BE_CUT = 2**20  # parameters that have at least as many elements
 
 
@@ -143,14 +142,6 @@ def state_shardings(state: Any, model: ModelConfig, rules: Mapping[str, str], me
         return NamedSharding(mesh, next((specs[end] for end in ends if end in specs), PartitionSpec()))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first axis, the batch, over `data` and `fsdp`, and the others whole; a batch too small stays whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(AXES) <= set(mesh.axis_names) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

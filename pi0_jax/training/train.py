@@ -328,7 +328,7 @@ def mean_loss(
     if recipe is None:
         return model.compute_loss(observation, actions, *drawn).mean(), {}
     assert isinstance(model, Pi05)
-    losses = model.compute_losses(observation, actions, *drawn, recipe)
+    losses = model.loss_parts(observation, actions, *drawn, recipe)
     parts = {f"{name}_loss": loss.mean() for name, loss in losses.items()}
     return jnp.stack([weight * parts[f"{name}_loss"] for name, weight in recipe.weights.items() if weight]).sum(), parts
 

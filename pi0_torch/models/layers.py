@@ -49,6 +49,10 @@ class Linear(nn.Module):
         y = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
         return y if self.lora is None else y + self.lora(x)
 
+    def merged_weight(self) -> Float[Tensor, "out in"]:
+        """The weight, with the low-rank update added in float32 where there is one."""
+        return self.weight if self.lora is None else self.weight.float() + self.lora.update()
+
 
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, in float32, rounded to `dtype`."""

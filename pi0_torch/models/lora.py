@@ -23,6 +23,8 @@ class LoRA(nn.Module):
         b_axes = heads + "r" + out_axes.replace(heads, "")
         kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
         self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
+        summed = b_axes.replace(heads, heads.upper()) if heads and heads in in_axes else b_axes
+        self.product = f"{a_axes},{summed}->{out_axes}{in_axes}"
         self.scale, self.dtype = scale, getattr(torch, dtype)
         self.in_sizes, self.out_ndim = tuple(sizes[axis] for axis in in_axes), len(out_axes)
         self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]) * numerics.LORA_INIT_STDDEV)
@@ -31,6 +33,11 @@ class LoRA(nn.Module):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))
         return torch.einsum(self.second, x, self.b.to(self.dtype)).flatten(-self.out_ndim) * self.scale
+
+    def update(self) -> Float[Tensor, "out in"]:
+        """a·b × scale in the weight's axes, heads flat, float32."""
+        product = torch.einsum(self.product, self.a.float(), self.b.float()) * self.scale
+        return product.flatten(0, self.out_ndim - 1).flatten(1)
 
 
 def make_lora(config: GemmaConfig, in_axes: str, out_axes: str, *, scale: float, dtype: str) -> LoRA | None:

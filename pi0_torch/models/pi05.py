@@ -1,12 +1,10 @@
-"""π0.5's whole recipe: the parameters of π0.5, whose PaliGemma also writes subtasks, answers and FAST tokens.
+"""π0.5: the state is in the prompt, the flow time in the action expert's norms, and PaliGemma may write text too.
 
-Axes: B batch, S tokens, L text tokens, W width, A action dim, T action horizon, D tokens of a subtask.
-`pi0.masks` says who sees whom.
+Subtasks, answers and FAST tokens are written after the prompt; the attention mask is that of `pi0.masks`.
+Axes: B batch, S tokens, L text tokens, W width, A action dim, T action horizon, D tokens of a subtask, E Euler steps.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +14,37 @@ from torch import Tensor
 from pi0 import masks, numerics
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
+from pi0_torch.models.decoding import written
+from pi0_torch.models.flow import FlowModel, SuffixSteps, embed_time, interpolate
 from pi0_torch.models.gemma import Cache, joint_forward
-from pi0_torch.models.pi0 import Pi0
 
 
-class Pi05(Pi0):
-    """π0.5. `compute_loss` and `sample_actions` are the plain ones, without text."""
+class Pi05(FlowModel):
+    """π0.5. `compute_loss` and `sample_actions` are those without text."""
+
+    def add_projections(self, width: int) -> None:
+        """Add those of the time."""
+        self.time_mlp_in = self.projection(width, width)
+        self.time_mlp_out = self.projection(width, width)
+
+    def embed_suffix(
+        self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B S W"], Float[Tensor, "B W"]]:
+        """Tokens of the action expert, T actions, and the condition of its norms."""
+        tokens = self.action_in_proj(x_t)
+        return tokens, self.condition(time)
+
+    def condition(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
+        """The condition of the action expert's adaptive norms."""
+        embedded = embed_time(time, self.time_mlp_in.weight.shape[1])
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
+
+    def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
+        """The time is in the condition alone."""
+        action_in, condition = self.action_in_proj, self.condition(times)
+        assert action_in.bias is not None
+        bias = action_in.bias.to(action_in.dtype).expand_as(condition)
+        return SuffixSteps(action_in.weight.to(action_in.dtype), bias, condition)
 
     def prefix_groups(self, observation: Observation) -> Int[Tensor, "B S"]:
         """The group of each token of the prefix: cameras and prompt, then what `token_group` says."""
@@ -29,27 +52,28 @@ class Pi05(Pi0):
         text = torch.zeros_like(observation.tokenized_prompt) if groups is None else groups
         return F.pad(text, (self.config.prefix_len - self.config.max_token_len, 0))
 
-    def compute_losses(
+    def loss_parts(
         self,
         observation: Observation,
         actions: Float[Tensor, "B T A"],
         noise: Float[Tensor, "B T A"],
         time: Float[Tensor, " B"],
-        recipe: RecipeConfig,
+        recipe: RecipeConfig | None = None,
     ) -> dict[str, Tensor]:
-        """The parts of the recipe's loss that have a weight, float32: `text` [B], `fast` [B], `flow` [B, T].
+        """The parts of the training loss that have a weight in the recipe (default: `flow` alone), float32.
 
-        Text is the cross-entropy of the next token, mean over the group's tokens of each example; flow as in
-        `compute_loss`. An example that lacks a part has 0 there. Without `flow` the action expert does not run.
+        `text` [B] and `fast` [B] are the cross-entropy of the next token, mean over the group's tokens of each example;
+        `flow` [B, T] is as in `compute_loss`. An example that lacks a part has 0 there. Without `flow` the action
+        expert does not run.
         """
+        if recipe is None:
+            return super().loss_parts(observation, actions, noise, time)
         prefix, valid = self.embed_prefix(observation)
         groups, split = self.prefix_groups(observation), prefix.shape[1]
         experts, xs = [self.paligemma], [prefix]
         conditions: list[Tensor | None] = [None]
         if recipe.flow_weight:
-            noise, actions = noise.float(), actions.float()
-            t = time.float()[:, None, None]
-            x_t, target = t * noise + (1 - t) * actions, noise - actions
+            x_t, target = interpolate(actions, noise, time)
             suffix, condition = self.embed_suffix(observation, x_t, time)
             experts, xs, conditions = [*experts, self.action_expert], [prefix, suffix], [None, condition]
             groups = torch.cat([groups, groups.new_full(suffix.shape[:2], masks.ACTIONS)], dim=1)
@@ -88,20 +112,30 @@ class Pi05(Pi0):
         return losses
 
     def text_logits(self, prefix_out: Float[Tensor, "B S W"]) -> Float[Tensor, "B L V"]:
-        """What the prefix's outputs predict for each text token but the first."""
+        """The logits of each text token but the first, from the prefix's outputs."""
         return self.paligemma.logits(prefix_out[:, -self.config.max_token_len : -1])
 
     @torch.no_grad()
     def next_tokens(self, observation: Observation) -> Int[Tensor, "B L"]:
-        """For each text token but the first, the likeliest one after those that are really before it (for metrics)."""
-        prefix, valid = self.embed_prefix(observation)
-        groups = self.prefix_groups(observation)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        (out,), _ = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
+        """The likeliest token after the true ones before it, for each text token but the first (for metrics)."""
+        out, _, _ = self.read_text(observation)
         return self.text_logits(out).argmax(dim=-1)
 
     @torch.no_grad()
-    def sample(
+    def read_text(
+        self, observation: Observation, subtask: Int[Tensor, "B D"] | None = None, eos_token: int = numerics.EOS_TOKEN
+    ) -> tuple[Float[Tensor, "B S W"], Cache, Bool[Tensor, "B S"]]:
+        """PaliGemma over the images, the text and a given subtask: its output, its cache and the valid tokens of it."""
+        prefix, valid = self.embed_prefix(observation)
+        groups = self.prefix_groups(observation)
+        if subtask is not None:
+            prefix = torch.cat([prefix, self.paligemma.embed(subtask)], dim=1)
+            valid = torch.cat([valid, written(subtask, eos_token)], dim=1)
+            groups = torch.cat([groups, groups.new_full(subtask.shape, masks.SUBTASK)], dim=1)
+        return *self.read_prefix(prefix, valid, masks.attention_mask(groups, valid)), valid
+
+    @torch.no_grad()
+    def sample_with_subtask(
         self,
         observation: Observation,
         noise: Float[Tensor, "B T A"],
@@ -113,49 +147,18 @@ class Pi05(Pi0):
         rng: torch.Generator | None = None,
         eos_token: int = numerics.EOS_TOKEN,
     ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
-        """Write the subtask, or take it as given, and sample actions that see it; returns its tokens and the actions.
+        """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
-        Subtasks end with `eos_token` and then zeros, or are cut. The options and errors are those of `decode` and
-        `sample_actions`. The prefix runs once: the subtask's keys and values are appended to
-        its cache. Training rows are taken without their own answers.
+        Subtasks end with `eos_token` and then zeros, or are cut. The options and errors are those of `decoding.decode`
+        and `sample_actions`. The prefix runs once: the subtask's keys and values are appended
+        to its cache. Training rows are taken without their own answers.
         """
         observation = observation.prompt_only()
+        out, cache, seen = self.read_text(observation, subtask, eos_token)
         if subtask is None:
             steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
-            options = {"temperature": temperature, "rng": rng}
-            subtask, cache, seen = self.write_subtask(observation, steps, eos_token, **options)
-        else:
-            cache, seen = self.read_subtask(observation, subtask, eos_token)
+            subtask, cache = self.decode(
+                out, cache, seen, steps, read_last=True, temperature=temperature, rng=rng, eos_token=eos_token
+            )
+            seen = torch.cat([seen, written(subtask, eos_token)], dim=1)
         return subtask, self.integrate(observation, noise, num_steps, cache, seen)
-
-    @torch.no_grad()
-    def write_subtask(
-        self, observation: Observation, steps: int, eos_token: int, **options: Any
-    ) -> tuple[Int[Tensor, "B D"], Cache, Bool[Tensor, "B S"]]:
-        """The subtask, `decode`d with its options, and the cache and its valid tokens of the prompt and the subtask."""
-        prefix, valid = self.embed_prefix(observation)
-        groups = self.prefix_groups(observation)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        (out,), cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        subtask, cache = self.decode(out, cache, valid, steps, read_last=True, eos_token=eos_token, **options)
-        return subtask, cache, torch.cat([valid, written(subtask, eos_token)], dim=1)
-
-    @torch.no_grad()
-    def read_subtask(
-        self, observation: Observation, subtask: Int[Tensor, "B D"], eos_token: int
-    ) -> tuple[Cache, Bool[Tensor, "B S"]]:
-        """The cache and its valid tokens of the prompt and a given subtask."""
-        prefix, valid = self.embed_prefix(observation)
-        prefix = torch.cat([prefix, self.paligemma.embed(subtask)], dim=1)
-        valid = torch.cat([valid, written(subtask, eos_token)], dim=1)
-        groups = self.prefix_groups(observation)
-        groups = torch.cat([groups, groups.new_full(subtask.shape, masks.SUBTASK)], dim=1)
-        positions, mask = masks.positions(groups, valid), masks.attention_mask(groups, valid)
-        _, cache = joint_forward((self.paligemma,), (prefix,), (positions,), mask, (None,))
-        return cache, valid
-
-
-def written(tokens: Int[Tensor, "B D"], eos_token: int) -> Bool[Tensor, "B D"]:
-    """Which tokens are text: all up to the first `eos_token`, itself included."""
-    ends = tokens == eos_token
-    return ends.cumsum(dim=1) - ends.int() == 0

@@ -113,7 +113,7 @@ def test_policies_say_their_subtask(folder):
     """The same in both frameworks; kept for the second of two chunks."""
     frames = LeRobotDataset(METAWORLD, episodes=HELD_OUT)
     ours = pi0_jax.Policy.from_pretrained(folder / "posttrain", num_steps=2).infer(frames[0])
-    policy = pi0_torch.Policy.from_pretrained(folder / "posttrain", num_steps=2, plan_every=2)
+    policy = pi0_torch.Policy.from_pretrained(folder / "posttrain", num_steps=2, subtask_every=2)
     theirs, later = policy.infer(frames[0]), policy.infer(frames[20])
     assert ours["subtask"] == theirs["subtask"] == later["subtask"] and later["actions"].shape == (5, 4)
     np.testing.assert_allclose(ours["actions"], theirs["actions"], rtol=0, atol=1e-5)  # of about 1, in float32

@@ -70,7 +70,7 @@ def test_lora_in_bfloat16():
 @jax.jit
 def run_fast(model, observation):
     stages = {}
-    model.compute_loss(observation, stages)
+    model.compute_loss(observation, stages=stages)
     return stages, model.sample_tokens(observation.prompt_only(), 16)
 
 

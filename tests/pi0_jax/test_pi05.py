@@ -37,9 +37,7 @@ def plain(model, observation, actions, noise, time):
 
 @partial(jax.jit, static_argnames="recipe", compiler_options=AS_IN_USE)
 def flow(model, observation, actions, noise, time, recipe):
-    return jax.value_and_grad(lambda m: m.compute_losses(observation, actions, noise, time, recipe)["flow"].mean())(
-        model
-    )
+    return jax.value_and_grad(lambda m: m.loss_parts(observation, actions, noise, time, recipe)["flow"].mean())(model)
 
 
 def test_without_text_it_is_plain_pi05(model):
@@ -57,7 +55,7 @@ def test_without_a_subtask_the_actions_are_plain_pi05s(model):
     """Bit for bit: a subtask of no tokens leaves the cache as it was."""
     observation, _, noise, _ = plain_batch()
     nothing = np.zeros((BATCH, 0), np.int32)
-    empty = jax.jit(lambda m, o, n: m.integrate(o, n, 2, *m.read_subtask(o, nothing, 1)))(model, observation, noise)
+    empty = jax.jit(lambda m, o, n: m.integrate(o, n, 2, *m.read_text(o, nothing, 1)[1:]))(model, observation, noise)
     actions = jax.jit(lambda m, o, n: m.sample_actions(o, n, 2))(model, observation, noise)
     np.testing.assert_array_equal(actions, empty)
 
@@ -82,7 +80,7 @@ def test_knowledge_insulation(model):
 def test_the_parts_of_a_mixed_batch(model):
     """Each example has the parts it should, and they are the cross-entropies of its own tokens, summed by hand."""
     observation, *rest = mixed_batch()
-    losses = jax.jit(lambda m, *b: m.compute_losses(*b, RecipeConfig()))(model, observation, *rest)
+    losses = jax.jit(lambda m, *b: m.loss_parts(*b, RecipeConfig()))(model, observation, *rest)
     assert (np.asarray(losses["text"]) > 0).tolist() == [subtask > 0 for _, subtask, _ in LENGTHS]
     assert (np.asarray(losses["fast"]) > 0).tolist() == [fast > 0 for *_, fast in LENGTHS]
     assert (np.asarray(losses["flow"]) > 0).all(axis=1).tolist() == observation.has_actions.tolist()
@@ -95,7 +93,7 @@ def test_the_parts_of_a_mixed_batch(model):
     log_p = jax.nn.log_softmax(model.paligemma.logits(out)[0])
     by_hand = [-log_p[first + i - 1, observation.tokenized_prompt[0, i]] for i in range(prompt, prompt + subtask)]
     np.testing.assert_allclose(losses["text"][0], np.mean(by_hand), rtol=1e-5)
-    only = jax.jit(lambda m, *b: m.compute_losses(*b, RecipeConfig(fast_weight=0, flow_weight=0)))
+    only = jax.jit(lambda m, *b: m.loss_parts(*b, RecipeConfig(fast_weight=0, flow_weight=0)))
     alone = only(model, observation, *rest)
     assert set(alone) == {"text"}  # and the action expert did not run: the same to rounding
     np.testing.assert_allclose(alone["text"], losses["text"], rtol=1e-5)
@@ -151,7 +149,7 @@ def test_no_token_is_reached_by_one_that_it_may_not_see(model, stage: str, insul
 
 @partial(jax.jit, static_argnames=("num_steps", "max_decoding_steps", "temperature"))
 def sample(model, observation, noise, subtask=None, **options):
-    return type(model).sample(model, observation, noise, subtask, **options)
+    return type(model).sample_with_subtask(model, observation, noise, subtask, **options)
 
 
 def test_sampled_actions_see_what_training_showed_them(model):
@@ -163,7 +161,7 @@ def test_sampled_actions_see_what_training_showed_them(model):
         observation.tokenized_prompt[row, prompt + max(length - 1, 0)] = 1 if length else 7
         subtask[row, max(length - 1, 0)] = 1
     rows = [row for row, (_, length, _) in enumerate(LENGTHS) if length and row != 2]
-    losses = jax.jit(lambda m, o, n: m.compute_losses(o, 0 * n, n, jnp.ones(BATCH), FLOW))(model, observation, noise)
+    losses = jax.jit(lambda m, o, n: m.loss_parts(o, 0 * n, n, jnp.ones(BATCH), FLOW))(model, observation, noise)
     _, sampled = sample(model, observation, noise, subtask, num_steps=1)
     np.testing.assert_allclose(np.square(sampled).mean(-1)[rows], losses["flow"][jnp.array(rows)], rtol=1e-5)
 

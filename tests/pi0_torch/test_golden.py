@@ -70,7 +70,7 @@ def test_fast(dtype: str):
     model = pi0_torch.load(case.checkpoint, config=case.config("float32"), dtype=dtype)
     assert isinstance(model, pi0_torch.Pi0Fast)
     observation, stages = pi0_torch.to_device(case.inputs()[0]), {}
-    model.compute_loss(observation, stages)
+    model.compute_loss(observation, stages=stages)
     outputs = {name: value.detach().float().numpy() for name, value in stages.items()}
     {"float32": check_float32, "bfloat16": check_bfloat16}[dtype](case, outputs)
     case.check_tokens(model.sample_tokens(observation.prompt_only(), 16).numpy(), dtype)

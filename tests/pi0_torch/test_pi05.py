@@ -38,7 +38,7 @@ def test_without_text_it_is_plain_pi05(model):
         token_group=torch.zeros_like(observation.tokenized_prompt),
         has_actions=torch.ones(len(plain), dtype=torch.bool),
     )
-    same = model.compute_losses(empty, *rest, FLOW)["flow"]
+    same = model.loss_parts(empty, *rest, FLOW)["flow"]
     assert torch.equal(plain, same)
     expected, found = gradients(model, plain.mean()), gradients(model, same.mean())
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -46,9 +46,9 @@ def test_without_text_it_is_plain_pi05(model):
 
 def test_knowledge_insulation(model):
     """Of every parameter: PaliGemma's and the tower's gradient is exactly zero, the action expert's as without."""
-    free = gradients(model, model.compute_losses(*batch(), FLOW)["flow"].mean())
+    free = gradients(model, model.loss_parts(*batch(), FLOW)["flow"].mean())
     recipe = dataclasses.replace(FLOW, insulated=True)
-    insulated = gradients(model, model.compute_losses(*batch(), recipe)["flow"].mean())
+    insulated = gradients(model, model.loss_parts(*batch(), recipe)["flow"].mean())
     largest = max(value.abs().max() for value in free.values())
     for name, value in insulated.items():
         if name.startswith(("vision.", "paligemma.")):

@@ -13,10 +13,11 @@ from pi0.datasets.errors import DataError
 from pi0.datasets.fit_fast import action_chunks
 from pi0.masks import FAST, PREFIX, SUBTASK
 from pi0.observation import Observation, ObservationError
-from pi0.policy.subtasks import RecipeConfig, SubtaskSampler
+from pi0.policy.subtasks import SubtaskSampler
 from pi0.robots import MetaWorld
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.transforms import TokenizeRecipe
+from pi0.run_config import RecipeConfig
 from pi0.sample import METAWORLD
 from pi0.sample.make_subtasks import FILE, subtasks
 from pi0.tokenizers.fast import FASTTokenizer

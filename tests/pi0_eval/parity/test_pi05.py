@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import pi0_torch
-from pi0.policy.subtasks import RecipeConfig, SubtaskSampler
+from pi0.policy.subtasks import SubtaskSampler
+from pi0.run_config import RecipeConfig
 from pi0_eval.parity.compare import FLOAT32_TOLERANCE
 from pi0_jax.loading import with_parameters
 from pi0_torch.loading import to_torch
@@ -36,8 +37,8 @@ def error(a, b) -> float:
 def test_losses(models):
     ours, theirs = models
     observation, *rest = mixed_batch()
-    a = jax.jit(lambda m, *batch: m.compute_losses(*batch, RecipeConfig()))(ours, observation, *rest)
-    b = theirs.compute_losses(pi0_torch.to_device(observation), *map(torch.from_numpy, rest), RecipeConfig())
+    a = jax.jit(lambda m, *batch: m.loss_parts(*batch, RecipeConfig()))(ours, observation, *rest)
+    b = theirs.loss_parts(pi0_torch.to_device(observation), *map(torch.from_numpy, rest), RecipeConfig())
     assert list(a) == ["fast", "flow", "text"] and set(b) == set(a)  # jit sorts
     for name, loss in a.items():
         assert error(loss, b[name].detach()) < FLOAT32_TOLERANCE["stage"], name
@@ -49,11 +50,11 @@ def test_losses(models):
 def test_subtasks_and_actions(models):
     """Written together, and then kept for a chunk of a new observation: identical tokens, actions within 3e-6."""
     ours, theirs = models
-    sample = jax.jit(partial(type(ours).sample, ours), static_argnames=("num_steps", "max_decoding_steps"))
+    sample = jax.jit(partial(type(ours).sample_with_subtask, ours), static_argnames=("num_steps", "max_decoding_steps"))
     planners = (
         SubtaskSampler(lambda o, n, s: sample(o, n, s, num_steps=3, max_decoding_steps=6), every=2),
         SubtaskSampler(
-            lambda o, n, s: theirs.sample(
+            lambda o, n, s: theirs.sample_with_subtask(
                 pi0_torch.to_device(o), torch.from_numpy(n), s, num_steps=3, max_decoding_steps=6
             ),
             every=2,

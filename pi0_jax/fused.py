@@ -1,0 +1,138 @@
+"""The parameters of a model in the layout that `Sampler` reads: fused projections, and constants of each Euler step.
+
+Axes: S prefix tokens, W width, M mlp, L layers, A action dim, E Euler steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pi0 import numerics
+from pi0_jax.loading import Model
+from pi0_jax.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm
+from pi0_jax.models.layers import LayerNorm, Linear, cast
+from pi0_jax.models.siglip import SigLIP
+
+Weights = dict[str, Any]
+Modulation = tuple[Array, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
+
+
+def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
+    """All parameters but the text embedding in the layout and the dtypes that `Sampler` reads, LoRA merged.
+
+    Without `text`, the language model ends with the keys and values of its last layer.
+    """
+    gemma, prefix = model.config.paligemma, expert_weights(model.paligemma)
+    if not text:
+        prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][:, gemma.num_heads * gemma.head_dim :],)}
+    return {
+        "vision": vision_weights(model.vision),
+        "prefix": prefix,
+        "prefix_norms": norm_weights(model.paligemma, None, 1),
+        **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
+    }
+
+
+def suffix_weights(model: Any, num_steps: int) -> Weights:
+    """The action expert and its projections; what each Euler step adds that no observation changes in `steps`."""
+    steps = model.suffix_steps(jnp.asarray(numerics.euler_times(num_steps)))
+    extra = {"action_mix": steps.action_mix, "state": steps.state}
+    return {
+        "suffix": expert_weights(model.action_expert),
+        "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
+        "action_in": (steps.action_in,),
+        "action_out": projection(model.action_out_proj),
+        **{name: projection(linear) for name, linear in extra.items() if linear is not None},
+    }
+
+
+def vision_weights(vision: SigLIP) -> Weights:
+    """The vision tower: patches as a matrix product, its bias within the position embedding; fused projections."""
+    patches, layers = vision.patch_embedding, vision.layers
+    attention, mlp = layers.attention, layers.mlp
+    kernel, bias, position = (
+        cast(p[...], "patches", vision.dtype) for p in (patches.kernel, patches.bias, vision.position_embedding)
+    )
+    stacked = {
+        "attention_norm": layer_norm_weights(layers.attention_norm),
+        "qkv": projection(attention.query, attention.key, attention.value, stacked=True),
+        "out": projection(attention.out, stacked=True),
+        "mlp_norm": layer_norm_weights(layers.mlp_norm),
+        "up": projection(mlp.up, stacked=True),
+        "down": projection(mlp.down, stacked=True),
+    }
+    return {
+        "patches": (kernel.reshape(-1, kernel.shape[-1]), position + bias),
+        "layers": unstack(stacked),
+        "final_norm": layer_norm_weights(vision.final_norm),
+        "head": projection(vision.head),
+    }
+
+
+def expert_weights(expert: Expert) -> list[Weights]:
+    """The projections of each layer: query, key and value in one, and gate and up."""
+    attention, mlp = expert.layers.attention, expert.layers.mlp
+    stacked = {
+        "qkv": projection(attention.query, attention.key, attention.value, stacked=True),
+        "out": projection(attention.out, stacked=True),
+        "gate_up": projection(mlp.gate, mlp.up, stacked=True),
+        "down": projection(mlp.down, stacked=True),
+    }
+    return unstack(stacked)
+
+
+def norm_weights(expert: Expert, condition: Float[Array, "E W"] | None, num_steps: int) -> Weights:
+    """An expert's norms in each step."""
+    layers = expert.layers
+    return {
+        "attention_norms": unstack(modulation(layers.attention_norm, condition, num_steps), axis=1),
+        "mlp_norms": unstack(modulation(layers.mlp_norm, condition, num_steps), axis=1),
+        "final_norm": modulation(expert.final_norm, condition, num_steps),
+    }
+
+
+def modulation(norm: RMSNorm | AdaptiveRMSNorm, condition: Float[Array, "E W"] | None, num_steps: int) -> Modulation:
+    """1 + scale and, of an adaptive norm, shift and gate of each step: [E, W], or [E, L, W] of a stack's norm."""
+    if isinstance(norm, RMSNorm):
+        scale = 1 + cast(norm.scale[...], "norm", norm.dtype)
+        return (jnp.broadcast_to(scale, (num_steps, *scale.shape)),)
+    assert condition is not None, "an adaptive norm needs a condition"
+    kernel, bias = projection(norm.modulation, stacked=norm.modulation.kernel.ndim == 3)
+    scale, shift, gate = jnp.split(jnp.moveaxis(linear(condition, kernel, bias[..., None, :]), -2, 0), 3, axis=-1)
+    return 1 + cast(scale, "norm", norm.dtype), cast(shift, "norm", norm.dtype), gate
+
+
+def projection(*linears: Linear, stacked: bool = False) -> tuple[Array, ...]:
+    """Kernels [(L,) in, out] and biases [(L,) out], if any, of projections side by side, LoRA merged."""
+    dtype, kernels, biases = linears[0].dtype, [], []
+    for one in linears:
+        kernel = one.merged_kernel()
+        layers, inputs = kernel.shape[:stacked], kernel.shape[stacked : stacked + one.in_ndim]
+        kernels.append(kernel.astype(dtype).reshape(*layers, int(np.prod(inputs)), -1))
+        if one.bias is not None:
+            biases.append(one.bias[...].astype(dtype).reshape(*layers, -1))
+    return tuple(jnp.concatenate(parts, axis=-1) for parts in (kernels, biases) if parts)
+
+
+def layer_norm_weights(norm: LayerNorm) -> tuple[Array, Array]:
+    """Scale and bias."""
+    return cast(norm.scale[...], "norm", norm.dtype), cast(norm.bias[...], "norm", norm.dtype)
+
+
+def unstack(stacked: Any, axis: int = 0) -> list[Any]:
+    """One entry per layer, so that no step of a loop has to copy a layer's weights out of the stack."""
+    count = jax.tree.leaves(stacked)[0].shape[axis]
+    return [jax.tree.map(lambda x: jnp.take(x, i, axis=axis), stacked) for i in range(count)]  # noqa: B023
+
+
+def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Array | None = None) -> Float[Array, "..."]:
+    """x·kernel (+ bias) in the kernel's dtype, rounded once at the end."""
+    x = x.astype(kernel.dtype)
+    if bias is None:
+        return jnp.matmul(x, kernel)
+    return (jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + bias).astype(kernel.dtype)

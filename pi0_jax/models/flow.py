@@ -1,0 +1,194 @@
+"""What π0 and π0.5 share: a vision-language model and an action expert, trained by flow matching.
+
+Axes: B batch, S tokens, W width, A action dim, T action horizon, E Euler steps. Time t = 1 is noise, t = 0 is data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from pi0 import numerics
+from pi0.config import ModelConfig
+from pi0.masks import block_mask
+from pi0.observation import Observation
+from pi0.run_config import RecipeConfig
+from pi0_jax.models.gemma import Cache, Expert, joint_forward
+from pi0_jax.models.layers import Linear
+from pi0_jax.models.vision_language import VisionLanguageModel
+
+
+def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
+    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
+    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def interpolate(
+    actions: Float[Array, "B T A"], noise: Float[Array, "B T A"], time: Float[Array, " B"]
+) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
+    """x_t between actions and noise, and the velocity noise − actions that the model learns, float32."""
+    noise, actions, t = noise.astype(jnp.float32), actions.astype(jnp.float32), time.astype(jnp.float32)[:, None, None]
+    return t * noise + (1 - t) * actions, noise - actions
+
+
+class SuffixSteps(NamedTuple):
+    """What embeds actions at the times of Euler steps, for a sampler that computes it once.
+
+    Actions are multiplied by `action_in` [A, W] and `bias` [E, W] of the step is added; `action_mix` projects SiLU of
+    that further, and `state` projects the state to a token before them, where the model has these. `condition` [E, W]
+    is that of the adaptive norms.
+    """
+
+    action_in: Float[Array, "A W"]
+    bias: Float[Array, "E W"]
+    condition: Float[Array, "E W"] | None = None
+    action_mix: Linear | None = None
+    state: Linear | None = None
+
+
+class FlowModel(VisionLanguageModel):
+    """A vision-language model and an action expert."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        assert config.action_expert is not None
+        super().__init__(config, rngs=rngs)
+        self.action_expert = Expert(
+            config.action_expert,
+            adaptive=config.family.adaptive_norms,
+            dtype=config.runtime.dtype,
+            remat=config.runtime.remat,
+            attention=config.runtime.attention,
+            rngs=rngs,
+        )
+        width = config.action_expert.width
+        self.action_in_proj = self.projection(config.action_dim, width, rngs)
+        self.add_projections(width, rngs)
+        self.action_out_proj = self.projection(width, config.action_dim, rngs)
+
+    def projection(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
+        """A projection in float32."""
+        dtype = numerics.rounding("action_projections", self.config.runtime.dtype)
+        return Linear((inputs,), (outputs,), bias=True, dtype=dtype, rngs=rngs)
+
+    def add_projections(self, width: int, rngs: nnx.Rngs) -> None:
+        """Add the projections that not all models have."""
+        raise NotImplementedError
+
+    def embed_suffix(
+        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"] | None]:
+        """Tokens of the action expert, those of the T actions last, and the condition of its norms."""
+        raise NotImplementedError
+
+    def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
+        """`embed_suffix` at some times, but for what depends on the observation."""
+        raise NotImplementedError
+
+    def suffix_blocks(self, horizon: int) -> np.ndarray:
+        """Blocks of the suffix in `pi0.masks.block_mask`, int [S]: state, if it is a token, and T actions."""
+        return np.repeat([1, 2], [self.config.family.state_tokens, horizon])
+
+    def read_velocity(self, suffix_out: Float[Array, "B S W"], horizon: int) -> Float[Array, "B T A"]:
+        """The velocity of the last T suffix outputs, float32."""
+        return self.action_out_proj(suffix_out[:, -horizon:])
+
+    def compute_loss(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B T A"],
+        noise: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        stages: dict[str, Array] | None = None,
+    ) -> Float[Array, "B T"]:
+        """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
+
+        `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
+        """
+        x_t, target = interpolate(actions, noise, time)
+        prefix, prefix_valid = self.embed_prefix(observation, stages)
+        suffix, condition = self.embed_suffix(observation, x_t, time)
+        split, horizon = prefix.shape[1], x_t.shape[1]
+        blocks = np.concatenate([np.zeros(split, int), self.suffix_blocks(horizon)])
+        valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
+        positions = jnp.cumsum(valid, axis=1) - 1
+        (prefix_out, suffix_out), _ = joint_forward(
+            (self.paligemma, self.action_expert),
+            (prefix, suffix),
+            (positions[:, :split], positions[:, split:]),
+            block_mask(blocks, valid),
+            (None, condition),
+            stages=stages,
+        )
+        velocity = self.read_velocity(suffix_out, horizon)
+        loss = jnp.square(velocity - target).mean(-1)
+        if stages is not None:
+            stages.update(
+                prefix_tokens=prefix,
+                suffix_tokens=suffix,
+                prefix_layers=stages.pop("layers.0"),
+                suffix_layers=stages.pop("layers.1"),
+                prefix_out=prefix_out,
+                suffix_out=suffix_out,
+                velocity=velocity,
+                loss=loss,
+                prefix_valid=prefix_valid,
+            )
+        return loss
+
+    def loss_parts(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B T A"],
+        noise: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        recipe: RecipeConfig | None = None,
+    ) -> dict[str, Array]:
+        """The parts of the training loss, float32: `flow` [B, T]. No recipe has a place here."""
+        assert recipe is None, "this model has no recipe"
+        return {"flow": self.compute_loss(observation, actions, noise, time)}
+
+    def sample(
+        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
+    ) -> Float[Array, "B T A"]:
+        """Normalized actions: `sample_actions`."""
+        return self.sample_actions(observation, noise, num_steps)
+
+    def sample_actions(
+        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
+    ) -> Float[Array, "B T A"]:
+        """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
+
+        The prefix runs once and its keys and values are kept. `num_steps` (default: the config's) is static.
+        """
+        prefix, valid = self.embed_prefix(observation)
+        _, cache = self.read_prefix(prefix, valid, block_mask(np.zeros(prefix.shape[1], int), valid))
+        return self.integrate(observation, noise, num_steps, cache, valid)
+
+    def integrate(
+        self,
+        observation: Observation,
+        noise: Float[Array, "B T A"],
+        num_steps: int | None,
+        cache: Cache,
+        seen: Bool[Array, "B S"],
+    ) -> Float[Array, "B T A"]:
+        """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
+        num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
+        horizon, blocks = noise.shape[1], self.suffix_blocks(noise.shape[1])
+        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
+        valid = jnp.concatenate([seen, jnp.ones((len(noise), len(blocks)), bool)], axis=1)
+        mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
+
+        def step(x_t: Array, time: Array) -> tuple[Array, None]:
+            time = jnp.broadcast_to(time, noise.shape[:1])
+            suffix, condition = self.embed_suffix(observation, x_t, time)
+            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
+            return x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon), None
+
+        return jax.lax.scan(step, noise.astype(jnp.float32), jnp.asarray(numerics.euler_times(num_steps)))[0]

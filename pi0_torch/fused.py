@@ -1,0 +1,143 @@
+"""The parameters of a model in the layout that `Sampler` reads: fused projections, and constants of each Euler step.
+
+Axes: S prefix tokens, W width, M mlp, A action dim, E Euler steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pi0 import numerics
+from pi0_torch.loading import Model
+from pi0_torch.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm
+from pi0_torch.models.layers import LayerNorm, Linear, cast
+from pi0_torch.models.siglip import SigLIP
+
+Weights = Any  # nested nn.ModuleDict and nn.ModuleList of nn.ParameterList, in which `torch.compile` sees constants
+Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
+
+
+@torch.no_grad()
+def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
+    """All parameters in the layout and the dtypes that `Sampler` reads, LoRA merged.
+
+    Without `text`, the language model ends with the keys and values of its last layer.
+    """
+    gemma, prefix = model.config.paligemma, expert_weights(model.paligemma)
+    if not text:
+        prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][gemma.num_heads * gemma.head_dim :],)}
+    return as_module(
+        {
+            "embedding": (model.paligemma.embedding,),
+            "vision": vision_weights(model.vision),
+            "prefix": prefix,
+            "prefix_norms": norm_weights(model.paligemma, None, 1),
+            **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
+        }
+    )
+
+
+def suffix_weights(model: Any, num_steps: int) -> dict[str, Any]:
+    """The action expert and its projections; what each Euler step adds that no observation changes in `steps`."""
+    times = torch.from_numpy(numerics.euler_times(num_steps)).to(model.action_in_proj.weight.device)
+    steps = model.suffix_steps(times)
+    extra = {"action_mix": steps.action_mix, "state": steps.state}
+    return {
+        "suffix": expert_weights(model.action_expert),
+        "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
+        "action_in": (steps.action_in,),
+        "action_out": projection(model.action_out_proj),
+        **{name: projection(linear) for name, linear in extra.items() if linear is not None},
+    }
+
+
+def vision_weights(vision: SigLIP) -> dict[str, Any]:
+    """The vision tower: patches as a matrix product, its bias within the position embedding; fused projections."""
+    layers: Any = vision.layers  # which mypy takes for tensors
+    patches = vision.patch_embedding
+    kernel, bias, position = (
+        cast(p, "patches", vision.dtype) for p in (patches.weight, patches.bias, vision.position_embedding)
+    )
+    return {
+        "patches": (kernel.permute(0, 2, 3, 1).flatten(1), position + bias),
+        "layers": [
+            {
+                "attention_norm": layer_norm_weights(block.attention_norm),
+                "qkv": projection(block.attention.query, block.attention.key, block.attention.value),
+                "out": projection(block.attention.out),
+                "mlp_norm": layer_norm_weights(block.mlp_norm),
+                "up": projection(block.mlp.up),
+                "down": projection(block.mlp.down),
+            }
+            for block in layers
+        ],
+        "final_norm": layer_norm_weights(vision.final_norm),
+        "head": projection(vision.head),
+    }
+
+
+def expert_weights(expert: Expert) -> list[dict[str, Any]]:
+    """The projections of each layer: query, key and value in one, and gate and up."""
+    layers: Any = expert.layers
+    return [
+        {
+            "qkv": projection(block.attention.query, block.attention.key, block.attention.value),
+            "out": projection(block.attention.out),
+            "gate_up": projection(block.mlp.gate, block.mlp.up),
+            "down": projection(block.mlp.down),
+        }
+        for block in layers
+    ]
+
+
+def norm_weights(expert: Expert, condition: Float[Tensor, "E W"] | None, num_steps: int) -> dict[str, Any]:
+    """An expert's norms in each step."""
+    layers: Any = expert.layers
+    return {
+        "attention_norms": [modulation(block.attention_norm, condition, num_steps) for block in layers],
+        "mlp_norms": [modulation(block.mlp_norm, condition, num_steps) for block in layers],
+        "final_norm": modulation(expert.final_norm, condition, num_steps),
+    }
+
+
+def modulation(norm: RMSNorm | AdaptiveRMSNorm, condition: Float[Tensor, "E W"] | None, num_steps: int) -> Modulation:
+    """1 + scale and, of an adaptive norm, shift and gate of each step: [E, W]."""
+    if isinstance(norm, RMSNorm):
+        scale = 1 + cast(norm.scale, "norm", norm.dtype)
+        return (scale.expand(num_steps, -1),)
+    scale, shift, gate = norm.modulation(condition).chunk(3, dim=-1)
+    return 1 + cast(scale, "norm", norm.dtype), cast(shift, "norm", norm.dtype), gate
+
+
+def projection(*linears: Linear) -> tuple[Tensor, ...]:
+    """Weights [out, in] and biases [out], if any, of projections side by side, LoRA merged."""
+    weight = torch.cat([one.merged_weight().to(one.dtype) for one in linears])
+    if linears[0].bias is None:
+        return (weight,)
+    return weight, torch.cat([one.bias.to(one.dtype) for one in linears if one.bias is not None])
+
+
+def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    """Scale and bias."""
+    return cast(norm.scale, "norm", norm.dtype), cast(norm.bias, "norm", norm.dtype)
+
+
+def as_module(tree: Any) -> Any:
+    """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy."""
+    if isinstance(tree, dict):
+        return nn.ModuleDict({name: as_module(value) for name, value in tree.items()})
+    if isinstance(tree, list):
+        return nn.ModuleList(as_module(value) for value in tree)
+    return nn.ParameterList(nn.Parameter(x.detach().contiguous(), requires_grad=False) for x in tree)
+
+
+def linear(
+    x: Float[Tensor, "..."], weight: Float[Tensor, "out in"], bias: Tensor | None = None
+) -> Float[Tensor, "..."]:
+    """x·weightᵀ (+ bias) in the weight's dtype, rounded once at the end."""
+    return F.linear(x.to(weight.dtype), weight, bias)
