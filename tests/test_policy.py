@@ -294,7 +294,7 @@ def test_bad_noise(kind: str, draw: np.ndarray, named: str, policy_of):
 
 def test_no_frames(policy_of):
     for nothing in ([], recorded("metaworld")):
-        with pytest.raises(ObservationError, match="list of one frame or more"):
+        with pytest.raises(ObservationError, match="list of observations, not empty"):
             policy_of("pi0", "torch").infer_batch(nothing)
 
 
