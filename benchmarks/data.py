@@ -3,15 +3,14 @@
 python benchmarks/data.py                                             the bundled recordings and those of the tests
 python benchmarks/data.py hf://datasets/lerobot/pusht --size 96x96    another dataset
 
-A sample is a frame with the pictures of all cameras, its state and chunk of actions; batches of 32 are stacked in the
-worker processes and not sent anywhere. The decoder alone goes through the same videos from start to end, one thread in
-each process, and neither converts colours nor resizes: once with all frames, once with the keyframes, which take longer
-than the rest. Reading at random has to decode more than the frame it wants: those from the keyframe on. So the limit is
-what the decoder alone takes for a keyframe for each picture, and for as many others as were decoded.
-Ratios are of processor time, which other work on the machine changes little.
+A sample is a frame with the images of all cameras, its state and chunk of actions; batches of 32 are stacked in the
+worker processes and not sent anywhere. The decoder alone decodes the same videos from start to end, one thread in each
+process, without color conversion and resizing: once all frames, once the keyframes, which take longer. Random access
+decodes all frames from the keyframe to the requested one, so its limit is the decoder's time for a keyframe per image
+and for all other frames that were decoded. Ratios are of CPU time, which other work on the machine changes little.
 
-The last rows are what training gets: batches from the cache with all transforms, by Grain's worker processes, on the
-device; per second of the clock.
+The last rows are those of training: batches from the cache with all transforms, by Grain's worker processes, on the
+device; in wall time.
 """
 
 from __future__ import annotations
@@ -33,15 +32,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.finetune import data_config
-from pi0.datasets import LeRobotDataset, build_cache
-from pi0.robots import make_robot
+from pi0.datasets.cache import build_cache
+from pi0.datasets.lerobot import LeRobotDataset
+from pi0.robots.registry import make_robot
 from pi0.variants import get_variant
 from pi0_jax.training.data import AHEAD, Loader, load_data
 
 BATCH = 32
-Job = tuple[int, int, float]  # pieces of work done, video frames decoded for them, and seconds of processor time
+Job = tuple[int, int, float]  # number of samples, video frames decoded for them, and seconds of CPU time
 
-work: LeRobotDataset  # of a worker process
+work: LeRobotDataset  # in a worker process
 
 
 def start(dataset: LeRobotDataset) -> None:
@@ -54,7 +54,7 @@ def wait(_: int) -> None:
 
 
 def read_batch(indices: Sequence[int]) -> Job:
-    """Read and stack a batch; returns the number of samples, of frames decoded for it, and the time."""
+    """Read and stack a batch."""
     before, begin = work.decoded, time.process_time()
     items = [work[int(i)] for i in indices]
     for key in items[0]:
@@ -64,7 +64,7 @@ def read_batch(indices: Sequence[int]) -> Job:
 
 
 def decode(file: Path, keyframes_only: bool = False) -> Job:
-    """Go through a video with the decoder alone."""
+    """Decode a video with the decoder alone."""
     begin, count = time.process_time(), 0
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
@@ -80,7 +80,7 @@ decode_keyframes = functools.partial(decode, keyframes_only=True)
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Samples (of the decoder alone: frames) per second, and of each: frames decoded, and ms of processor time."""
+    """Samples (of the decoder alone: frames) per second; decoded frames and ms of CPU time of each."""
 
     per_second: float
     decoded: float
@@ -88,7 +88,7 @@ class Rate:
 
 
 def rate(dataset: LeRobotDataset, workers: int, job: Callable[[Any], Job], arguments: Sequence[Any]) -> Rate:
-    """How fast some processes, all started before, get through a list of jobs."""
+    """The rate of processes, all started before, over a list of jobs."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, start, (dataset,)) as pool:
         list(pool.map(wait, range(workers)))
@@ -98,7 +98,7 @@ def rate(dataset: LeRobotDataset, workers: int, job: Callable[[Any], Job], argum
 
 
 def keyframe_share(files: Sequence[Path]) -> float:
-    """Which part of the frames are keyframes."""
+    """The share of keyframes."""
     keyframes: list[bool] = []
     for file in files:
         with av.open(str(file)) as container:
@@ -138,16 +138,16 @@ def benchmark(root: str, robot: str, size: tuple[int, int], samples: int, worker
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, len(plain), BATCH) for _ in range(-(-samples // BATCH))]
     in_order = [np.arange(n * BATCH, (n + 1) * BATCH) for n in range(len(plain) // BATCH)]
-    files = sorted({clip.file for episode in plain.episodes for clip in episode.clips.values()})
+    files = sorted({segment.file for episode in plain.episodes for segment in episode.videos.values()})
     alone, keyframes = (rate(plain, workers, job, files * 2) for job in (decode, decode_keyframes))
     share = keyframe_share(files)
     other = (alone.ms - share * keyframes.ms) / (1 - share) if share < 1 else 0.0
 
     def row(name: str, found: Rate, cold: Rate | None = None) -> None:
-        pictures = min(len(plain.cameras), found.decoded)
+        images = min(len(plain.cameras), found.decoded)
         limit = alone.ms * found.decoded
         if name.startswith("random"):
-            limit = keyframes.ms * pictures + other * (found.decoded - pictures)
+            limit = keyframes.ms * images + other * (found.decoded - images)
         faster = f"{cold.ms / found.ms:.0f}" if cold else ""
         print(
             f"| {Path(root).name} | {workers} | {name} | {found.per_second:.0f} | {found.ms:.3f} | {found.decoded:.1f} "
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tests = Path(__file__).parents[1] / "tests" / "datasets" / "metaworld_v21"
     parser.add_argument("datasets", nargs="*", default=["bundled://metaworld_v30", str(tests)])
-    parser.add_argument("--size", default="224x224", help="height x width of the pictures (default %(default)s)")
+    parser.add_argument("--size", default="224x224", help="height x width of the images (default %(default)s)")
     parser.add_argument("--samples", type=int, default=1024, help="to read at random (default %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (default: 1 and 2)")
     parser.add_argument("--robot", default="metaworld", help="that recorded them (default %(default)s)")

@@ -1,23 +1,19 @@
-"""Pictures: the loss curve, predicted against recorded actions, what the data look like, and who sees whom."""
+"""Plots: loss curves, predicted against recorded actions, camera images, distributions, attention masks, latencies.
+
+matplotlib, of the extra `plots`, is imported when something is drawn.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from pi0 import masks
-
-if TYPE_CHECKING:
-    from pi0.datasets.statistics import RunningStats
+from pi0.plugins import require_extra
 
 _COLORS = ("#4c72b0", "#dd8452", "#55a868")
 
@@ -25,7 +21,7 @@ _COLORS = ("#4c72b0", "#dd8452", "#55a868")
 def plot_loss(metrics_file: Path, target: Path) -> None:
     """Training and validation loss by step, from `metrics.jsonl`, to a PNG."""
     rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = _subplots(figsize=(7, 4))
     for name, color, style in (("loss", _COLORS[0], "-"), ("validation_loss", _COLORS[1], "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
@@ -39,14 +35,14 @@ def plot_loss(metrics_file: Path, target: Path) -> None:
 def plot_actions(
     recorded: np.ndarray, predicted: Mapping[str, np.ndarray], names: Sequence[str], target: Path, title: str
 ) -> None:
-    """Recorded [F, A] against predicted [F, A] actions, by name of who predicted, one panel per dimension."""
+    """Recorded [F, A] against predicted actions [F, A] by name of the policy, one panel per dimension."""
     dims = recorded.shape[1]
-    figure, axes = plt.subplots(dims, 1, figsize=(9, 1.8 * dims), sharex=True, squeeze=False)
+    figure, axes = _subplots(dims, 1, figsize=(9, 1.8 * dims), sharex=True, squeeze=False)
     for d, axis in enumerate(axes[:, 0]):
         axis.plot(recorded[:, d], color="black", label="recorded")
-        for i, (who, actions) in enumerate(predicted.items()):
+        for i, (name, actions) in enumerate(predicted.items()):
             style = "-" if i == 0 else "--"
-            axis.plot(actions[:, d], style, color=_COLORS[i % len(_COLORS)], label=who, alpha=0.9)
+            axis.plot(actions[:, d], style, color=_COLORS[i % len(_COLORS)], label=name, alpha=0.9)
         axis.set_ylabel(names[d])
         axis.grid(alpha=0.3)
     axes[0, 0].legend(loc="upper right", ncols=1 + len(predicted))
@@ -58,7 +54,7 @@ def plot_actions(
 def plot_cameras(images: Mapping[str, np.ndarray], target: Path) -> None:
     """A few frames of each camera, uint8 [B, H, W, 3] by its name, one row for each camera."""
     count = len(next(iter(images.values())))
-    figure, axes = plt.subplots(len(images), count, figsize=(2 * count, 2.2 * len(images)), squeeze=False)
+    figure, axes = _subplots(len(images), count, figsize=(2 * count, 2.2 * len(images)), squeeze=False)
     for row, (name, frames) in zip(axes, images.items(), strict=True):
         for axis, frame in zip(row, frames, strict=True):
             axis.imshow(frame)
@@ -67,18 +63,15 @@ def plot_cameras(images: Mapping[str, np.ndarray], target: Path) -> None:
     _save(figure, target)
 
 
-def plot_distributions(stats: Mapping[str, RunningStats], target: Path) -> None:
-    """The distribution of each dimension of each key, one panel each, with q01 and q99."""
-    panels = [(key, dim) for key, running in stats.items() for dim in range(len(running.mean))]
+def plot_distributions(panels: Mapping[str, tuple[np.ndarray, np.ndarray, float, float]], target: Path) -> None:
+    """Histograms by title: edges [E + 1] and counts [E], and the quantiles q01 and q99."""
     rows = -(-len(panels) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(12, 2.2 * rows), squeeze=False)
-    quantiles = {key: (running.quantile(0.01), running.quantile(0.99)) for key, running in stats.items()}
-    for axis, (key, dim) in zip(axes.flat, panels, strict=False):
-        edges, counts = stats[key].histogram(dim)
+    figure, axes = _subplots(rows, 4, figsize=(12, 2.2 * rows), squeeze=False)
+    for axis, (title, (edges, counts, *quantiles)) in zip(axes.flat, panels.items(), strict=False):
         axis.stairs(counts / counts.sum(), edges, fill=True, color=_COLORS[0])
-        for quantile in quantiles[key]:
-            axis.axvline(quantile[dim], color=_COLORS[1], linestyle="--")
-        axis.set_title(f"{key}[{dim}]", fontsize=9)
+        for quantile in quantiles:
+            axis.axvline(quantile, color=_COLORS[1], linestyle="--")
+        axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -86,20 +79,23 @@ def plot_distributions(stats: Mapping[str, RunningStats], target: Path) -> None:
 
 
 def plot_masks(target: Path) -> None:
-    """Who (row) sees whom (column) in each stage of π0.5's recipe, to a PNG: `pi0.masks` as it is computed."""
+    """The attention mask of each stage of π0.5's recipe, queries in rows and keys in columns, as `pi0.masks` has it."""
     stages = {
         "pre-training": (masks.PREFIX, masks.SUBTASK, masks.FAST),
         "post-training": masks.GROUPS,
         "inference": (masks.PREFIX, masks.SUBTASK, masks.ACTIONS),
     }
     sizes = {masks.PREFIX: 6, masks.SUBTASK: 4, masks.FAST: 4, masks.ACTIONS: 4}
-    figure, axes = plt.subplots(1, len(stages), figsize=(15, 5.5))
+    figure, axes = _subplots(1, len(stages), figsize=(15, 5.5))
+    from matplotlib.colors import ListedColormap
+
+    colors = ListedColormap(["white", *_COLORS[:2]])
     for axis, (stage, groups) in zip(axes, stages.items(), strict=True):
         counts = [sizes[group] for group in groups]
         tokens = np.repeat(groups, counts)[None]
-        sees = masks.attention_mask(tokens, np.ones(tokens.shape, bool))[0]
-        insulated = sees & (tokens[0] == masks.ACTIONS)[:, None] & (tokens[0] != masks.ACTIONS)
-        axis.imshow(np.where(sees, 1 + insulated, 0), cmap=ListedColormap(["white", *_COLORS[:2]]), vmin=0, vmax=2)
+        attended = masks.attention_mask(tokens, np.ones(tokens.shape, bool))[0]
+        insulated = attended & (tokens[0] == masks.ACTIONS)[:, None] & (tokens[0] != masks.ACTIONS)
+        axis.imshow(np.where(attended, 1 + insulated, 0), cmap=colors, vmin=0, vmax=2)
         ends = np.cumsum(counts)
         for end in ends[:-1]:
             axis.axhline(end - 0.5, color="black", linewidth=1)
@@ -108,13 +104,15 @@ def plot_masks(target: Path) -> None:
         axis.set_xticks(ends - np.array(counts) / 2 - 0.5, names, rotation=20)
         axis.set_yticks(ends - np.array(counts) / 2 - 0.5, names)
         axis.set_title(stage)
-    figure.suptitle("a row sees the coloured columns; orange: without gradient, with knowledge insulation")
+    figure.suptitle(
+        "queries (rows) attend to the colored keys (columns); orange: without gradient, with knowledge insulation"
+    )
     _save(figure, target)
 
 
 def plot_latency(times: Mapping[str, tuple[float, float]], target: Path) -> None:
-    """Latency and roofline in milliseconds by name, one bar within the other."""
-    figure, axis = plt.subplots(figsize=(9, 1 + 0.5 * len(times)))
+    """Median latency and roofline in milliseconds by name, as nested bars."""
+    figure, axis = _subplots(figsize=(9, 1 + 0.5 * len(times)))
     places = range(len(times) - 1, -1, -1)
     latencies, rooflines = zip(*times.values(), strict=True)
     axis.barh(places, latencies, color=_COLORS[0], label="median latency")
@@ -127,7 +125,15 @@ def plot_latency(times: Mapping[str, tuple[float, float]], target: Path) -> None
     _save(figure, target)
 
 
-def _save(figure: plt.Figure, target: Path) -> None:
+def _subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6, 4), **options: Any) -> Any:
+    """A figure and its axes, without pyplot, which keeps figures and needs a backend. Raises MissingExtraError."""
+    require_extra("plots", "matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _save(figure: Any, target: Path) -> None:
     figure.tight_layout()
     figure.savefig(target, dpi=120)
-    plt.close(figure)

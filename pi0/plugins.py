@@ -1,4 +1,4 @@
-"""What users add in packages of their own, named as "module:Name"; and what only some installations have."""
+"""Extensions in other packages, named as "module:Name", and packages that only some installations have."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class MissingExtraError(ImportError):
-    """A package is missing that only some purposes need; the message names the extra to install."""
+    """An optional package is missing; the message names the extra to install."""
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """Raise MissingExtraError unless all of the modules, which the extra of this name brings, are installed."""
+    """Raise MissingExtraError unless all of the modules, which this extra installs, can be imported."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"this needs {' and '.join(missing)}: pip install 'pi0[{extra}]'")
@@ -23,8 +23,8 @@ def require_extra(extra: str, *modules: str) -> None:
 def resolve(name: Any, known: Mapping[str, Any], what: str, *, imports: bool = True) -> Any:
     """The object of this name: one of `known`, or "module:Name" of another package.
 
-    `what` says what is looked for. Without `imports`, for names that come with a checkpoint, the module must have been
-    imported already: a file must not decide what code runs. Raises ValueError.
+    `what` names it in errors. Without `imports`, for names that come with a checkpoint, the module must have been
+    imported already, and no code of it runs: a file must not decide what is executed. Raises ValueError.
     """
     if isinstance(name, str) and name in known:
         return known[name]
@@ -36,6 +36,10 @@ def resolve(name: Any, known: Mapping[str, Any], what: str, *, imports: bool = T
     if not imports and module not in sys.modules:
         raise ValueError(f"the {what} {name!r} is code of the package {module!r}: import it first, or pass it by name")
     try:
+        if not imports:
+            return vars(sys.modules[module])[attribute]  # not getattr, which may call the module's __getattr__
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except MissingExtraError:
+        raise
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the {what} {name!r} cannot be imported: {error}") from error

@@ -14,7 +14,8 @@ import numpy as np
 
 from convert.conversion import convert
 from pi0.command import exit_on_error, make_parser, output_path
-from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.datasets.base import Dataset
+from pi0.datasets.registry import open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
@@ -97,7 +98,7 @@ def fit_fast(config: Any, folder: Path) -> None:
     config.data.action_tokenizer = str(folder)
 
 
-def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
+def parity_inputs(policy: Policy, dataset: Dataset, rows: int) -> Inputs:
     """Evenly spaced frames with their recorded actions."""
     frames = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, rows)]
     inputs = [policy.pipeline(frame) for frame in frames]
@@ -108,7 +109,7 @@ def parity_inputs(policy: Policy, dataset: LeRobotDataset, rows: int) -> Inputs:
     return Inputs(observation, actions, noise.astype(np.float32), flow_time.astype(np.float32))
 
 
-def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, plot: Path) -> dict[str, float]:
+def evaluate(policies: Mapping[str, Policy], dataset: Dataset, plot: Path) -> dict[str, float]:
     """Replay every episode in "JAX" and in "PyTorch", and plot the last one.
 
     Errors are mean squares in units of each dimension's standard deviation in training, averaged over DRAWS of noise,
@@ -145,7 +146,7 @@ def evaluate(policies: Mapping[str, Policy], dataset: LeRobotDataset, plot: Path
     }
 
 
-def compare_tokens(policies: Mapping[str, Policy], dataset: LeRobotDataset) -> dict[str, float]:
+def compare_tokens(policies: Mapping[str, Policy], dataset: Dataset) -> dict[str, float]:
     """Decode π0-FAST's tokens in both frameworks at every T-th frame; returns the numbers of chunks and tokens.
 
     Raises RuntimeError where one token differs.

@@ -18,10 +18,11 @@ import numpy as np
 
 from pi0.command import add_checkpoint, add_dataset, add_robot, exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
-from pi0.datasets import LeRobotDataset, open_dataset
+from pi0.datasets.base import Dataset
+from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import frame_numbers
 from pi0.policy.policy import Policy
-from pi0.robots import Robot
+from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
 from pi0.storage import new_folder
 
@@ -42,7 +43,7 @@ class Replayed:
 
 
 def replay(
-    policy: Policy, dataset: LeRobotDataset, *, every: int | None = None, draws: int = 1, batch_size: int = 16
+    policy: Policy, dataset: Dataset, *, every: int | None = None, draws: int = 1, batch_size: int = 16
 ) -> list[Replayed]:
     """Predict the episodes of a dataset, with a new action chunk `every` so many frames (default: the whole chunk).
 
@@ -69,13 +70,13 @@ def replay(
     for episode, (start, end) in zip(dataset.episodes, bounds, strict=True):
         own = slice(first, first := first + len(range(start, end, every)))
         predicted = np.concatenate(list(actions[own]), axis=1)[:, : end - start]
-        task = dataset.tasks[int(dataset.table("task_index")[start])]
+        task = dataset.task(start)
         chunks, failed = decoded[own].size, int((~decoded[own]).sum())
         episodes.append(Replayed(episode.index, task, recorded[start:end], predicted, chunks, failed))
     return episodes
 
 
-def recorded_actions(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
+def recorded_actions(dataset: Dataset, robot: Robot) -> np.ndarray:
     """The recorded actions [F, A] of all frames, in the dimensions that the robot uses."""
     parts = []
     for data in frame_numbers(dataset, robot):
@@ -127,15 +128,10 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def action_names(dataset: LeRobotDataset, robot: Robot) -> list[str]:
-    """The names of the robot's action dimensions in the dataset; without any, "action[0]" and so on."""
-    key = robot.action_key(dataset.features)
-    names = dataset.features[key].get("names") if key else None
-    if isinstance(names, Mapping) and len(names) == 1:  # as in {"motors": [...]}
-        (names,) = names.values()
-    if not isinstance(names, list) or len(names) != robot.action_dim or not all(isinstance(n, str) for n in names):
-        return [f"action[{i}]" for i in range(robot.action_dim)]
-    return names
+def action_names(dataset: Dataset, robot: Robot) -> list[str]:
+    """The names of the robot's action dimensions in the dataset; without them, "action[0]" and so on."""
+    names = [name for key in robot.action_keys(dataset.features) for name in dataset.dimension_names(key)]
+    return names if len(names) == robot.action_dim else [f"action[{i}]" for i in range(robot.action_dim)]
 
 
 @exit_on_error("pi0-replay")

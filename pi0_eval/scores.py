@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pi0.datasets.registry import open_dataset
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.assets import Assets
 from pi0.command import add_checkpoint, exit_on_error, make_parser, output_path
 from pi0.datasets.annotations import AnnotatedDataset, Questions
+from pi0.datasets.registry import open_dataset
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation
 from pi0.robots.pipeline import Pipeline

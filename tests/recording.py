@@ -1,9 +1,10 @@
-"""A small LeRobot dataset of any robot, made up: smooth motions, random pictures, pictures as PNG in the table."""
+"""A small synthetic LeRobot dataset of any robot: smooth motions, and random images as PNG in the table."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pi0.robots import Robot
+from pi0.robots.robot import Robot
 
 TASKS = ["open the drawer", "push the puck to the goal"]
 
 
-def write_recording(root: Path, robot: Robot, frames: int = 12) -> Path:
-    """Two episodes of the same motion, one task each, in LeRobot's format v3.0."""
+def write_recording(
+    root: Path, robot: Robot, frames: int = 12, split: Mapping[str, Mapping[str, int]] | None = None
+) -> Path:
+    """Two episodes of the same motion, one task each, in LeRobot's format v3.0.
+
+    `split` has columns, and their dimensions, instead of `observation.state` or `action`.
+    """
     cameras = [f"observation.images.{name}" for name in robot.cameras]
     count, rng = len(TASKS) * frames, np.random.default_rng(0)
     time = np.tile(np.arange(frames), len(TASKS))
@@ -31,9 +37,13 @@ def write_recording(root: Path, robot: Robot, frames: int = 12) -> Path:
         Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(file, "png")
         return {"bytes": file.getvalue(), "path": None}
 
+    vectors: dict[str, np.ndarray] = {}
+    for name, dim in (("observation.state", robot.state_dim), ("action", robot.action_dim)):
+        parts = (split or {}).get(name, {name: dim})
+        whole = np.split(motion(dim), np.cumsum(list(parts.values()))[:-1], axis=1)
+        vectors |= dict(zip(parts, whole, strict=True))
     columns = {
-        "observation.state": list(motion(robot.state_dim)),
-        "action": list(motion(robot.action_dim)),
+        **{name: list(values) for name, values in vectors.items()},
         **{camera: [png() for _ in range(count)] for camera in cameras},
         "timestamp": (time / 10).astype(np.float32),
         "frame_index": time,
@@ -41,8 +51,7 @@ def write_recording(root: Path, robot: Robot, frames: int = 12) -> Path:
         "index": np.arange(count),
         "task_index": episode,
     }
-    vectors = {"observation.state": robot.state_dim, "action": robot.action_dim}
-    features = {name: {"dtype": "float32", "shape": [dim], "names": None} for name, dim in vectors.items()}
+    features = {n: {"dtype": "float32", "shape": [x.shape[1]], "names": None} for n, x in vectors.items()}
     features |= {camera: {"dtype": "image", "shape": [30, 40, 3], "names": None} for camera in cameras}
     info = {
         "codebase_version": "v3.0",

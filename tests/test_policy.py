@@ -19,12 +19,12 @@ from convert.checkpoints import Checkpoint
 from convert.conversion import convert
 from convert.layouts.registry import LAYOUTS, WRITABLE
 from pi0.assets import Assets, AssetsError
-from pi0.datasets import LeRobotDataset
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.families import FAMILIES
 from pi0.observation import Observation, ObservationError
-from pi0.robots import make_robot
 from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import make_robot
 from pi0.robots.transforms import DeltaActions, Normalize
 from pi0.sample import METAWORLD
 from pi0.tokenizers.fast import FASTError, FASTTokenizer

@@ -9,8 +9,8 @@ import numpy as np
 import pi0_torch
 from convert.checkpoints import open_checkpoint
 from convert.tensors import same_bytes
-from pi0.datasets import LeRobotDataset
-from pi0.datasets.cache import FrameCache
+from pi0.datasets.frames import FrameCache
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.normalize import load_norm_stats
 from pi0.tokenizers.fast import FASTTokenizer
 

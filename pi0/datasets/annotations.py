@@ -1,8 +1,7 @@
-"""What is said about recordings and pictures in JSONL files: the subtasks of episodes, and questions with answers."""
+"""Annotations in JSONL files: the subtasks of episodes, and questions about images with their answers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pi0.datasets.base import Dataset, read_jsonl
 from pi0.datasets.errors import DataError
-from pi0.datasets.lerobot import LeRobotDataset
 from pi0.fetch import fetch
 
 
-class Annotated:
-    """A dataset whose frames have the `subtask` that a JSONL file says, or an empty one where it says nothing.
+class AnnotatedDataset:
+    """A dataset whose frames have the `subtask` of a JSONL file, empty where it has none.
 
-    Each line is {"episode": number, "start_frame": first, "end_frame": the one after the last, "subtask": text};
-    episodes of the file that were not chosen are passed over. Raises DataError for spans that are empty, overlap or lie
-    outside of their episode.
+    Each line is {"episode": number, "start_frame": first, "end_frame": last + 1, "subtask": text}; episodes that were
+    not chosen are ignored. Raises DataError for spans that are empty, overlap or lie outside of their episode.
     """
 
-    def __init__(self, dataset: LeRobotDataset, file: str | Path):
+    def __init__(self, dataset: Dataset, file: str | Path):
         self.dataset, file = dataset, fetch(file)
         lengths = {episode.index: episode.length for episode in dataset.every_episode}
         texts = {index: np.full(length, "", object) for index, length in lengths.items()}
@@ -41,16 +39,16 @@ class Annotated:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Frame i of the dataset."""
+        """Frame i of the dataset, with its `subtask`."""
         item = self.dataset[i]
         return item | {"subtask": str(self._texts[item["episode_index"]][item["frame_index"]])}
 
 
 class Questions:
-    """Questions about pictures, from a JSONL file of {"image": path, "question": text, "answer": text}.
+    """Questions about images, from a JSONL file of {"image": path, "question": text, "answer": text}.
 
-    Paths are relative to the file; a line without an image is text alone. An item has `image/<camera>` uint8 [H, W, 3],
-    its `image_mask/<camera>`, `question` and `answer`. Raises DataError for damaged lines, and pictures when read.
+    Paths are relative to the file; the image is optional. An item has `image/<camera>` uint8 [H, W, 3],
+    `image_mask/<camera>`, `question` and `answer`. Raises DataError for damaged lines, and for images when read.
     """
 
     def __init__(self, file: str | Path, camera: str):
@@ -62,15 +60,15 @@ class Questions:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         line, row = self.rows[i]
-        picture = np.zeros((1, 1, 3), np.uint8)
+        image = np.zeros((1, 1, 3), np.uint8)
         if "image" in row:
             path = self.file.parent / row["image"]
             try:
-                picture = np.asarray(Image.open(path).convert("RGB"))
+                image = np.asarray(Image.open(path).convert("RGB"))
             except (OSError, UnidentifiedImageError) as error:
                 raise DataError(f"line {line}: {path} cannot be read: {error}", self.file) from error
         return {
-            f"image/{self.camera}": picture,
+            f"image/{self.camera}": image,
             f"image_mask/{self.camera}": np.bool_("image" in row),
             "question": row["question"],
             "answer": row["answer"],
@@ -78,17 +76,13 @@ class Questions:
 
 
 def _rows(
-    file: Path, needed: dict[str, type], optional: dict[str, type] | None = None
+    file: Path, required: dict[str, type], optional: dict[str, type] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered rows of a JSONL file, with just these fields. Raises DataError."""
-    known = needed | (optional or {})
-    for line, text in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"line {line} is not JSON: {error}", file) from error
-        fits = isinstance(row, dict) and needed.keys() <= row.keys() <= known.keys()
-        if not fits or any(type(value) is not known[name] or value == "" for name, value in row.items()):
-            fields = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
-            raise DataError(f"line {line} is {text[:200]}; expected {fields}, not empty", file)
+    """The numbered rows of a JSONL file, with exactly these fields. Raises DataError."""
+    known = required | (optional or {})
+    for line, row in read_jsonl(file):
+        valid = isinstance(row, dict) and required.keys() <= row.keys() <= known.keys()
+        if not valid or any(type(value) is not known[name] or value == "" for name, value in row.items()):
+            fields = ", ".join(f"{name} ({type_.__name__})" for name, type_ in known.items())
+            raise DataError(f"line {line} is {str(row)[:200]}; expected {fields}, not empty", file)
         yield line, row

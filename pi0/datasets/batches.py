@@ -1,4 +1,4 @@
-"""From recordings to the rows of model input that each step takes. NumPy only: worker processes need no framework."""
+"""Batches of model inputs from recordings, by training step. NumPy only: worker processes load no framework."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pi0.robots.transforms import augment_images
 
 
 class Order(Protocol):
-    """Which frame of which of its `datasets` stands at each position from 0 on, without end: `InOrder`, `Mixture`."""
+    """The dataset and frame at each position of an infinite sequence: `InOrder` or `Mixture`."""
 
     @property
     def datasets(self) -> Sequence[Any]: ...
@@ -25,9 +25,9 @@ class Order(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-    """All frames of some datasets one after the other, for ever, each time as whole batches.
+    """All frames of the datasets in order, repeated forever.
 
-    The last batch of each time is filled up with frames from the start.
+    The last batch of each pass is filled up with frames from the start, so that passes are whole batches.
     """
 
     datasets: Sequence[Any]
@@ -37,7 +37,7 @@ class InOrder:
         return sum(len(dataset) for dataset in self.datasets)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The dataset and the frame of it at a position."""
+        """The dataset and its frame at a position."""
         whole = -(-len(self) // self.batch_size) * self.batch_size
         frame = position % whole % len(self)
         starts = np.cumsum([0] + [len(dataset) for dataset in self.datasets])
@@ -47,10 +47,10 @@ class InOrder:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The batch of any step: a pure function of it, in every process, so the step is all there is to save.
+    """The batch of any step, a pure function of the step: no state but the step is saved.
 
-    Step s has the frames that `order` has at positions s·B to (s + 1)·B, each through the pipeline of its dataset, and
-    varied at random by `augment_images` where there is an `augment_seed`.
+    Step s has the frames at positions s·B to (s + 1)·B of `order`, each through the pipeline of its dataset, and
+    randomly augmented by `augment_images` where there is an `augment_seed`.
     """
 
     order: Order
@@ -59,11 +59,11 @@ class Batches:
     augment_seed: int | None = None
 
     def __len__(self) -> int:
-        """The steps that it takes to see about all frames once."""
+        """The number of steps of about one pass over all frames."""
         return -(-len(self.order) // self.batch_size)
 
     def read(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or some, as one host needs.
+        """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or those of one host.
 
         Raises DataError for damaged recordings.
         """
@@ -72,16 +72,16 @@ class Batches:
         return {key: np.stack([row[key] for row in read]) for key in read[0]}
 
     def frames(self, step: int) -> list[tuple[int, int]]:
-        """The dataset and the frame of it, for each row of a batch."""
+        """The dataset and its frame for each row of a batch."""
         return [self.order.locate(step * self.batch_size + row) for row in range(self.batch_size)]
 
     def row(self, position: int) -> dict[str, np.ndarray]:
-        """The row at a position."""
+        """The model's inputs of the frame at a position."""
         dataset, frame = self.order.locate(position)
         row = self.pipelines[dataset](self.order.datasets[dataset][frame])
         if self.augment_seed is not None:
             row = augment_images(row, np.random.default_rng((self.augment_seed, 2, position)))  # 0, 1: of Mixture
-        # A camera that other robots of the mixture have is black here; its mask is false already.
+        # A camera of another robot of the mixture is a zero image here; its mask is false already.
         own = [key for key in row if key.startswith("image/")]
-        lacking = {f"image/{camera}" for pipeline in self.pipelines for camera in pipeline.robot.cameras.values()}
-        return row | {key: np.zeros_like(row[own[0]]) for key in lacking.difference(own)}
+        missing = {f"image/{camera}" for pipeline in self.pipelines for camera in pipeline.robot.cameras.values()}
+        return row | {key: np.zeros_like(row[own[0]]) for key in missing.difference(own)}

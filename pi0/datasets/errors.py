@@ -1,4 +1,4 @@
-"""What is raised for damaged recordings."""
+"""The error raised for damaged recordings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """Damaged recordings, or of an unknown kind: what is wrong, and in which `file`, `episode` and `frame` of it."""
+    """Recordings are damaged or not supported: the problem, and the `file`, `episode` and `frame` that have it."""
 
     def __init__(
         self, problem: str, file: str | Path | None = None, episode: int | None = None, frame: int | None = None

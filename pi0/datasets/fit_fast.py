@@ -1,29 +1,29 @@
-"""The command `pi0-fit-fast`: an action tokenizer for π0-FAST, fitted on recordings."""
+"""Fit a FAST action tokenizer for π0-FAST on recordings; `pi0-fit-fast`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 
 import numpy as np
 
-from pi0.command import output_path
-from pi0.datasets import LeRobotDataset, episode_numbers, open_dataset, split_episodes
+from pi0.command import add_dataset, add_robot, exit_on_error, make_parser, output_path
+from pi0.datasets.base import Dataset
+from pi0.datasets.mixture import split_episodes
+from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import dataset_statistics, frame_numbers
 from pi0.fetch import fetch
-from pi0.robots import Robot, make_robot
 from pi0.robots.normalize import MODES
+from pi0.robots.registry import make_robot
+from pi0.robots.robot import Robot
 from pi0.tokenizers.fast import FASTTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How short and how exact a tokenizer is on `chunks` normalized chunks.
+    """Compression and reconstruction error of a tokenizer on `chunks` normalized chunks.
 
-    `tokens_mean` and `tokens_max` of a chunk; `binning`, its numbers T·A, which is how many tokens one bin for each
-    would take; and `error_max` and `error_rms` of the reconstruction, in normalized units.
+    `tokens_mean` and `tokens_max` per chunk; `binning`, the T·A tokens of one token per number; `error_max` and
+    `error_rms` of the reconstruction, in normalized units.
     """
 
     chunks: int
@@ -35,7 +35,7 @@ class Report:
 
     @classmethod
     def measure(cls, tokenizer: FASTTokenizer, chunks: np.ndarray) -> Report:
-        """The figures over chunks [N, T, A]."""
+        """The report on chunks [N, T, A]."""
         ids = [tokenizer.encode(chunk) for chunk in chunks]
         errors = np.stack([tokenizer.decode(i, *chunks.shape[1:])[0] for i in ids]) - chunks
         lengths = np.array([len(i) for i in ids])
@@ -49,7 +49,7 @@ class Report:
         )
 
     def row(self, name: str) -> str:
-        """A line of the table whose head is HEAD."""
+        """A line of the table with the header HEAD."""
         ratio = self.binning / self.tokens_mean
         tokens = f"{self.tokens_mean:12.1f}{self.tokens_max:12d}{self.binning:10d}{ratio:12.1f}"
         return f"{name:10}{self.chunks:8d}{tokens}{self.error_max:12.2e}{self.error_rms:12.2e}"
@@ -60,57 +60,50 @@ HEAD = f"{'':10}{'chunks':>8}{'tokens mean':>12}{'tokens max':>12}{'binning':>10
 )
 
 
-def action_chunks(dataset: LeRobotDataset, robot: Robot) -> np.ndarray:
-    """The action chunks [N, T, A] that start at every frame as the model has them, not normalized yet.
+def action_chunks(dataset: Dataset, robot: Robot) -> np.ndarray:
+    """The action chunks [N, T, A] of all frames in the model's units, not normalized; no image is decoded.
 
-    No picture is looked at. Raises ValueError where the dataset is not the robot's.
+    Raises ValueError where the dataset is not the robot's.
     """
     return np.concatenate([numbers["actions"] for numbers in frame_numbers(dataset, robot)])
 
 
+@exit_on_error("pi0-fit-fast")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-fit-fast`."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-fit-fast",
-        description="Fit a FAST action tokenizer on a LeRobot dataset's action chunks, normalized by its own stats, "
-        "and say how short and how exact it is: tokens of a chunk against one for each number (binning), and the error "
-        "of the reconstruction in normalized units. The same data gives the same bytes.",
-        epilog="examples:\n"
+    parser = make_parser(
+        "pi0-fit-fast",
+        "Fit a FAST action tokenizer on a dataset's action chunks, normalized by its own norm stats, and report tokens "
+        "per chunk against one per number (binning), and the reconstruction error in normalized units. The same data "
+        "gives the same bytes.",
+        "examples:\n"
         "  pi0-fit-fast bundled://metaworld_v30 runs/fast --robot metaworld --action-horizon 10 --vocab-size 512\n"
         "  pi0-fit-fast bundled://metaworld_v30 runs/fast --robot metaworld --held-out 3 7 11 15 --overwrite",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", help="a LeRobot dataset's folder, gs://, hf:// or bundled://")
+    add_dataset(parser)
     parser.add_argument(
         "output", type=output_path, help="the tokenizer's folder, in the layout of physical-intelligence/fast"
     )
-    parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
+    add_robot(parser, required=True)
     parser.add_argument("--action-horizon", type=int, default=50, help="actions of a chunk (default: 50)")
     parser.add_argument("--scale", type=float, default=10.0, help="steps per unit of a DCT coefficient (default: 10)")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens at most, 256 or more (default: 1024)")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="maximum, 256 or more (default: 1024)")
     parser.add_argument("--normalization", choices=MODES, default="quantile", help="as in training (default: quantile)")
-    parser.add_argument("--held-out", type=int, nargs="+", default=[], metavar="EPISODE", help="report on these apart")
+    parser.add_argument("--held-out", type=int, nargs="+", default=[], metavar="EPISODE", help="only reported on")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the output folder")
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (OSError, ValueError) as error:
-        print(f"pi0-fit-fast: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _run(args: argparse.Namespace) -> None:
     root = fetch(args.dataset)
     try:
-        kept, held_out = split_episodes(episode_numbers(root), args.held_out)
+        kept, held_out = split_episodes(episode_numbers(root, args.format), args.held_out)
     except ValueError as error:
         raise ValueError(f"--held-out: {error}") from error
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists already: choose another folder, or --overwrite it")
-    robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
+    robot = make_robot(args.robot)
 
-    def dataset_of(episodes: list[int]) -> LeRobotDataset:
-        return open_dataset(root, robot, action_horizon=args.action_horizon, episodes=episodes, cameras=[])
+    def dataset_of(episodes: list[int]) -> Dataset:
+        options = {"action_horizon": args.action_horizon, "episodes": episodes, "cameras": []}
+        return open_dataset(root, robot, format=args.format, **options)
 
     fitted = dataset_of(kept)
     stats = dataset_statistics(fitted, robot)["actions"].norm_stats()
@@ -123,7 +116,3 @@ def _run(args: argparse.Namespace) -> None:
     tokenizer.save(args.output, args.overwrite)
     print("\n".join(lines))
     print(f"\n{tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256}: {args.output}")
-
-
-if __name__ == "__main__":
-    main()

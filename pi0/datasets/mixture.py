@@ -1,4 +1,4 @@
-"""Which frames a run sees, in which order: episodes split in two, and datasets mixed. Pure functions of a seed."""
+"""Training and validation splits, and shuffled mixtures of datasets, as pure functions of a seed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 4096  # positions in which a mixture keeps its weights exactly, to a frame
+BLOCK = 4096  # positions; each block has the weights' exact share of frames
 
 
 def split_episodes(
     episodes: Sequence[int], validation: float | Sequence[int], seed: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Split episode numbers into those of training and of validation, each in the order given.
+    """Split episode numbers into a training and a validation list, each in the given order.
 
-    `validation` is a list of episodes, or the fraction of them that `seed` draws: at least one, unless it is 0. Raises
-    ValueError for unknown episodes, and if none is left to train on.
+    `validation` is a list of episodes, or a fraction to draw with `seed`: at least one episode, unless it is 0. Raises
+    ValueError for unknown episodes, and if none is left for training.
     """
     if isinstance(validation, int | float):
         if not 0 <= validation < 1:
@@ -34,11 +34,11 @@ def split_episodes(
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """An endless shuffled sequence of the frames of several datasets, in proportion to `weights` (default: by size).
+    """An infinite shuffled sequence of frames of several datasets, in proportion to `weights` (default: by size).
 
-    Position p is always the same frame, on every worker and host. Each `BLOCK` positions have the weights' share of
-    each dataset, and each dataset's frames come all once, newly shuffled, before any comes again. Its length is that of
-    all datasets. Raises ValueError for weights that do not fit, and datasets without frames.
+    The frame at a position is the same on every worker and host. Each block of `BLOCK` positions has the weights' share
+    of each dataset; each dataset is reshuffled after every pass over it. The length is that of all datasets together.
+    Raises ValueError for weights that do not match the datasets, and datasets without frames.
     """
 
     datasets: Sequence[Any]
@@ -63,7 +63,7 @@ class Mixture:
         return sum(len(dataset) for dataset in self.datasets)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The dataset and the frame of it that stand at a position from 0 on, without end."""
+        """The dataset and its frame at a position from 0 on."""
         if position < 0:
             raise IndexError(f"position {position} is negative")
         block, place = divmod(int(position), BLOCK)
@@ -81,7 +81,7 @@ class Mixture:
 
 @functools.lru_cache(maxsize=16)
 def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each position of a block: which dataset, and how many of that dataset's came before it in the block."""
+    """For each position of a block: its dataset, and how many frames of that dataset precede it in the block."""
     which = np.random.default_rng((seed, 0, block)).permutation(np.repeat(np.arange(len(shares)), shares))
     ranks = np.empty_like(which)
     for dataset, share in enumerate(shares):

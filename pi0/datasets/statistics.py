@@ -1,38 +1,40 @@
-"""Norm stats of a dataset of any size: one pass, bounded memory, exactly mergeable; the command `pi0-stats`."""
+"""Norm stats of a dataset of any size: one pass, bounded memory, exactly mergeable; `pi0-stats`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pi0.command import output_path
-from pi0.datasets import LeRobotDataset, open_dataset
-from pi0.robots import Robot, make_robot
+from pi0.command import add_dataset, add_robot, exit_on_error, make_parser, output_path
+from pi0.datasets.base import Dataset
+from pi0.datasets.registry import open_dataset
+from pi0.plots import plot_distributions
+from pi0.plugins import require_extra
 from pi0.robots.normalize import NormStats, save_norm_stats
+from pi0.robots.registry import make_robot
+from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
+from pi0.storage import below
 
 BINS = 8192  # of each dimension's histogram; at least half of them, less one, span the data
 LOWEST_EXPONENT = -1000  # of a bin's width, for data that are all zero
 MANTISSA = 50  # bits of a bin's number: below float64's 53, so that numbers are exact
-BLOCK = 2**21  # numbers taken at a time
+BLOCK = 2**21  # numbers processed at a time
 
-NEARLY_CONSTANT = 1e-4  # a spread, in the data's units, that normalization would blow up
-OUTLIER = 2.0  # ranges q99 - q01 that a value may lie outside of them
+NEARLY_CONSTANT = 1e-4  # a spread, in the data's units, below which normalization amplifies noise
+OUTLIER = 2.0  # distance outside of [q01, q99] in units of q99 - q01
 CLIPPED = 0.02  # share of values at one end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunningStats:
-    """What is known of the N vectors of D numbers seen so far; `a + b` is that of both together.
+    """Statistics of the N vectors of D numbers seen so far; `a + b` merges two of them.
 
     `mean`, `m2` (sum of squared deviations), `min`, `max` float64 [D]; `counts` int64 [D, BINS] of the values in
-    [first + i, first + i + 1) · 2**exponent. A bin's edges depend on `min` and `max` alone and a coarser bin is the
-    union of finer ones, so counts do not depend on how the data came in parts.
+    [first + i, first + i + 1) · 2**exponent. A bin's edges depend only on `min` and `max`, and a coarser bin is the
+    union of finer ones, so counts do not depend on how the data were split.
     """
 
     count: int
@@ -44,7 +46,7 @@ class RunningStats:
 
     @classmethod
     def of(cls, x: np.ndarray) -> RunningStats:
-        """Of x [..., D]. Raises ValueError for no vectors, or NaN."""
+        """The statistics of x [..., D]. Raises ValueError for no vectors, or NaN."""
         x = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
         if not len(x) or not np.isfinite(x).all():
             raise ValueError(f"statistics need finite vectors; got {int((~np.isfinite(x)).sum())} others of {len(x)}")
@@ -54,7 +56,7 @@ class RunningStats:
         return cls(len(x), mean, np.square(x - mean).sum(axis=0), low, high, _count(numbers))
 
     def __add__(self, other: RunningStats) -> RunningStats:
-        """By Chan's formula for mean and deviations (1979). Raises ValueError for other dimensions."""
+        """Merge by Chan's formula for mean and deviations (1979). Raises ValueError for other dimensions."""
         if len(self.mean) != len(other.mean):
             raise ValueError(f"statistics of {len(self.mean)} and of {len(other.mean)} dimensions cannot be merged")
         count, difference = self.count + other.count, other.mean - self.mean
@@ -65,20 +67,20 @@ class RunningStats:
         return RunningStats(count, mean, m2, low, high, counts)
 
     def norm_stats(self) -> NormStats:
-        """Raises ValueError for fewer than two vectors."""
+        """The norm stats. Raises ValueError for fewer than two vectors."""
         if self.count < 2:
             raise ValueError("norm stats need at least 2 frames; there is 1")
         std = np.sqrt(self.m2 / self.count)
         return NormStats(self.mean, std, self.quantile(0.01), self.quantile(0.99), self.min, self.max)
 
     def quantile(self, q: float) -> np.ndarray:
-        """[D], linear between vectors as numpy's; off by less than a bin, so by 2.5e-4 of max - min."""
+        """The quantile [D], linear between vectors as NumPy's, with an error below a bin, 2.5e-4 of max - min."""
         rank = q * (self.count - 1)
         below, above = (self._value(r) for r in (int(rank), min(int(rank) + 1, self.count - 1)))
         return np.clip(below + (above - below) * (rank - int(rank)), below, above)  # rounding would cross q01 and q99
 
     def histogram(self, dim: int, bars: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Edges [E + 1] and counts [E] of one dimension, for a picture: `bars` or fewer."""
+        """Edges [E + 1] and counts [E] of one dimension, for a plot of at most `bars` bars."""
         exponent, first = (int(v[dim]) for v in _bins(self.min, self.max))
         used = np.flatnonzero(self.counts[dim])
         step = -(-(used[-1] + 1 - used[0]) // bars)
@@ -93,7 +95,7 @@ class RunningStats:
         return _count(np.clip(numbers, 0, BINS - 1), self.counts.T)  # bins beyond the ends are empty
 
     def _value(self, rank: int) -> np.ndarray:
-        """About the value [D] that has `rank` smaller ones: bins spread theirs evenly."""
+        """The approximate value [D] with `rank` smaller ones: values are spread evenly in a bin."""
         exponent, first = _bins(self.min, self.max)
         sums = self.counts.cumsum(axis=1)
         bins = (sums <= rank).sum(axis=1)
@@ -103,7 +105,7 @@ class RunningStats:
 
 
 def _bins(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The exponent [D] of a bin's width, the least for which BINS span [low, high], and the first one's number [D]."""
+    """The least exponent [D] of a bin's width for which BINS bins span [low, high], and the first bin's number [D]."""
     _, span = np.frexp(high - low)
     _, largest = np.frexp(np.maximum(np.abs(low), np.abs(high)))
     constant, zero = high == low, np.maximum(np.abs(low), np.abs(high)) == 0
@@ -115,15 +117,15 @@ def _bins(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """How often, or of what weight int64 [N, D] in all, each bin [D, BINS] comes up in numbers [N, D]."""
+    """The count, or total weight int64 [N, D], of each bin [D, BINS] in numbers [N, D]."""
     dims = numbers.shape[1]
     flat = (numbers + BINS * np.arange(dims)).ravel()
     sums = np.bincount(flat, None if weights is None else weights.ravel(), BINS * dims)  # float64: exact up to 2**53
     return sums.astype(np.int64).reshape(dims, BINS)
 
 
-def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, RunningStats]:
-    """The statistics of `frame_numbers`: "state", and "actions" over all of a chunk. Raises ValueError as that does."""
+def dataset_statistics(dataset: Dataset, robot: Robot) -> dict[str, RunningStats]:
+    """The statistics of `frame_numbers`: "state", and "actions" over whole chunks. Raises ValueError as that does."""
     stats: dict[str, RunningStats] = {}
     for data in frame_numbers(dataset, robot):
         for key, x in data.items():
@@ -132,32 +134,32 @@ def dataset_statistics(dataset: LeRobotDataset, robot: Robot) -> dict[str, Runni
     return stats
 
 
-def frame_numbers(dataset: LeRobotDataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
-    """The `state` [N, S] and chunked `actions` [N, T, A] of every frame, N at a time, as `Normalize` will see them.
+def frame_numbers(dataset: Dataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
+    """The `state` [N, S] and chunked `actions` [N, T, A] of all frames, N at a time, as inputs of `Normalize`.
 
-    That is after the robot's adapter and, where it has one, the delta transform; no picture is decoded. Chunks are the
-    dataset's `action_horizon` long and repeat an episode's last action beyond its end (openpi
-    `compute_norm_stats.py`). Raises ValueError where the dataset is not the robot's.
+    That is after the robot's adapter and its delta transform, if any; no image is decoded. Chunks have the dataset's
+    `action_horizon` and repeat an episode's last action beyond its end (openpi `compute_norm_stats.py`). Raises
+    ValueError where the dataset is not the robot's.
     """
-    action_key = robot.action_key(dataset.features)
-    if action_key is None:
+    action_keys = robot.action_keys(dataset.features)
+    if not action_keys:
         raise ValueError(f"the dataset has no actions; it has {sorted(dataset.features)}")
     try:
-        table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), action_key)}
+        table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), *action_keys)}
     except KeyError as error:
         raise ValueError(error.args[0]) from error
     lengths = [episode.length for episode in dataset.episodes]
     last = np.repeat(np.cumsum(lengths) - 1, lengths)
-    size = max(1, BLOCK // (dataset.action_horizon * table[action_key].shape[-1]))
+    size = max(1, BLOCK // (dataset.action_horizon * sum(table[key].shape[-1] for key in action_keys)))
     for start in range(0, len(last), size):
         rows = np.arange(start, min(start + size, len(last)))
         chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
-        data = robot.numbers({key: column[chunks if key == action_key else rows] for key, column in table.items()})
+        data = robot.numbers({key: column[chunks if key in action_keys else rows] for key, column in table.items()})
         yield data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
 
 
 def report(stats: Mapping[str, RunningStats]) -> str:
-    """A table of each dimension, and what in it would make a training go wrong."""
+    """A table of all dimensions, and warnings of those that would harm training."""
     lines, warnings = [], []
     for key, running in stats.items():
         norm = running.norm_stats()
@@ -173,14 +175,14 @@ def report(stats: Mapping[str, RunningStats]) -> str:
 
 
 def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
-    """What is wrong with one dimension, in words."""
+    """The warnings about one dimension."""
     norm = stats.norm_stats()
     assert norm.q01 is not None and norm.q99 is not None
     std, low, high = norm.std[dim], norm.q01[dim], norm.q99[dim]
     bin_width = (stats.max[dim] - stats.min[dim]) / (BINS // 2)  # equal values look this far apart
     if min(std, high - low) < NEARLY_CONSTANT or high - low <= bin_width:
         return [
-            f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalized, a small change of it becomes "
+            f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalization makes a small change of it "
             "huge; widen its stats by hand, or leave it out"
         ]
     counts, found = stats.counts[dim][stats.counts[dim] > 0], []
@@ -196,44 +198,40 @@ def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
     return found
 
 
+@exit_on_error("pi0-stats")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-stats`."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-stats",
-        description="Compute the norm stats of a dataset as openpi does, of states and of chunked actions in the "
-        "model's units, and warn of dimensions that would make a training go wrong. No picture is decoded.",
-        epilog="examples:\n"
+    parser = make_parser(
+        "pi0-stats",
+        "Compute the norm stats of a dataset as openpi does, of states and of chunked actions in the model's units, "
+        "and warn of dimensions that would harm training. No image is decoded.",
+        "examples:\n"
         "  pi0-stats bundled://metaworld_v30 --robot metaworld --action-horizon 10 --out assets --asset-id metaworld\n"
         "  pi0-stats hf://datasets/lab/towels --robot aloha --action-horizon 50 --out assets --asset-id towels\n"
         '  pi0-stats data/towels --robot \'{"name": "aloha", "delta": false}\' --action-horizon 50 --out assets '
         "--asset-id towels\n\n"
-        "what is left in the folder:\n"
-        "  <asset id>/norm_stats.json, which openpi reads too, and <asset id>/norm_stats.png, each dimension's "
-        "distribution",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "output files:\n"
+        "  <asset id>/norm_stats.json, which openpi reads too, and <asset id>/norm_stats.png, the distribution of each "
+        "dimension",
     )
-    parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
-    parser.add_argument("--robot", required=True, help='its name, or JSON {"name": …, options}')
+    add_dataset(parser)
+    add_robot(parser, required=True)
     parser.add_argument("--action-horizon", required=True, type=int, metavar="T", help="actions in a chunk")
     parser.add_argument("--out", required=True, type=output_path, metavar="FOLDER", help="where <asset id>/ is written")
-    parser.add_argument("--asset-id", required=True, metavar="ID", help="what these stats are called")
+    parser.add_argument("--asset-id", required=True, metavar="ID", help="the name of these norm stats")
     args = parser.parse_args(arguments)
-    try:
-        robot = make_robot(json.loads(args.robot) if args.robot.startswith("{") else args.robot)
-        dataset = open_dataset(args.dataset, robot, action_horizon=args.action_horizon, cameras=[])
-        stats = dataset_statistics(dataset, robot)
-        print(report(stats))
-        folder = args.out / args.asset_id
-        folder.mkdir(parents=True, exist_ok=True)
-        save_norm_stats(folder / "norm_stats.json", {key: s.norm_stats() for key, s in stats.items()})
-        from pi0.plots import plot_distributions  # here, as matplotlib takes long to import
-
-        plot_distributions(stats, folder / "norm_stats.png")
-    except (ValueError, OSError) as error:
-        print(f"pi0-stats: {error}", file=sys.stderr)
-        sys.exit(1)
+    require_extra("plots", "matplotlib")  # before anything takes long
+    robot, options = make_robot(args.robot), {"action_horizon": args.action_horizon, "cameras": []}
+    dataset = open_dataset(args.dataset, robot, format=args.format, **options)
+    stats = dataset_statistics(dataset, robot)
+    print(report(stats))
+    folder = below(args.out, args.asset_id)
+    norm_stats = {key: running.norm_stats() for key, running in stats.items()}
+    save_norm_stats(folder / "norm_stats.json", norm_stats)
+    panels = {
+        f"{key}[{dim}]": (*running.histogram(dim), running.quantile(0.01)[dim], running.quantile(0.99)[dim])
+        for key, running in stats.items()
+        for dim in range(len(running.mean))
+    }
+    plot_distributions(panels, folder / "norm_stats.png")
     print(f"\n{folder}: norm_stats.json, norm_stats.png")
-
-
-if __name__ == "__main__":
-    main()

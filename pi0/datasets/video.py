@@ -1,4 +1,4 @@
-"""Pictures as recordings store them, read by number: videos, and encoded pictures in the rows of Parquet files."""
+"""Images by frame number, from video files and from encoded images in the rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pi0.datasets.errors import DataError
 
 
 class Video:
-    """A video file read by time. Where no keyframe lies between, reading goes on decoding; else it seeks to one.
+    """A video file, read by time: decodes on from the last frame read, or seeks where a keyframe lies between.
 
-    The file is opened when first read, so a `Video` can be pickled and sent to another process. `decoded` counts the
-    frames that went through the decoder, also those on the way from a keyframe.
+    The file is opened when first read, so a `Video` can be pickled. `decoded` counts the frames that were decoded,
+    those between a keyframe and the requested frame included.
     """
 
     def __init__(self, file: Path, fps: float):
@@ -28,9 +28,9 @@ class Video:
         self._half = 0.5 / fps
         self._container: Any = None
         self._frames: Any = None
-        self._next = -1  # the number of the frame that the decoder gives next
+        self._next = -1  # the number of the frame that is decoded next
         self._checked: set[tuple[float, float, int]] = set()
-        self._converter = VideoReformatter()  # kept: one per picture costs more than decoding it
+        self._converter = VideoReformatter()  # kept: a new one per image costs more than decoding
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Video, (self.file, self.fps)
@@ -38,7 +38,7 @@ class Video:
     def check(self, start: float, end: float, length: int) -> None:
         """Raise DataError unless `length` frames, one per period, lie from `start` to `end` seconds, all in the file.
 
-        Looks at the file's index alone and decodes nothing.
+        Reads only the file's index and decodes nothing.
         """
         self._open()
         if (start, end, length) in self._checked:
@@ -61,10 +61,10 @@ class Video:
         self._checked.add((start, end, length))
 
     def frame(self, time: float) -> np.ndarray:
-        """The picture at `time` seconds, uint8 [H, W, 3]: the one within half a frame period of it.
+        """The image uint8 [H, W, 3] within half a frame period of `time` seconds. Raises DataError where there is none.
 
-        Stored times are rounded to the file's time base, and the time asked for is a sum of floats, so neither is
-        exact; half a period still tells every frame from its neighbours. Raises DataError where there is none.
+        Stored times are rounded to the file's time base, and the requested time is a sum of floats, so neither is
+        exact; half a period still separates every frame from its neighbors.
         """
         self._open()
         number = int(np.searchsorted(self._times, time - self._half))
@@ -92,7 +92,7 @@ class Video:
         return self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
     def _open(self) -> None:
-        """Open the file and read its index: the time and the end in bytes of every frame, and which are keyframes."""
+        """Open the file and read its index: time and end in bytes of every frame, and which frames are keyframes."""
         if self._container is not None:
             return
         try:
@@ -103,9 +103,9 @@ class Video:
         entries = [] if stream is None else [entry for entry in stream.index_entries if not entry.is_discard]
         if stream is None or stream.time_base is None or not stream.frames or not entries:
             raise DataError("has no index of its frames; write it as MP4: `ffmpeg -i FILE -c copy FILE.mp4`", self.file)
-        # One thread: a forked process has none of the parent's threads, and would wait for them for ever.
+        # One thread: a forked process has none of the parent's threads, and would wait for them forever.
         stream.codec_context.thread_count = 1
-        # The index has decoding times, which are those of showing but for their order and where they start.
+        # The index has decoding times: presentation times but for their order and start.
         times = np.sort(np.array([entry.timestamp for entry in entries], float))
         self._times = (times - times[0] + (stream.start_time or 0)) * float(stream.time_base)
         self._ends = np.array([entry.pos + entry.size for entry in entries])
@@ -114,10 +114,10 @@ class Video:
         self._container = container
 
     def _seek(self, keyframe: float, time: float) -> None:
-        """Go to the keyframe at `keyframe` seconds, or one before if it is shown after `time` (an open group)."""
+        """Seek to the keyframe at `keyframe` seconds, or an earlier one if that is shown after `time` (an open GOP)."""
         stream = self._container.streams.video[0]
         for back in (0.0, 1.0, np.inf):
-            target = max(keyframe + self._half / 2 - back, 0.0)  # behind it, so that rounding does not miss it
+            target = max(keyframe + self._half / 2 - back, 0.0)  # after it, so that rounding does not miss it
             self._container.seek(int(target / stream.time_base), stream=stream, backward=True)
             self._frames = self._container.decode(stream)
             first = next(self._frames, None)
@@ -131,8 +131,8 @@ def _chain(first: Any, rest: Any) -> Any:
     yield from rest
 
 
-class StoredImages:
-    """Encoded pictures (PNG, JPEG) in one column of a Parquet file, read by row; keeps the row group read last."""
+class EncodedImages:
+    """Encoded images (PNG, JPEG) in one column of a Parquet file, read by row; keeps the row group read last."""
 
     def __init__(self, file: Path, column: str):
         self.file, self.column = file, column
@@ -140,10 +140,10 @@ class StoredImages:
         self._group, self._encoded = -1, pa.array([], pa.binary())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredImages, (self.file, self.column)
+        return EncodedImages, (self.file, self.column)
 
     def frame(self, row: int) -> np.ndarray:
-        """The picture of a row, uint8 [H, W, 3]. Raises DataError."""
+        """The image of a row, uint8 [H, W, 3]. Raises DataError."""
         try:
             if self._parquet is None:
                 self._parquet = pq.ParquetFile(self.file, memory_map=True)
@@ -160,5 +160,5 @@ class StoredImages:
             raise DataError(f"row {row} has no bytes in {self.column}", self.file)
         try:
             return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
-            raise DataError(f"the picture in row {row} of {self.column} cannot be decoded", self.file) from error
+        except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow
+            raise DataError(f"the image in row {row} of {self.column} cannot be decoded", self.file) from error

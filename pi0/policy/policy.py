@@ -15,9 +15,9 @@ from pi0.assets import Assets, AssetsError
 from pi0.fetch import fetch
 from pi0.observation import Observation, ObservationError, check_actions
 from pi0.policy.subtasks import SubtaskSampler
-from pi0.robots import ROBOTS
 from pi0.robots.normalize import NormStats, load_norm_stats
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import ROBOTS
 from pi0.tokenizers.fast import FAST, FASTError, FASTTokenizer
 from pi0.tokenizers.text import PALIGEMMA, TextTokenizer
 
@@ -115,7 +115,7 @@ class Policy(abc.ABC):
         if not isinstance(observation, Mapping):
             raise ObservationError(f"{where}expected a dict of images, state and prompt; got {observation!r:.80}")
         try:
-            return self.pipeline({k: v for k, v in observation.items() if k not in ("action", "actions")})
+            return self.pipeline(observation, actions=False)
         except ValueError as error:
             raise ObservationError(f"{where}{error}") from error
 

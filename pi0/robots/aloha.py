@@ -1,4 +1,4 @@
-"""ALOHA, two arms of six joints and a gripper each, real or simulated."""
+"""ALOHA: two arms of six joints and a gripper each, real or simulated."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 from pi0.robots.robot import Robot
 
-SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2)  # some joints turn the other way in the data of the base models
+SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2)  # the joint directions in the data of the base models
 GRIPPERS = [6, 13]
 LINEAR = (0.01844, 0.05800)  # metres, closed and open
-ANGLE = (0.5476, 1.6296)  # radians, of the base models' grippers
-OWN_ANGLE = (-0.6213, 1.4910)  # radians, of ALOHA's gripper commands
-HORN, ARM = 0.022, 0.036  # metres
+ANGLE = (0.5476, 1.6296)  # radians, gripper angles of the base models' data
+OWN_ANGLE = (-0.6213, 1.4910)  # radians, gripper angles of ALOHA's commands
+HORN, ARM = 0.022, 0.036  # metres, links of the gripper
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aloha(Robot):
-    """Two arms with a camera above and one at either wrist; simulated, with the one above ("top") alone.
+    """Two arms with a camera above and one at either wrist; in simulation only the one above ("top").
 
-    state and actions [T,14]: for each arm six joints in radians and the gripper from 0 (closed) to 1 (open). With
-    `adapt_to_pi` the model sees the joint signs and gripper angles of the base models' data, which need it; with
-    `delta` the joints of its actions are relative to the state, the grippers never (openpi `aloha_policy.py`).
+    state [14] and actions [T, 14]: for each arm six joints in radians and the gripper from 0 (closed) to 1 (open).
+    `adapt_to_pi` converts to the joint signs and gripper angles of the base models' data; with `delta` the joints of
+    the model's actions are relative to the state, the grippers never (openpi `aloha_policy.py`).
     """
 
     cameras: Mapping[str, str] = dataclasses.field(
@@ -57,7 +57,7 @@ class Aloha(Robot):
 
 
 def gripper_to_angle(x: np.ndarray) -> np.ndarray:
-    """A gripper's position in [0, 1] of LINEAR as its horn's angle, normalized so that ANGLE is [0, 1]."""
+    """Convert a gripper position in [0, 1] of LINEAR to the angle of its horn in [0, 1] of ANGLE."""
     p = x * (LINEAR[1] - LINEAR[0]) + LINEAR[0]
     angle = np.arcsin(np.clip((HORN**2 + p**2 - ARM**2) / (2 * HORN * p), -1, 1))
     return (angle - ANGLE[0]) / (ANGLE[1] - ANGLE[0])

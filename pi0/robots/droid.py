@@ -10,11 +10,11 @@ from pi0.robots.robot import Robot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Droid(Robot):
-    """A Franka arm with one camera beside it and one at the wrist.
+    """A Franka arm with an exterior camera and one at the wrist.
 
-    state [8]: seven joints in radians, gripper from 0 (open) to 1 (closed); actions [T,8]: joint velocities, each in
-    [-1, 1], and the gripper's position. With `delta` the recorded actions are joint positions in radians instead, which
-    the model sees relative to the state. π0-FAST's cameras have other names: give the option `cameras`
+    state [8]: seven joints in radians, gripper from 0 (open) to 1 (closed); actions [T, 8]: joint velocities in [-1, 1]
+    and the gripper position. With `delta` the recorded actions are joint positions in radians instead, and the model's
+    are relative to the state. π0-FAST's cameras have other names: set the option `cameras` to
     {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"} (openpi `droid_policy.py`).
     """
 

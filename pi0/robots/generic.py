@@ -1,4 +1,4 @@
-"""Any robot whose frames need no more than choosing: described by its options alone."""
+"""A robot that is described by its options: selected dimensions, degrees and deltas."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pi0.robots.transforms import bool_mask
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generic(Robot):
-    """A robot described by data, for instance in a checkpoint's config.json:
+    """A robot described by options, for instance in a checkpoint's config.json:
 
         {"name": "generic", "cameras": {"front": "base_0_rgb"}, "state": [[0, 6]], "actions": [[0, 6]],
          "degrees": [5], "delta_dims": [5, -1], "delta": true}
 
-    `state` and `actions` are the ranges [start, stop) of the recorded vectors that the model sees, and commands.
-    `degrees` and `delta_dims` mark dimensions of those, as `bool_mask` does: recorded in degrees, which
-    the model sees in radians, and relative to the state where `delta` is set. Raises ValueError for empty ranges.
+    `state` and `actions` are the ranges [start, stop) of the recorded vectors that the model reads and predicts.
+    `degrees` and `delta_dims` mark dimensions of those, as `bool_mask` does: recorded in degrees, converted to radians
+    for the model; and relative to the state where `delta` is set. Raises ValueError for empty ranges.
     """
 
     state: Sequence[Sequence[int]]
     actions: Sequence[Sequence[int]]
     degrees: Sequence[int] = ()
-    delta_dims: Sequence[int] = ()  # type: ignore[misc]  # an option here, a fact of the others
+    delta_dims: Sequence[int] = ()  # type: ignore[misc]  # an option here, a constant of other robots
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +58,6 @@ class Generic(Robot):
         return x
 
     def _check(self, key: str, x: np.ndarray, leading: Sequence[int | str], dim: int) -> None:
-        """The recorded vectors may be longer than what is chosen of them."""
+        """Recorded vectors may be longer than the selected ranges."""
         last = 1 + max(self._take(self.state if key == "state" else self.actions))
         super()._check(key, x[..., :last], leading, last)

@@ -10,11 +10,11 @@ from pi0.robots.robot import Robot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Libero(Robot):
-    """A Panda arm with two cameras, moved by its hand.
+    """A Panda arm with two cameras and end-effector control.
 
-    state [8]: hand x, y, z in metres, axis-angle in radians, two fingers in metres; actions [T,7]: changes of position
-    and rotation and the gripper, each in [-1, 1]. They are changes already: `delta` subtracts the state once more, as
-    openpi did for its π0 and π0-FAST LIBERO checkpoints, not for π0.5's (openpi `LeRobotLiberoDataConfig`).
+    state [8]: hand x, y, z in metres, axis-angle in radians, two fingers in metres; actions [T, 7]: position and
+    rotation deltas and the gripper, each in [-1, 1]. `delta` subtracts the state from these deltas once more, as openpi
+    did for its π0 and π0-FAST LIBERO checkpoints, but not for π0.5's (openpi `LeRobotLiberoDataConfig`).
     """
 
     cameras: Mapping[str, str] = dataclasses.field(

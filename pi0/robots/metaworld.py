@@ -12,7 +12,7 @@ from pi0.robots.robot import Robot
 class MetaWorld(Robot):
     """A Sawyer arm with two cameras.
 
-    state [4]: hand x, y, z in metres, gripper opening; actions [T,4]: dx, dy, dz, gripper, each in [-1, 1].
+    state [4]: hand x, y, z in metres, gripper opening; actions [T, 4]: dx, dy, dz, gripper, each in [-1, 1].
     """
 
     cameras: Mapping[str, str] = dataclasses.field(

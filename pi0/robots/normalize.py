@@ -1,27 +1,28 @@
-"""Norm stats: computed from data, applied, inverted, and kept in openpi's JSON form."""
+"""Norm stats: computed from data, applied, inverted, and stored in openpi's JSON format."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-EPSILON = 1e-6  # added to the divisor by "zscore" and "quantile" (openpi `transforms.Normalize`)
+from pi0.storage import write_text
+
+EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
 MODES = ("zscore", "quantile", "quantile01")
 REQUIRED = ("mean", "std")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
-    """Statistics of D dimensions over many frames: each field float64 [D], in the data's own units.
+    """Statistics of D dimensions over many frames: each field float64 [D], in the units of the data.
 
-    `q01` and `q99` may be missing where "zscore" is all that is asked of them; `min` and `max` are for people to read,
-    and no mode uses them. Raises ValueError for lengths that differ or NaN.
+    `q01` and `q99` are optional for "zscore"; `min` and `max` are informative, no mode uses them. Raises ValueError for
+    lengths that differ or NaN.
     """
 
     mean: np.ndarray
@@ -36,7 +37,7 @@ class NormStats:
             array = np.asarray(value, np.float64)
             if array.ndim != 1 or len(array) != np.size(self.mean):
                 raise ValueError(
-                    f"norm stats: {name} has shape {list(array.shape)}; expected [{np.size(self.mean)}], as mean has"
+                    f"norm stats: {name} has shape {list(array.shape)}; expected [{np.size(self.mean)}], that of mean"
                 )
             if not np.isfinite(array).all():
                 dim = int(np.argmin(np.isfinite(array)))
@@ -102,7 +103,7 @@ class NormStats:
         return q01, q99 - q01, 0.0
 
     def present(self) -> dict[str, np.ndarray]:
-        """The statistics that there are, by name."""
+        """The statistics that are not None, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 
@@ -122,12 +123,9 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
 
 
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
-    """Write what `load_norm_stats` reads, whole or not at all: under a temporary name, then renamed."""
-    path = pathlib.Path(path)
+    """Write the file that `load_norm_stats` reads, whole or not at all."""
     entries = {key: {k: v.tolist() for k, v in value.present().items()} for key, value in stats.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"norm_stats": entries}, indent=2))
-    os.replace(temporary, path)
+    write_text(pathlib.Path(path), json.dumps({"norm_stats": entries}, indent=2))
 
 
 def _entry(where: str, entry: object) -> NormStats:

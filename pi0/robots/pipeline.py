@@ -1,15 +1,16 @@
-"""From a robot's frame to a model's input and back, as a checkpoint's assets say."""
+"""From a robot's frame to the model's inputs and back, as configured by a checkpoint's assets."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pi0.assets import Assets, AssetsError
-from pi0.robots import Robot, make_robot
+from pi0.robots.registry import make_robot
+from pi0.robots.robot import Robot
 from pi0.robots.transforms import (
     CameraMasks,
     DefaultPrompt,
@@ -30,83 +31,107 @@ from pi0.tokenizers.text import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """One robot's adapter and the transforms between it and a model."""
+    """A robot's adapter and the transforms between it and a model."""
 
     robot: Robot
     transforms: Transforms
 
     @classmethod
     def from_assets(cls, assets: Assets) -> Pipeline:
-        """The pipeline that a model was trained with. Raises AssetsError where the assets do not say it."""
+        """The pipeline that a model was trained with.
+
+        A robot of another package must have been imported already. Raises AssetsError for missing or unsuitable assets.
+        """
+        model, family, stats = assets.model, assets.model.family, assets.norm_stats
         needed = ["robot", "norm_stats", "normalization", "tokenizer"]
-        needed += ["action_tokenizer"] if assets.model.kind == "pi0_fast" else []
+        needed += ["action_tokenizer"] if family.action_tokens else []
         missing = [name for name in needed if getattr(assets, name) is None]
         if missing:
             raise AssetsError(f"the checkpoint's config.json has no {', '.join(missing)}, which a robot's data needs")
-        model, stats = assets.model, assets.norm_stats
         assert assets.robot is not None and stats is not None
         assert assets.normalization is not None and assets.tokenizer is not None
         try:
-            robot = make_robot(assets.robot)
+            robot = make_robot(assets.robot, imports=False)
         except ValueError as error:
             raise AssetsError(str(error)) from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-        tokenize: Step = TokenizePrompt(
-            tokenizer, model.max_token_len, state_in_prompt=model.kind == "pi05" and assets.state_in_prompt
-        )
-        if model.kind == "pi0_fast":
-            assert assets.action_tokenizer is not None
-            fast = FASTTokenizer.from_reference(assets.action_tokenizer)
-            whole = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
-            tokenize = TokenizeFASTPrompt(whole, model.max_token_len, model.action_horizon, robot.action_dim)
-        elif model.kind == "pi05" and (assets.subtasks or "recipe" in (assets.training or {})):
-            written = None
-            if assets.action_tokenizer is not None:
-                fast = FASTTokenizer.from_reference(assets.action_tokenizer)
-                written = FASTPromptTokenizer(tokenizer, fast, model.vocab_size)
-            recipe = RecipeTokenizer(tokenizer, written)
-            tokenize = TokenizeRecipe(recipe, model.max_token_len, model.action_horizon, assets.subtasks)
         steps: list[Step] = [] if robot.delta_mask is None else [DeltaActions(robot.delta_mask)]
         steps += [Normalize(stats, assets.normalization)]
         steps += [] if robot.default_prompt is None else [DefaultPrompt(robot.default_prompt)]
         steps += [
-            CameraMasks(model.image_keys, black=model.kind == "pi0_fast"),
+            CameraMasks(model.image_keys, dummy=not family.masked_cameras),
             ResizeImages(*model.image_resolution),
-            tokenize,
-            PadDims(model.action_dim, robot.action_dim, cut_state=model.kind == "pi0_fast"),
+            PROMPTS[family.prompt](assets, tokenizer, robot),
+            PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
         ]
         return cls(robot, Transforms(steps))
 
     @property
     def recipe(self) -> TokenizeRecipe | None:
-        """The step that makes the texts of π0.5's recipe, where the model was trained by it."""
+        """The tokenization step of π0.5's recipe, where the model was trained with it."""
         return next((step for step in self.transforms.steps if isinstance(step, TokenizeRecipe)), None)
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: Mapping[str, Any], *, actions: bool = True) -> dict[str, Any]:
         """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any.
 
-        A question of `pi0.datasets.Questions` is no robot's, and goes by its adapter.
+        Without `actions`, recorded actions are ignored. A question of `annotations.Questions` bypasses the robot
+        adapter.
         """
         if "question" in item:
             return self.transforms(dict(item))
+        if not actions:
+            recorded = {name for names in self.robot.action_names for name in names}
+            item = {key: value for key, value in item.items() if key not in recorded}
         subtask = {"subtask": item["subtask"]} if self.recipe is not None and "subtask" in item else {}
         return self.transforms(self.robot.to_model(item) | subtask)
 
     def text(self, tokens: np.ndarray) -> str:
-        """What the subtask or answer [D] that π0.5 wrote says. Raises AssetsError for a model that writes none."""
+        """The text of a subtask or answer [D] generated by π0.5. Raises AssetsError for a model that generates none."""
         if self.recipe is None:
-            raise AssetsError("the checkpoint's assets know no recipe of π0.5: it writes no text")
+            raise AssetsError("the checkpoint's assets have no recipe of π0.5: it generates no text")
         return self.recipe.tokenizer.read(tokens)
 
     def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].
 
-        `state` [A] is the row's, as the model saw it. Raises ValueError without it where actions are relative to it,
-        and FASTError for tokens that are no actions.
+        `state` [A] is that of the model's inputs. Raises ValueError without it where actions are relative to it, and
+        FASTError for tokens that do not decode.
         """
         output = np.asarray(output)
         data = {"tokens" if output.ndim == 1 else "actions": output}
         data |= {} if state is None else {"state": np.asarray(state)}
         return self.robot.from_model(self.transforms.inverse(data))["action"]
+
+
+def _text_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
+    return TokenizePrompt(text, assets.model.max_token_len, state_in_prompt=False)
+
+
+def _state_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
+    model = assets.model
+    if not assets.subtasks and (assets.training or {}).get("recipe") is None:
+        return TokenizePrompt(text, model.max_token_len, state_in_prompt=assets.state_in_prompt)
+    recipe = RecipeTokenizer(text, None if assets.action_tokenizer is None else _fast_tokenizer(assets, text))
+    return TokenizeRecipe(recipe, model.max_token_len, model.action_horizon, assets.subtasks)
+
+
+def _fast_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
+    model = assets.model
+    return TokenizeFASTPrompt(
+        _fast_tokenizer(assets, text), model.max_token_len, model.action_horizon, robot.action_dim
+    )
+
+
+def _fast_tokenizer(assets: Assets, text: TextTokenizer) -> FASTPromptTokenizer:
+    assert assets.action_tokenizer is not None
+    return FASTPromptTokenizer(text, FASTTokenizer.from_reference(assets.action_tokenizer), assets.model.vocab_size)
+
+
+# The tokenization step of each prompt format (`Family.prompt`).
+PROMPTS: dict[str, Callable[[Assets, TextTokenizer, Robot], Step]] = {
+    "text": _text_prompt,
+    "state": _state_prompt,
+    "fast": _fast_prompt,
+}

@@ -10,11 +10,11 @@ from pi0.robots.robot import Robot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoboFactory(Robot):
-    """A simulated Panda arm with three views: from its side, from above the scene, and from its wrist.
+    """A simulated Panda arm with three cameras: at its side, above the scene, and at its wrist.
 
-    state and actions [T,8]: seven joint positions in radians and the gripper, absolute (or relative to the state, with
-    `delta`). Its checkpoints are normalized by "quantile01", and have the view from above where others have the left
-    wrist (OpenMARL's data processing for π0).
+    state [8] and actions [T, 8]: seven joint positions in radians and the gripper; with `delta` the model's actions are
+    relative to the state. Its checkpoints are normalized by "quantile01", and take the camera above the scene where
+    others take the left wrist (OpenMARL's data processing for π0).
     """
 
     cameras: Mapping[str, str] = dataclasses.field(

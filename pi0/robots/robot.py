@@ -1,4 +1,4 @@
-"""What all robots share: where a frame keeps its pictures, state, actions and instruction, and what they must be."""
+"""`Robot`, the adapter between a robot's recorded or live frames and a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 
 from pi0.robots.transforms import bool_mask
 
-# A thing named X may lie in a frame under any of these: LeRobot's columns, openpi's clients, or its bare name.
+# The possible prefixes of a name in a frame: LeRobot's columns, openpi's clients, or none.
 PREFIXES = ("observation.images.", "observation.", "observation/", "images/", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Robot:
-    """A robot's recorded or live frames in the model's flat keys, and the model's actions back in its own units.
+    """Converts a robot's recorded or live frames to the model's flat keys, and the model's actions back.
 
-    A subclass states `state_dim` S, `action_dim` A, the `state_names` that make up its state (alternatives, each
-    concatenated) and the `delta_dims` as `bool_mask` takes them; where the model's units differ from the robot's it
-    overrides `adapt_state`, `adapt_actions` and `restore_actions`.
+    A subclass defines `state_dim` S, `action_dim` A, `delta_dims` as `bool_mask` takes them, and the names of which its
+    state and its recorded actions are made: `state_names` (with any of PREFIXES) and `action_names` (columns in full),
+    both a list of alternatives, each a list of names to concatenate. Where the model's units differ from the robot's it
+    overrides `adapt_state`, `adapt_actions` and `restore_actions`, and to change images `adapt_images`.
 
     The fields are the options that a checkpoint may set: `cameras`, from the robot's names to the model's, all of
     which a frame must have (of several names for one model camera, exactly one); `delta`, whether the model's actions
@@ -34,6 +35,7 @@ class Robot:
     state_dim = 0
     action_dim = 0
     state_names: ClassVar[Sequence[Sequence[str]]] = (("state",),)
+    action_names: ClassVar[Sequence[Sequence[str]]] = (("action",), ("actions",))
     delta_dims: ClassVar[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
@@ -44,14 +46,19 @@ class Robot:
 
     @property
     def delta_mask(self) -> tuple[bool, ...] | None:
-        """Which of the model's action dimensions are relative to the state; None for none."""
+        """The mask of the model's action dimensions that are relative to the state; None for none."""
         return bool_mask(*self.delta_dims) if self.delta else None
+
+    @property
+    def adapts_images(self) -> bool:
+        """Whether the class overrides `adapt_images`, and so needs images at their recorded size."""
+        return type(self).adapt_images is not Robot.adapt_images
 
     def to_model(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """One recorded or live frame in the model's flat keys (see `transforms.py`); `actions` only where it has them.
 
-        Pictures are uint8 [H, W, 3], or float in [0, 1] and channels first, as LeRobot's loader gives them. Raises
-        ValueError for a camera or a state that is missing, and for shapes, dtypes or ranges that do not fit.
+        Images are uint8 [H, W, 3], or float in [0, 1] and channels first, as LeRobot's loader returns them. Raises
+        ValueError for a missing camera or state, and for wrong shapes, dtypes or ranges.
         """
         item = _flatten(item)
         data = self.numbers(item) | self._images(item)
@@ -61,19 +68,16 @@ class Robot:
         return data if prompt is None else data | {"prompt": prompt}
 
     def numbers(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The state [..., S] and, if any, actions [..., T, A] of frames as the model has them, float64.
+        """The state [..., S] and, if any, actions [..., T, A] of frames in the model's units, float64.
 
-        Any leading axes: statistics pass many frames at once, without pictures. Raises ValueError.
+        Any leading axes: statistics pass many frames at once, without images. Raises ValueError.
         """
-        parts = [self._vector(item, key) for key in self.state_keys(item)]
-        axes = max(part.ndim for part in parts)
-        state = np.concatenate([p if p.ndim == axes else p[..., None] for p in parts], axis=-1)  # a gripper alone
+        state = self._vectors(item, self.state_keys(item))
         self._check("state", state, state.shape[:-1], self.state_dim)
         data = {"state": self.adapt_state(state)}
-        key = self.action_key(item)
-        if key is not None:
-            actions = self._vector(item, key)
-            self._check(key, actions, (*state.shape[:-1], "T"), self.action_dim)
+        if keys := self.action_keys(item):
+            actions = self._vectors(item, keys)
+            self._check(" + ".join(keys), actions, (*state.shape[:-1], "T"), self.action_dim)
             data["actions"] = self.adapt_actions(actions)
         return data
 
@@ -86,6 +90,14 @@ class Robot:
         if actions.ndim != 2 or actions.shape[1] < self.action_dim:
             raise ValueError(f"{self._name}: actions {list(actions.shape)}; expected [T, {self.action_dim}] or wider")
         return {"action": self.restore_actions(actions[:, : self.action_dim]).astype(np.float32)}
+
+    def adapt_images(self, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The model's cameras, uint8 [H', W', 3] by their key, from the robot's, uint8 [H, W, 3] by their name.
+
+        A robot that crops, rotates or combines images overrides this method: it gets all of its `cameras` at their
+        recorded size, and returns all model cameras of `cameras`. By default images are only renamed.
+        """
+        return {self.cameras[name]: image for name, image in images.items()}
 
     def adapt_state(self, state: np.ndarray) -> np.ndarray:
         """The robot's state [..., S] in the model's units."""
@@ -100,7 +112,7 @@ class Robot:
         return actions
 
     def state_keys(self, available: Collection[str]) -> list[str]:
-        """The keys of which the state is made. Raises ValueError if there are none."""
+        """The keys whose values are the state, concatenated. Raises ValueError if there are none."""
         for names in self.state_names:
             keys = [key for name in names if (key := _find(available, name)) is not None]
             if len(keys) == len(names):
@@ -109,22 +121,28 @@ class Robot:
         raise ValueError(f"{self._name}: no {wanted} in a frame of {sorted(available)}")
 
     def camera_keys(self, available: Collection[str]) -> list[str]:
-        """The keys of its cameras' pictures, of those that are available."""
+        """The available keys of its cameras' images."""
         return [key for name in self.cameras if (key := _find(available, name)) is not None]
 
-    def action_key(self, available: Collection[str]) -> str | None:
-        """The key of recorded actions, if there is one."""
-        return next((key for key in ("action", "actions") if key in available), None)
+    def action_keys(self, available: Collection[str]) -> list[str]:
+        """The keys whose values are the recorded actions, concatenated; empty if there are none."""
+        return next((list(names) for names in self.action_names if all(name in available for name in names)), [])
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
+    def _vectors(self, item: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray:
+        """The values of keys, concatenated; one with an axis less, such as a gripper, is one dimension."""
+        parts = [self._vector(item, key) for key in keys]
+        axes = max(part.ndim for part in parts)
+        return np.concatenate([p if p.ndim == axes else p[..., None] for p in parts], axis=-1)
+
     def _vector(self, item: Mapping[str, Any], key: str) -> np.ndarray:
         try:
             x = np.asarray(item[key], np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._name}: {key} is no array of numbers: {error}") from error
+            raise ValueError(f"{self._name}: {key} is not an array of numbers: {error}") from error
         bad = np.argwhere(~np.isfinite(x))
         if len(bad):
             raise ValueError(f"{self._name}: {key} is {x[tuple(bad[0])]} at {bad[0].tolist()}; expected finite numbers")
@@ -136,35 +154,40 @@ class Robot:
             raise ValueError(f"{self._name}: {key} is {list(x.shape)}; expected [{wanted}]")
 
     def _images(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        data: dict[str, Any] = {}
+        keys = {name: key for name in self.cameras if (key := _find(item, name)) is not None}
         for camera in dict.fromkeys(self.cameras.values()):
             names = [name for name, target in self.cameras.items() if target == camera]
-            keys = [key for name in names if (key := _find(item, name)) is not None]
-            if len(keys) != 1:
+            found = [keys[name] for name in names if name in keys]
+            if len(found) != (len(names) if self.adapts_images else 1):
                 raise ValueError(
-                    f"{self._name}: {keys or 'no picture'} for the model's {camera}, which is one of {names}, in a "
-                    f"frame of {sorted(item)}; the robot's option `cameras` says which there are"
+                    f"{self._name}: {found or 'no image'} for the model's {camera}, which takes "
+                    f"{'all' if self.adapts_images else 'one'} of {names}, in a frame of {sorted(item)}; the robot's "
+                    "option `cameras` lists its cameras"
                 )
-            data[f"image/{camera}"] = to_uint8(item[keys[0]], keys[0])
-            data[f"image_mask/{camera}"] = np.bool_(True)
-        return data
+        images = self.adapt_images({name: to_uint8(item[key], key) for name, key in keys.items()})
+        if images.keys() != set(self.cameras.values()):
+            raise ValueError(
+                f"{self._name}.adapt_images returned {sorted(images)}, not the model's cameras of `cameras`"
+            )
+        masks = {f"image_mask/{camera}": np.bool_(True) for camera in images}
+        return {f"image/{camera}": to_uint8(image, camera) for camera, image in images.items()} | masks
 
 
 def to_uint8(image: Any, where: str) -> np.ndarray:
-    """A picture [H, W, 3] or [3, H, W], uint8 or float in [0, 1], as uint8 [H, W, 3].
+    """An image [H, W, 3] or [3, H, W], uint8 or float in [0, 1], as uint8 [H, W, 3].
 
-    Floats are rounded, which gives back the bytes they were made from by x / 255. Raises ValueError.
+    Floats are rounded, which is exact for images that were divided by 255. Raises ValueError.
     """
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-        raise ValueError(f"{where}: a picture of shape {list(np.shape(image))}; expected [H, W, 3] or [3, H, W]")
+        raise ValueError(f"{where}: an image of shape {list(np.shape(image))}; expected [H, W, 3] or [3, H, W]")
     if array.dtype == np.uint8:
         return array
-    if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
         raise ValueError(
-            f"{where}: a picture of {array.dtype}, {array.min()} to {array.max()}; expected uint8, or float in [0, 1]"
+            f"{where}: an image of {array.dtype}, {array.min()} to {array.max()}; expected uint8, or float in [0, 1]"
         )
     return np.round(array * 255.0).astype(np.uint8)
 
@@ -174,7 +197,7 @@ def _find(available: Collection[str], name: str) -> str | None:
 
 
 def _flatten(item: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables, such as openpi's `images`, as keys with slashes."""
+    """Flatten nested dicts, such as openpi's `images`, to keys with slashes."""
     flat: dict[str, Any] = {}
     for key, value in item.items():
         flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}

@@ -1,13 +1,13 @@
-"""Small composable steps from robot data to the model's input, and from its actions back.
+"""Composable steps from a robot's data to the model's inputs, and from the model's actions back.
 
-Between the robot's adapter and the model a sample is one dict with flat keys: `image/<camera>` uint8 [H,W,3],
-`image_mask/<camera>` bool, `state` [S], `actions` [T,A] (training only), `prompt` str. The order is openpi's:
+Between the robot's adapter and the model a sample is one dict with flat keys: `image/<camera>` uint8 [H, W, 3],
+`image_mask/<camera>` bool, `state` [S], `actions` [T, A] (training only), `prompt` str. The order is openpi's:
 
     Transforms((DeltaActions(...), Normalize(...), DefaultPrompt(...), CameraMasks(...), ResizeImages(...),
                 TokenizePrompt(...), PadDims(...)))
 
-so the state that is written into a π0.5 prompt is normalized and has the robot's own dimensions, not the model's.
-Training may then `augment_images`.
+so the state in a π0.5 prompt is normalized and has the robot's dimensions, not the model's. Training may then
+`augment_images`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Data = dict[str, Any]
 
 
 class Step(Protocol):
-    """One step: returns a new dict and leaves its input alone. Invertible steps have `inverse` of the same form."""
+    """A step: returns a new dict and does not modify its input. Invertible steps have `inverse` of the same form."""
 
     def __call__(self, data: Data) -> Data: ...
 
 
 class PromptTokenizer(Protocol):
-    """What TokenizePrompt needs: (ids int32 [L], mask bool [L]) of a prompt, with the state [S] in it where given."""
+    """The tokenizer of TokenizePrompt: ids int32 [L] and mask bool [L] of a prompt, with the state [S] if given."""
 
     def encode_prompt(
         self, text: str, max_len: int, state: np.ndarray | None = None
@@ -62,9 +62,9 @@ class Transforms:
 class DeltaActions:
     """Make `actions` [..., T, A] relative to `state` [..., S] where `mask` is true; `inverse` makes them absolute.
 
-    The mask may be shorter than the dimensions; the rest stay as they are. In float64, so that the inverse is exact to
-    rounding. Raises ValueError for actions without a state, and a mask longer than either. Source: openpi
-    `transforms.DeltaActions`, `AbsoluteActions`.
+    Dimensions beyond the mask are unchanged. In float64, so that the inverse is exact to rounding. Raises
+    ValueError for actions without a state, and a mask longer than either. Source: openpi `transforms.DeltaActions`,
+    `AbsoluteActions`.
     """
 
     mask: tuple[bool, ...]
@@ -78,7 +78,7 @@ class DeltaActions:
 
     def _shift(self, data: Data, sign: int) -> Data:
         if "state" not in data:
-            raise ValueError(f"actions relative to the state need 'state'; the keys that came are {sorted(data)}")
+            raise ValueError(f"actions relative to the state need 'state'; got the keys {sorted(data)}")
         actions, state, dims = np.array(data["actions"], np.float64), np.asarray(data["state"]), len(self.mask)
         if dims > min(actions.shape[-1], state.shape[-1]):
             raise ValueError(f"a mask of {dims} dims; actions have {actions.shape[-1]}, the state {state.shape[-1]}")
@@ -90,7 +90,7 @@ class DeltaActions:
 class Normalize:
     """Normalize `state` and `actions` by `stats["state"]` and `stats["actions"]`, to float64.
 
-    Float64 so that a state near a bin's edge falls into the bin openpi gives it; PadDims makes it float32.
+    Float64, so that a state near the edge of a prompt's bin falls into openpi's bin; PadDims makes it float32.
     Raises ValueError for an unknown mode, missing stats or NaN.
     """
 
@@ -114,7 +114,7 @@ class Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class DefaultPrompt:
-    """Give data without a `prompt` this one."""
+    """Add this prompt to data without a `prompt`."""
 
     prompt: str
 
@@ -124,14 +124,14 @@ class DefaultPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class CameraMasks:
-    """Mark the model's cameras `image_keys` that the robot does not have as missing.
+    """Mask the model's cameras `image_keys` that the robot does not have.
 
-    With `black` (π0-FAST) they show black and are not marked: its decoder wants a prefix without a hole. Raises
-    ValueError if the robot has a camera that the model does not look at, or none at all.
+    With `dummy` (π0-FAST) they are zero images that are attended to instead: its decoder needs a prefix without masked
+    tokens. Raises ValueError if the robot has a camera that the model does not have, or none at all.
     """
 
     image_keys: tuple[str, ...]
-    black: bool = False
+    dummy: bool = False
 
     def __call__(self, data: Data) -> Data:
         own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
@@ -139,16 +139,16 @@ class CameraMasks:
         if unknown:
             raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
         if not own:
-            raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; the keys that came are {sorted(data)}")
+            raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; got the keys {sorted(data)}")
         missing = [key for key in self.image_keys if key not in own]
-        masks = {f"image_mask/{key}": np.bool_(self.black) for key in missing}
+        masks = {f"image_mask/{key}": np.bool_(self.dummy) for key in missing}
         empty = np.zeros_like(data[f"image/{min(own)}"])
-        return data | masks | ({f"image/{key}": empty for key in missing} if self.black else {})
+        return data | masks | ({f"image/{key}": empty for key in missing} if self.dummy else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeImages:
-    """Resize every `image/...` to uint8 [height,width,3], keeping its proportions, as `resize_with_pad` does."""
+    """Resize every `image/...` to uint8 [height, width, 3] with its aspect ratio kept, as `resize_with_pad` does."""
 
     height: int
     width: int
@@ -165,8 +165,8 @@ class ResizeImages:
 class TokenizePrompt:
     """Replace `prompt` by `tokenized_prompt` int32 [L] and `tokenized_prompt_mask` bool [L], L = max_token_len.
 
-    With `state_in_prompt` (π0.5) the state goes into the text as it is at this step: put it after Normalize and
-    before PadDims, as openpi does. Raises ValueError without a prompt.
+    With `state_in_prompt` (π0.5) the prompt has the state of this step: place it after Normalize and before PadDims,
+    as openpi does. Raises ValueError without a prompt.
     """
 
     tokenizer: PromptTokenizer
@@ -175,7 +175,7 @@ class TokenizePrompt:
 
     def __call__(self, data: Data) -> Data:
         if "prompt" not in data:
-            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+            raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
         state = data["state"] if self.state_in_prompt else None
         ids, mask = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, state=state)
         rest = {key: value for key, value in data.items() if key != "prompt"}
@@ -184,12 +184,11 @@ class TokenizePrompt:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeFASTPrompt:
-    """TokenizePrompt of π0-FAST: state and, to train on, `actions` are in the text, with masks for attention and loss.
+    """TokenizePrompt of π0-FAST: the text has the state and, in training, `actions`, with masks of attention and loss.
 
-    Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` turns
-    generated `tokens` [N], where present, into `actions` [action_horizon, action_dim], in the robot's own
-    dims: put it after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that
-    are no actions.
+    Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` decodes
+    generated `tokens` [N], where present, to `actions` [action_horizon, action_dim] in the robot's dimensions: place it
+    after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that do not decode.
     """
 
     tokenizer: FASTPromptTokenizer
@@ -199,7 +198,7 @@ class TokenizeFASTPrompt:
 
     def __call__(self, data: Data) -> Data:
         if "prompt" not in data:
-            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+            raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
         prompt = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], data.get("actions"))
         return {key: value for key, value in data.items() if key != "prompt"} | prompt
 
@@ -212,11 +211,11 @@ class TokenizeFASTPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRecipe:
-    """TokenizePrompt of π0.5's recipe: with what is to be written after the prompt, where there are `actions`.
+    """TokenizePrompt of π0.5's recipe: with the target text after the prompt, where there are `actions`.
 
-    Then it adds `token_group` [L] and `has_actions`. Frames with a `subtask` (not empty, and with `subtasks` on) are to
-    write it; without actions, a prompt asks for a subtask if `subtasks` is on. A `question` and its `answer` have
-    neither state nor actions: they are empty, for PadDims to fill. Raises ValueError without prompt or question.
+    Then it adds `token_group` [L] and `has_actions`. With `subtasks`, a frame's `subtask`, if not empty, is a target,
+    and a prompt without actions asks for a subtask. A `question` with its `answer` has an empty state and empty
+    actions, for PadDims to fill. Raises ValueError without prompt or question.
     """
 
     tokenizer: RecipeTokenizer
@@ -231,10 +230,10 @@ class TokenizeRecipe:
             empty = {"state": np.zeros(0), "actions": np.zeros((self.action_horizon, 0))}
             return rest | empty | text | {"has_actions": np.bool_(False)}
         if "prompt" not in data:
-            raise ValueError(f"no 'prompt' to tokenize; the keys that came are {sorted(data)}")
+            raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
         arguments = data["prompt"], self.max_token_len, data["state"]
         if "actions" not in data:
-            text = self.tokenizer.encode_prompt(*arguments, plan=self.subtasks)
+            text = self.tokenizer.encode_prompt(*arguments, predict_subtask=self.subtasks)
             return rest | {key: value for key, value in text.items() if key != "token_group"}
         subtask = (data.get("subtask") or None) if self.subtasks else None
         text = self.tokenizer.encode_prompt(*arguments, subtask, data["actions"])
@@ -243,10 +242,10 @@ class TokenizeRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class PadDims:
-    """Pad `state` [S] and `actions` [T,A] with zeros to float32 [action_dim] and [T,action_dim], the model's dims.
+    """Pad `state` [S] and `actions` [T, A] with zeros to float32 [action_dim] and [T, action_dim], the model's dims.
 
-    With `cut_state`, of π0-FAST, which has read the state as text by now, more dims of it are left out. `inverse` cuts
-    `actions`, where present, back to `robot_action_dim`. Raises ValueError if there are more dims than the model takes.
+    With `cut_state` (π0-FAST, which reads the state as text) a longer state is cut. `inverse` cuts `actions`, where
+    present, back to `robot_action_dim`. Raises ValueError for more dimensions than the model has.
     """
 
     action_dim: int
@@ -269,14 +268,14 @@ class PadDims:
             x = x[..., : self.action_dim]
         extra = self.action_dim - x.shape[-1]
         if extra < 0:
-            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model takes at most {self.action_dim}")
+            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model has {self.action_dim}")
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 
 
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [H,W,3] to [height,width,3]: bilinear, proportions kept, the rest black, the picture centred.
+    """Resize uint8 [H, W, 3] to [height, width, 3]: bilinear, aspect ratio kept, centered, padded with zeros.
 
-    Rounds down as openpi-client's `image_tools.resize_with_pad` does, and agrees with it to the bit.
+    Bit-identical to openpi-client's `image_tools.resize_with_pad`, which rounds sizes down.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -293,12 +292,12 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def augment_images(data: Data, rng: np.random.Generator) -> Data:
-    """Vary every `image/<camera>` uint8 [H,W,3] at random, as openpi does in training; shapes and dtypes stay.
+    """Randomly augment every `image/<camera>` uint8 [H, W, 3], as openpi does in training.
 
-    All cameras: brightness, contrast and saturation scaled by up to 30, 40 and 50 percent. All but those with "wrist"
-    in their name, before that: a crop to 95 percent, scaled back, and a turn by up to 5 degrees about the centre; what
-    the turn uncovers is black. The same `rng` gives the same pictures. A black picture stays black.
-    Source: openpi `preprocessing_pytorch.py`; its JAX code (`augmax`) means the same, and loses the saturation.
+    All cameras: brightness, contrast and saturation scaled by up to 30, 40 and 50 percent. Before that, all but those
+    with "wrist" in their name: a crop to 95 percent, resized back, and a rotation by up to 5 degrees about the center,
+    filled with zeros. The same `rng` gives the same images; zero images stay zero.
+    Source: openpi `preprocessing_pytorch.py`; its JAX code (`augmax`) intends the same, but loses the saturation.
     """
     images = {key: data[key] for key in sorted(data) if key.startswith("image/")}
     for key, image in images.items():
@@ -313,19 +312,19 @@ def _crop_and_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     crop_height, crop_width = int(height * 0.95), int(width * 0.95)
     top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
     cropped = Image.fromarray(image[top : top + crop_height, left : left + crop_width])
-    # Where in the crop each pixel comes from: turned about the centre, then scaled; both at once.
+    # From an output pixel to its place in the crop: rotated about the center, then scaled, as one affine map.
     angle = np.deg2rad(rng.uniform(-5, 5))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre, scale = np.array([width, height]) / 2, np.array([crop_width / width, crop_height / height])
-    matrix = np.column_stack([turn, centre - turn @ centre]) * scale[:, None]
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    center, scale = np.array([width, height]) / 2, np.array([crop_width / width, crop_height / height])
+    matrix = np.column_stack([rotation, center - rotation @ center]) * scale[:, None]
     size, affine = (width, height), Image.Transform.AFFINE
     return np.array(cropped.transform(size, affine, tuple(matrix.ravel()), Image.Resampling.BILINEAR))
 
 
 def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * (0.3, 0.4, 0.5)
-    # One after the other: x·b; its distance from the mean of all, ·c; that from the mean of a pixel's channels, ·s.
-    # Together, a linear function of a pixel's channels, in one pass.
+    # Brightness x·b, then contrast about the image's mean, then saturation about the mean of a pixel's channels:
+    # together an affine function of a pixel's channels, applied in one pass.
     own, grey = brightness * contrast * saturation, brightness * contrast * (1 - saturation) / 3
     shift = brightness * (1 - contrast) * float(image.mean())
     rows = ((own + grey if i == j else grey for j in range(3)) for i in range(3))
@@ -334,5 +333,5 @@ def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def bool_mask(*runs: int) -> tuple[bool, ...]:
-    """Runs of true (positive) and false (negative): bool_mask(2, -1) is (True, True, False); openpi's form."""
+    """Runs of True (positive) and False (negative), as in openpi: bool_mask(2, -1) is (True, True, False)."""
     return tuple(run > 0 for run in runs for _ in range(abs(run)))

@@ -1,8 +1,8 @@
-"""Makes metaworld_subtasks.jsonl, the subtasks of the bundled recordings, from the phases of each episode.
+"""Write metaworld_subtasks.jsonl, the subtasks of the bundled recordings, from the phases of each episode.
 
     python -m pi0.sample.make_subtasks
 
-The phases are read off the commands: where the hand is sent and when the gripper is told to close.
+Phases are detected from the actions: the motion of the hand and the closing of the gripper.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.datasets import LeRobotDataset
+from pi0.datasets.registry import open_dataset
+from pi0.robots.metaworld import MetaWorld
 from pi0.sample import METAWORLD
+from pi0.storage import write_text
 
 FILE = Path(__file__).parent / "metaworld_subtasks.jsonl"
 
-# By task: its phases in order, and what the command (dx, dy, dz, gripper) is when the phase begins.
+# The phases of each task in order, and a test of the action (dx, dy, dz, gripper) at which the phase begins.
 Begins = Callable[[np.ndarray], bool]
 PHASES: dict[str, list[tuple[str, Begins]]] = {
     "reach the red target": [("go to the red target", lambda a: True)],
@@ -40,29 +42,29 @@ PHASES: dict[str, list[tuple[str, Begins]]] = {
 }
 
 
-def spans(commands: np.ndarray, task: str) -> list[tuple[int, int, str]]:
-    """The phases of one episode's commands [F, 4]: first frame, the one after the last, subtask."""
+def spans(actions: np.ndarray, task: str) -> list[tuple[int, int, str]]:
+    """The phases of an episode with actions [F, 4]: first frame, last frame + 1, subtask."""
     starts: list[int] = []
     texts: list[str] = []
     for text, begins in PHASES[task]:
         first = starts[-1] + 1 if starts else 0
-        starts.append(next(f for f in range(first, len(commands)) if begins(commands[f])))
+        starts.append(next(f for f in range(first, len(actions)) if begins(actions[f])))
         texts.append(text)
-    return list(zip(starts, [*starts[1:], len(commands)], texts, strict=True))
+    return list(zip(starts, [*starts[1:], len(actions)], texts, strict=True))
 
 
 def subtasks() -> str:
     """The lines of the file."""
-    dataset = LeRobotDataset(METAWORLD, cameras=[])
-    commands = dataset.table("action")
+    dataset = open_dataset(METAWORLD, MetaWorld(), cameras=[])
+    actions = dataset.table("action")
     lines = []
     for position, episode in enumerate(dataset.episodes):
         first, end = dataset.starts[position : position + 2]
-        for start, stop, subtask in spans(commands[first:end], dataset[int(first)]["task"]):
+        for start, stop, subtask in spans(actions[first:end], dataset.task(first)):
             row = {"episode": episode.index, "start_frame": start, "end_frame": stop, "subtask": subtask}
             lines.append(json.dumps(row) + "\n")
     return "".join(lines)
 
 
 if __name__ == "__main__":
-    FILE.write_text(subtasks())
+    write_text(FILE, subtasks())

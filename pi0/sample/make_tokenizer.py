@@ -1,9 +1,9 @@
-"""Makes tokenizer.model, the small tokenizer of the bundled sample, so that nothing has to be downloaded.
+"""Write tokenizer.model, the small tokenizer of the bundled sample, so that nothing has to be downloaded.
 
     python -m pi0.sample.make_tokenizer
 
-A stand-in for PaliGemma's tokenizer: the same special ids, digits one by one, bytes for whatever it has not
-seen and no change to the text, but 512 pieces, learned from the sentences below.
+A small substitute for PaliGemma's tokenizer: the same special ids, split digits, byte fallback and no normalization,
+but 512 pieces, trained on the sentences below.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def corpus() -> list[str]:
 
 
 def train() -> bytes:
-    """A SentencePiece model of `corpus()`; the same bytes whenever it is made."""
+    """Train a SentencePiece model on `corpus()`; deterministic to the byte."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),

@@ -1,7 +1,8 @@
-"""FAST: a normalized action chunk to token ids and back."""
+"""FAST: token ids of normalized action chunks."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.fft
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -21,21 +21,21 @@ from pi0.tokenizers.text import require_sha256
 
 FAST = "hf://physical-intelligence/fast"
 FAST_FILES = ("tokenizer.json", "processor_config.json")
-SURROGATES = 0xD800  # the first code point that is no character
+SURROGATES = 0xD800  # the first code point that is not a character
 
 
 class FASTError(ValueError):
-    """Token ids that are no action chunk; the message says what is wrong with them."""
+    """Token ids that do not decode to an action chunk; the message has the reason."""
 
 
 class FASTTokenizer:
-    """A normalized action chunk to token ids and back: DCT over time, rounded, as characters, byte-pair encoded.
+    """Encodes normalized action chunks: DCT over time, rounded, as characters, byte-pair encoded.
 
-    `source` is a folder of the Hugging Face layout of physical-intelligence/fast, anywhere `pi0.fetch.fetch` reads;
+    `source` is a folder in the Hugging Face layout of physical-intelligence/fast, at any address of `pi0.fetch.fetch`;
     its Python file is neither needed nor run. `fit` makes a new one.
 
-    Attributes: `source`, None until one that was fitted has been saved; `sha256` of its FAST_FILES; `scale`, so that a
-    rounded coefficient is off by at most 0.5 / scale; `min_token`, the coefficient whose character is 0; `vocab_size`;
+    Attributes: `source`, None until a fitted one has been saved; `sha256` of its FAST_FILES; `scale`: rounding changes
+    a coefficient by at most 0.5 / scale; `min_token`, the coefficient whose character is 0; `vocab_size`;
     `time_horizon` T and `action_dim` A, which may be None.
 
     Raises FileNotFoundError for missing files and ValueError for damaged ones.
@@ -46,7 +46,7 @@ class FASTTokenizer:
         folder = fetch(source)
         missing = [name for name in FAST_FILES if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder} is no FAST tokenizer: it has no {' and no '.join(missing)}")
+            raise FileNotFoundError(f"{folder} is not a FAST tokenizer: it has no {' and no '.join(missing)}")
         self._set({name: (folder / name).read_bytes() for name in FAST_FILES}, str(source))
 
     def _set(self, files: Mapping[str, bytes], source: str | None) -> None:
@@ -57,26 +57,26 @@ class FASTTokenizer:
             self.scale, self.min_token = float(config["scale"]), int(config["min_token"])
             declared = int(config["vocab_size"])
         except Exception as error:  # `tokenizers` raises nothing more precise
-            raise ValueError(f"{source} is no FAST tokenizer: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{source} is not a FAST tokenizer: {type(error).__name__}: {error}") from error
         self.time_horizon: int | None = config.get("time_horizon")
         self.action_dim: int | None = config.get("action_dim")
         self.vocab_size: int = self._bpe.get_vocab_size()
         self.sha256 = hashlib.sha256(b"".join(files[name] for name in FAST_FILES)).hexdigest()
         if not self.scale > 0 or self.vocab_size > declared:
             raise ValueError(
-                f"{source} is no FAST tokenizer: scale {self.scale} must be above 0, and the {self.vocab_size} tokens "
-                f"of tokenizer.json no more than vocab_size {declared} of processor_config.json"
+                f"{source} is not a FAST tokenizer: scale {self.scale} must be above 0, and the {self.vocab_size} "
+                f"tokens of tokenizer.json no more than vocab_size {declared} of processor_config.json"
             )
 
     @classmethod
     def fit(cls, chunks: Sequence[np.ndarray], scale: float = 10, vocab_size: int = 1024) -> FASTTokenizer:
-        """A tokenizer for normalized action chunks [T, A] like these; the same chunks give the same bytes.
+        """A tokenizer fitted on normalized action chunks [T, A]; the same chunks give the same bytes.
 
-        As the published one is fitted, except for three things that its files carry, so that either code reads what the
-        other has fitted: every byte is in the vocabulary, so no character is ever lost; there is room for coefficients
-        twice as far below zero as any here; and tokens may span what GPT-2's pattern takes for words: with its breaks
-        a chunk of 10 Meta-World actions takes 40% more tokens.
-        Raises ValueError for no or bad chunks, scale <= 0, or a vocabulary smaller than the 256 bytes.
+        Fitted as the published one, with three differences that are stored in its files, so that openpi's code can read
+        them: every byte is in the vocabulary, so that no character is lost; coefficients twice as far below zero as any
+        of these can be encoded; and tokens are not split at GPT-2's word pattern, which would take 40% more tokens
+        for a chunk of 10 Meta-World actions. Raises ValueError for no or bad chunks, scale <= 0, or a vocabulary
+        smaller than the 256 bytes.
         """
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         if not len(chunks) or not scale > 0 or vocab_size < len(alphabet):
@@ -102,7 +102,7 @@ class FASTTokenizer:
         horizon, dim = shapes.pop() if len(shapes) == 1 else (None, None)
         config = {
             "action_dim": dim,
-            # where transformers finds the code that goes with this layout
+            # the code that transformers runs for this layout
             "auto_map": {
                 "AutoProcessor": "physical-intelligence/fast--processing_action_tokenizer.UniversalActionProcessor"
             },
@@ -123,14 +123,14 @@ class FASTTokenizer:
     def encode(self, actions: np.ndarray) -> list[int]:
         """The token ids of a normalized chunk [T, A].
 
-        Raises ValueError for another shape, NaN, or a coefficient that the vocabulary cannot say.
+        Raises ValueError for another shape, NaN, or a coefficient that is not in the vocabulary.
         """
         text = _characters(_quantize(actions, self.scale), self.min_token)
         ids = self._bpe.encode(text, add_special_tokens=False).ids
-        if self._bpe.decode(ids, skip_special_tokens=False) != text:  # `tokenizers` drops what it does not know
+        if self._bpe.decode(ids, skip_special_tokens=False) != text:  # `tokenizers` drops unknown characters
             raise ValueError(
-                f"these actions have DCT coefficients that the vocabulary of {self.source} lacks: its training data "
-                "had none like them. Check the normalization, or fit a tokenizer on this data"
+                f"these actions have DCT coefficients that the vocabulary of {self.source} lacks, as its training "
+                "data had none like them. Check the normalization, or fit a tokenizer on this data"
             )
         return ids
 
@@ -141,16 +141,14 @@ class FASTTokenizer:
         action_dim: int | None = None,
         fallback: bool = False,
     ) -> tuple[np.ndarray, bool]:
-        """The chunk float64 [T, A] that ids stand for, and True.
+        """The chunk float64 [T, A] of token ids, and True.
 
-        T and A are the tokenizer's own where not given; ValueError if it has none. Ids that are no such chunk raise
-        FASTError; with `fallback` they give zeros and False instead.
+        T and A default to the tokenizer's; ValueError if it has none. Ids of no such chunk raise FASTError; with
+        `fallback` they give zeros and False instead.
         """
         horizon, dim = time_horizon or self.time_horizon, action_dim or self.action_dim
         if horizon is None or dim is None:
-            raise ValueError(
-                f"{self.source} does not say how long and wide a chunk is; give time_horizon and action_dim"
-            )
+            raise ValueError(f"{self.source} has no time_horizon or action_dim; give time_horizon and action_dim")
         try:
             return self._decode(np.asarray(ids), (horizon, dim)), True
         except FASTError:
@@ -162,23 +160,23 @@ class FASTTokenizer:
         unknown = [int(i) for i in ids.ravel() if not 0 <= i < self.vocab_size]
         if ids.ndim != 1 or unknown:
             raise FASTError(
-                f"no FAST tokens: shape {list(ids.shape)}, not in 0 to {self.vocab_size - 1}: {unknown[:8]}"
+                f"not FAST tokens: shape {list(ids.shape)}, not in 0 to {self.vocab_size - 1}: {unknown[:8]}"
             )
         codes = [ord(c) for c in self._bpe.decode(ids.tolist(), skip_special_tokens=False)]
-        if max(codes, default=0) >= SURROGATES:  # U+FFFD: bytes that are no character
-            raise FASTError(f"the {len(ids)} tokens put bytes together that are no coefficients")
+        if max(codes, default=0) >= SURROGATES:  # U+FFFD: bytes that are not UTF-8
+            raise FASTError(f"the {len(ids)} tokens decode to no coefficients: not UTF-8")
         if len(codes) != np.prod(shape):
             raise FASTError(
                 f"{len(ids)} tokens hold {len(codes)} coefficients; a chunk of {list(shape)} has {np.prod(shape)}"
             )
         coefficients = (np.array(codes) + self.min_token).reshape(shape)
-        return scipy.fft.idct(coefficients / self.scale, type=2, axis=0, norm="ortho")
+        return _dct_matrix(shape[0]).T @ (coefficients / self.scale)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write the folder, whole or not at all, and make it the `source`.
+        """Write the folder, whole or not at all, and set `source` to it.
 
-        `tokenizer_config.json` is for transformers, which would not load the tokenizer without it.
-        Raises FileExistsError if it exists, unless it is a FAST tokenizer's to `overwrite`.
+        Includes `tokenizer_config.json`, which transformers needs to load the tokenizer. Raises FileExistsError if it
+        exists, unless it is a FAST tokenizer's to `overwrite`.
         """
         folder = local_path(folder)
         files = {**self._files, "tokenizer_config.json": _TOKENIZER_CONFIG}
@@ -195,14 +193,14 @@ class FASTTokenizer:
         self.source = str(folder)
 
     def reference(self) -> dict[str, str]:
-        """What a checkpoint says about its action tokenizer; see `from_reference`. ValueError before it is saved."""
+        """The entry of a checkpoint's config; see `from_reference`. Raises ValueError before the tokenizer is saved."""
         if self.source is None:
-            raise ValueError("this FAST tokenizer lies in no folder yet that could be referred to; save it first")
+            raise ValueError("this FAST tokenizer has not been saved, so it has no source to refer to; save it first")
         return {"kind": "fast", "source": self.source, "sha256": self.sha256}
 
     @classmethod
     def from_reference(cls, reference: dict[str, Any]) -> FASTTokenizer:
-        """The tokenizer that `reference()` described. Raises ValueError if it is of another kind, or has changed."""
+        """The tokenizer of a `reference()`. Raises ValueError if it is another tokenizer's, or the files changed."""
         if reference.get("kind") != "fast":
             raise ValueError(f"not a reference to a FAST tokenizer: {reference}")
         tokenizer = cls(reference["source"])
@@ -213,16 +211,29 @@ class FASTTokenizer:
 _TOKENIZER_CONFIG = b'{"clean_up_tokenization_spaces": false, "tokenizer_class": "PreTrainedTokenizerFast"}\n'
 
 
+@functools.lru_cache
+def _dct_matrix(size: int) -> np.ndarray:
+    """The orthonormal DCT-II of vectors [T] as a matrix [T, T]; its transpose is the inverse, the DCT-III.
+
+    It differs from SciPy's FFT, which openpi uses, by float64's rounding: only exact ties are quantized differently.
+    """
+    frequency, time = np.arange(size)[:, None], np.arange(size)
+    phase = (2 * time + 1) * frequency % (4 * size)  # reduced to a period, so that large ones lose no precision
+    matrix = np.cos(np.pi / (2 * size) * phase) * np.sqrt(2 / size)
+    matrix[0] = np.sqrt(1 / size)
+    return matrix
+
+
 def _quantize(actions: np.ndarray, scale: float) -> np.ndarray:
     """Rounded DCT-II coefficients int64 [T, A] of a chunk [T, A]. Raises ValueError for another shape or NaN."""
     actions = np.asarray(actions, np.float64)
     if actions.ndim != 2 or not actions.size or not np.isfinite(actions).all():
         raise ValueError(f"actions of shape {list(actions.shape)}; expected finite numbers [T, A]")
-    return np.around(scipy.fft.dct(actions, type=2, axis=0, norm="ortho") * scale).astype(np.int64)
+    return np.around(_dct_matrix(len(actions)) @ actions * scale).astype(np.int64)
 
 
 def _characters(coefficients: np.ndarray, min_token: int) -> str:
-    """Coefficients [T, A] as characters, time first. Raises ValueError for those that have none."""
+    """Coefficients [T, A] as characters in row-major order. Raises ValueError for those without a character."""
     codes = coefficients.ravel() - min_token
     if codes.min() < 0 or codes.max() >= SURROGATES:
         raise ValueError(

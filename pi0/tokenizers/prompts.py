@@ -1,4 +1,4 @@
-"""The whole texts of π0-FAST and of π0.5's recipe: a prompt, and what is to be written after it."""
+"""Token sequences of π0-FAST and of π0.5's recipe: a prompt, and in training the target text after it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from pi0.tokenizers.fast import FASTError, FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer, one_line, state_bins
 
-SKIPPED_IDS = 128  # the last ids of PaliGemma's vocabulary, which FAST tokens leave alone
+SKIPPED_IDS = 128  # the last ids of PaliGemma's vocabulary, which are not FAST tokens
 
 
 class FASTPromptTokenizer:
-    """A whole text of π0-FAST: the instruction and the state, and after them the actions that answer.
+    """Token sequences of π0-FAST: instruction and state, followed by the actions as FAST tokens.
 
-    FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's own, as
-    with PaliGemma, whose last pieces occur in no prompt); prompts are counted in `text.encoded` and `text.truncated`.
+    FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's, as for
+    PaliGemma, whose last pieces occur in no prompt). `text.encoded` and `text.truncated` count prompts.
 
-    Raises ValueError if the model's vocabulary has no room for the FAST tokens.
+    Raises ValueError if the FAST tokens do not fit into the model's vocabulary.
     Source: `FASTTokenizer` in openpi's models/tokenizer.py.
     """
 
@@ -40,10 +40,10 @@ class FASTPromptTokenizer:
     ) -> dict[str, np.ndarray]:
         """`<bos>Task: {text}, State: {bins};\\n`, and with actions [T, A] `Action: {FAST tokens}|<eos>`.
 
-        The text is stripped and in lower case, its underscores are spaces; state [S] and actions are normalized.
+        The text is stripped and lower-cased, its underscores become spaces; state [S] and actions are normalized.
 
-        Returns `tokenized_prompt` int32 [max_len], padded with 0 or cut; `tokenized_prompt_mask` bool [max_len], true
-        where there is a token; `token_ar_mask` int32 and `token_loss_mask` bool [max_len], 1 and true on the answer.
+        Returns `tokenized_prompt` int32 [max_len], padded with 0 or cut; `tokenized_prompt_mask` bool [max_len], True
+        for tokens; `token_ar_mask` int32 and `token_loss_mask` bool [max_len], 1 and True for the target tokens.
         Raises ValueError for a bad state or bad actions.
         """
         bins = " ".join(map(str, state_bins(state)))
@@ -60,7 +60,7 @@ class FASTPromptTokenizer:
         }
 
     def action_ids(self, actions: np.ndarray) -> list[int]:
-        """Normalized actions [T, A] as ids of the model's vocabulary, closed by "|" and `<eos>`."""
+        """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`."""
         ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
         return [*ids, *self._end, self.text.eos_id]
 
@@ -88,10 +88,10 @@ class FASTPromptTokenizer:
 
 
 class RecipeTokenizer:
-    """A whole text of π0.5's recipe: a prompt, and after it what is to be written: a subtask, an answer, FAST tokens.
+    """Token sequences of π0.5's recipe: a prompt, and as targets a subtask, an answer or FAST tokens.
 
-    `fast` is None where no FAST tokens are written. What is returned is what FASTPromptTokenizer returns, but for
-    `token_group` int32 [max_len], the group of `pi0.masks` of each token, instead of its two masks.
+    `fast` is None without FAST tokens. Returns the same as FASTPromptTokenizer, but with `token_group` int32 [max_len],
+    the group of `pi0.masks` of each token, instead of its two masks.
     """
 
     def __init__(self, text: TextTokenizer, fast: FASTPromptTokenizer | None = None):
@@ -104,29 +104,29 @@ class RecipeTokenizer:
         state: np.ndarray,
         subtask: str | None = None,
         actions: np.ndarray | None = None,
-        plan: bool = False,
+        predict_subtask: bool = False,
     ) -> dict[str, np.ndarray]:
-        """`<bos>Task: {text}, State: {bins};\\nSubtask: `, to `plan` or with a subtask given; else π0.5's plain prompt.
+        """`<bos>Task: {text}, State: {bins};\\nSubtask: ` with `predict_subtask` or a subtask, else π0.5's prompt.
 
-        The subtask is written as `{subtask}<eos>`; normalized actions [T, A] as `{FAST tokens}|<eos>`, after a subtask
-        with `Action: ` before them. Raises ValueError for a bad state or bad actions.
+        The targets are `{subtask}<eos>`, and for normalized actions [T, A] `{FAST tokens}|<eos>`, after a subtask
+        preceded by `Action: `. Raises ValueError for a bad state or bad actions.
         """
         bins = " ".join(map(str, state_bins(state)))
-        cue = "Action: " if subtask is None and not plan else "Subtask: "
+        cue = "Action: " if subtask is None and not predict_subtask else "Subtask: "
         prompt = self.text.encode(f"Task: {one_line(text)}, State: {bins};\n{cue}", add_bos=True)
-        written = [] if subtask is None else [*self.text.encode(one_line(subtask)), self.text.eos_id]
+        target = [] if subtask is None else [*self.text.encode(one_line(subtask)), self.text.eos_id]
         fast: list[int] = []
         if self.fast is not None and actions is not None:
             fast = [*([] if subtask is None else self.text.encode("Action: ")), *self.fast.action_ids(actions)]
-        return self._grouped((prompt, written, fast), max_len)
+        return self._grouped((prompt, target, fast), max_len)
 
     def encode_question(self, question: str, max_len: int, answer: str) -> dict[str, np.ndarray]:
-        """`<bos>Question: {question}\\nAnswer: `, and `{answer}<eos>`, which is to be written."""
+        """`<bos>Question: {question}\\nAnswer: `, and the target `{answer}<eos>`."""
         prompt = self.text.encode(f"Question: {one_line(question)}\nAnswer: ", add_bos=True)
         return self._grouped((prompt, [*self.text.encode(one_line(answer)), self.text.eos_id], []), max_len)
 
     def read(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text that generated tokens [N] say: up to the first `<eos>`, without ids that are no text."""
+        """The text of generated tokens [N] up to the first `<eos>`, without ids beyond the text vocabulary."""
         ids = [int(t) for t in tokens]
         ids = ids[: _find(ids, [self.text.eos_id])]
         return self.text.decode([i for i in ids if i < self.text.vocab_size]).strip()
@@ -139,5 +139,5 @@ class RecipeTokenizer:
 
 
 def _find(ids: list[int], part: list[int]) -> int:
-    """Where `part` first begins in `ids`; len(ids) where it does not occur."""
+    """The first index of `part` in `ids`, or len(ids)."""
     return next((i for i in range(len(ids)) if ids[i : i + len(part)] == part), len(ids))

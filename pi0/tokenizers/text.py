@@ -1,4 +1,4 @@
-"""Text to token ids and back: the prompts that π0 and π0.5 read."""
+"""Token ids of text, with a SentencePiece model: the prompts of π0 and π0.5."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ STATE_BINS = 256  # over the normalized range [-1, 1]
 
 
 class TextTokenizer:
-    """Text to token ids and back, with a SentencePiece model.
+    """Encodes and decodes text with a SentencePiece model.
 
-    `source` is where the model file is: anything `pi0.fetch.fetch` takes.
+    `source` is the model file, at any address of `pi0.fetch.fetch`.
 
     Attributes: `source`; `sha256` of the model file; `vocab_size`; `bos_id`, `eos_id`, `pad_id`; and two
-    counters, `encoded` and `truncated`: the prompts encoded so far and those of them that were too long.
+    counters, `encoded` and `truncated`: of all encoded prompts, and of those that were too long.
 
-    Raises FileNotFoundError if there is no such file and ValueError if it is no SentencePiece model.
+    Raises FileNotFoundError for a missing file and ValueError if it is not a SentencePiece model.
     """
 
     def __init__(self, source: str | Path = PALIGEMMA):
@@ -49,22 +49,22 @@ class TextTokenizer:
         self.truncated = 0
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """The token ids of `text`, after `<bos>` if asked."""
+        """The token ids of `text`, with `add_bos` after `<bos>`."""
         return self._pieces.encode(text, add_bos=add_bos)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        """The text of token ids; special tokens such as `<bos>` and padding have none."""
+        """The text of token ids; special tokens such as `<bos>` and padding are skipped."""
         return self._pieces.decode([int(i) for i in ids])
 
     def encode_prompt(self, text: str, max_len: int, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """An instruction as a model reads it, padded with id 0 or cut to `max_len` tokens.
+        """The prompt of an instruction, padded with id 0 or cut to `max_len` tokens.
 
-        π0 (no state): `<bos>{text}` and, encoded apart, a newline that starts the answer.
+        π0 (no state): `<bos>{text}` and, encoded separately, a newline.
         π0.5 (normalized state [S]): `<bos>Task: {text}, State: {bins};\\nAction: `.
-        In both, `text` is stripped and its underscores and newlines become spaces. A prompt that is cut is
-        counted in `truncated`, and the first one is logged as a warning.
+        In both, `text` is stripped and its underscores and newlines become spaces. `truncated` counts prompts that are
+        cut, and the first one is logged as a warning.
 
-        Returns ids int32 [max_len] and mask bool [max_len], true where there is a token.
+        Returns ids int32 [max_len] and mask bool [max_len], True for tokens.
         Raises ValueError if the state is not one vector of finite numbers.
         Source: `PaligemmaTokenizer` in openpi's models/tokenizer.py.
         """
@@ -77,14 +77,14 @@ class TextTokenizer:
         return self.pad(ids, max_len)
 
     def reference(self) -> dict[str, str]:
-        """What a checkpoint says about its tokenizer; see `from_reference`."""
+        """The entry of a checkpoint's config; see `from_reference`."""
         return {"kind": "sentencepiece", "source": self.source, "sha256": self.sha256}
 
     @classmethod
     def from_reference(cls, reference: dict[str, Any]) -> TextTokenizer:
-        """The tokenizer that `reference()` described.
+        """The tokenizer of a `reference()`.
 
-        Raises ValueError if it is of another kind, or if the file at its source is another one by now.
+        Raises ValueError if it is another tokenizer's, or if the file at its source has changed.
         """
         if reference.get("kind") != "sentencepiece":
             raise ValueError(f"not a reference to a SentencePiece tokenizer: {reference}")
@@ -93,14 +93,14 @@ class TextTokenizer:
         return tokenizer
 
     def pad(self, ids: list[int], max_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [max_len], padded with 0 or cut, and mask bool [max_len]; cut ones are counted and warned of."""
+        """Ids int32 [max_len], padded with 0 or cut, and mask bool [max_len]. Counts and logs those that are cut."""
         self.encoded += 1
         if len(ids) > max_len:
             self.truncated += 1
             if self.truncated == 1:
                 logger.warning(
                     "a prompt of %d tokens was cut to %d; raise max_token_len in the model config if this is "
-                    "frequent (said once; `truncated` counts them all)",
+                    "frequent (logged once; `truncated` counts them all)",
                     len(ids),
                     max_len,
                 )
@@ -130,7 +130,7 @@ def one_line(text: str) -> str:
 
 
 def require_sha256(source: str, found: str, expected: str | None) -> None:
-    """Raise ValueError where a tokenizer is not the one that was used."""
+    """Raise ValueError where a tokenizer's hash is not the expected one."""
     if expected not in (None, found):  # None: a reference of LeRobot's, by name alone
         raise ValueError(
             f"{source} is not the tokenizer that was used: its sha256 is {found}, expected {expected}. Put the "

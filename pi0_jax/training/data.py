@@ -19,14 +19,17 @@ from absl import flags
 
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
-from pi0.datasets import Annotated, Mixture, Questions, episode_numbers, open_dataset, split_episodes
+from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.mixture import Mixture, split_episodes
+from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import RunningStats, dataset_statistics
 from pi0.fetch import fetch
 from pi0.observation import Observation, check_actions
-from pi0.robots import Robot, make_robot
 from pi0.robots.normalize import NormStats
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import make_robot
+from pi0.robots.robot import Robot
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
 
@@ -136,7 +139,9 @@ class Recordings:
             )
         held_out = validation if validation and len(validation) else None
         if file := config.get("subtasks"):
-            return cls(config, robot, Annotated(training, file), Annotated(held_out, file) if held_out else None)
+            return cls(
+                config, robot, AnnotatedDataset(training, file), AnnotatedDataset(held_out, file) if held_out else None
+            )
         return cls(config, robot, training, held_out)
 
     @property
@@ -200,7 +205,7 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
             )
         if not place and not isinstance(one.training, Questions):
             total = totals.setdefault(asset_id, {})
-            recorded = one.training.dataset if isinstance(one.training, Annotated) else one.training
+            recorded = one.training.dataset if isinstance(one.training, AnnotatedDataset) else one.training
             for key, stats in dataset_statistics(recorded, one.robot).items():
                 total[key] = total[key] + stats if key in total else stats
     computed = {asset_id: {key: s.norm_stats() for key, s in total.items()} for asset_id, total in totals.items()}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pi0.config import ModelConfig
-from pi0.datasets import LeRobotDataset
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.observation import Observation
-from pi0.robots import make_robot
 from pi0.robots.normalize import MODES
+from pi0.robots.registry import make_robot
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import BUNDLED
 from pi0.variants import get_variant

@@ -77,6 +77,17 @@ def test_stats_and_their_name_go_together(lacking: str, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_asset_id_stays_below_its_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"'\.\./outside' is not a path below"):
+        dataclasses.replace(ASSETS, asset_id="../outside").save(tmp_path / "assets")
+    assert not list(tmp_path.iterdir())
+    ASSETS.save(tmp_path / "assets")
+    config = tmp_path / "assets" / "config.json"
+    config.write_text(config.read_text().replace('"asset_id": "lab"', '"asset_id": "/etc"'))
+    with pytest.raises(ValueError, match="'/etc' is not a path below"):
+        Assets.load(tmp_path)
+
+
 def test_stats_that_are_gone_are_missed(tmp_path):
     ASSETS.save(tmp_path / "assets")
     (tmp_path / "assets" / "lab" / "norm_stats.json").unlink()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from pi0.assets import Assets
-from pi0.datasets import LeRobotDataset
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.policy.policy import Policy
-from pi0.robots import make_robot
 from pi0.robots.normalize import NormStats
+from pi0.robots.registry import make_robot
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import BUNDLED, TextTokenizer
 from pi0.variants import get_variant

@@ -11,10 +11,10 @@ from PIL import Image
 import pi0_jax
 import pi0_torch
 from pi0.config import ConfigError
-from pi0.datasets import LeRobotDataset
 from pi0.datasets.fit_fast import action_chunks
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.statistics import dataset_statistics
-from pi0.robots import MetaWorld
+from pi0.robots.metaworld import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0_eval.scores import evaluate, main

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from pi0.assets import Assets
-from pi0.datasets import LeRobotDataset, Mixture, open_dataset
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.lerobot import LeRobotDataset
+from pi0.datasets.mixture import Mixture
+from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import dataset_statistics
-from pi0.robots import make_robot
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import make_robot
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import TextTokenizer
 from pi0.variants import get_variant

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pi0.datasets import DataError, LeRobotDataset, build_cache
-from pi0.datasets.cache import main
+from pi0.datasets.cache import build_cache, main
+from pi0.datasets.errors import DataError
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.transforms import resize_with_pad
 
 HERE = Path(__file__).parents[2] / "datasets"
@@ -24,8 +25,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    for reader in ("Video", "StoredImages"):
-        monkeypatch.setattr(f"pi0.datasets.video.{reader}.frame", lambda *_: pytest.fail("decoded a picture"))
+    for reader in ("Video", "EncodedImages"):
+        monkeypatch.setattr(f"pi0.datasets.video.{reader}.frame", lambda *_: pytest.fail("decoded an image"))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("metaworld_v30", 2), ("metaworld_v21_images", 1)])

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi0.datasets import DataError, LeRobotDataset, find_damage
-from pi0.datasets.check import main
+from pi0.datasets.check import find_damage, main
+from pi0.datasets.errors import DataError
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.sample import METAWORLD
 from tests.pi0.datasets.test_video import write_video
 
@@ -172,7 +173,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], tuple[str, int, int | None, 
     "undecodable picture": (
         "v21_images",
         encoded(b"\x89PNG\r\n\x1a\n but no more"),
-        (V21_DATA, 1, 7, "the picture in row 7 of observation.images.wrist cannot be decoded"),
+        (V21_DATA, 1, 7, "the image in row 7 of observation.images.wrist cannot be decoded"),
     ),
 }
 ONLY_DECODING = ("undecodable video", "missing picture", "undecodable picture")  # tells

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0.datasets import LeRobotDataset
 from pi0.datasets.fit_fast import Report, action_chunks, main
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.statistics import dataset_statistics
-from pi0.robots import MetaWorld
+from pi0.robots.metaworld import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.tokenizers.fast import FASTTokenizer
 
@@ -48,7 +48,13 @@ def test_fits_on_the_bundled_recordings(tmp_path: Path, capsys: pytest.CaptureFi
 def test_same_recordings_same_bytes_in_another_process(tmp_path: Path) -> None:
     main([*ARGUMENTS, str(tmp_path / "here")])
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-m", "pi0.datasets.fit_fast", *ARGUMENTS, str(tmp_path / "there")]
+    command = [
+        sys.executable,
+        "-c",
+        "from pi0.datasets.fit_fast import main; main()",
+        *ARGUMENTS,
+        str(tmp_path / "there"),
+    ]
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
     here, there = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("here", "there"))
     assert here == there and len(here) == 3

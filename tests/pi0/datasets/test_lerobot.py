@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi0.datasets import DataError, LeRobotDataset
+from pi0.datasets.errors import DataError
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.transforms import resize_with_pad
 from pi0.sample import METAWORLD
 

@@ -4,8 +4,7 @@ import collections
 
 import pytest
 
-from pi0.datasets import Mixture, split_episodes
-from pi0.datasets.mixture import BLOCK
+from pi0.datasets.mixture import BLOCK, Mixture, split_episodes
 
 
 def test_split_by_fraction():

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pi0.assets import fetch_norm_stats
-from pi0.datasets import LeRobotDataset, statistics
+from pi0.datasets import statistics
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.statistics import BINS, RunningStats, dataset_statistics, dimension_warnings, main, report
-from pi0.robots import make_robot
 from pi0.robots.normalize import load_norm_stats
+from pi0.robots.registry import make_robot
 from pi0.sample import METAWORLD
 
 # Cameras by another name, an order of our own and actions relative to the state: what a plain column would not show.
@@ -157,7 +158,6 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]):
     [
         ({"--robot": "toaster"}, "toaster"),
         ({"--robot": '{"name": "metaworld", "wings": 2}'}, "wings"),
-        ({"--robot": "{"}, "Expecting"),
         ({"--robot": "aloha"}, r"[1165, 4]"),
         ({"--action-horizon": "0"}, "action_horizon is 0"),
     ],
@@ -168,6 +168,14 @@ def test_refusals_write_nothing(change: dict[str, str], said: str, tmp_path, cap
         main(["bundled://metaworld_v30", *[text for pair in options.items() for text in pair]])
     error = capsys.readouterr().err
     assert error.startswith("pi0-stats: ") and said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_robot_that_is_not_json(tmp_path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["x", "--robot", "{", "--action-horizon", "5", "--out", str(tmp_path), "--asset-id", "x"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pi0-stats: ") and "Expecting" in error
     assert not list(tmp_path.iterdir())
 
 

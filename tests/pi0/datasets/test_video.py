@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from pi0.datasets import DataError
+from pi0.datasets.errors import DataError
 from pi0.datasets.video import Video
 
 GOP = 25

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pi0.datasets import LeRobotDataset
-from pi0.robots import ROBOTS
+from pi0.datasets.lerobot import LeRobotDataset
+from pi0.robots.registry import ROBOTS
 from pi0.sample import METAWORLD
 
 ROBOT = ROBOTS["metaworld"]()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pi0.assets import Assets, AssetsError
-from pi0.datasets import LeRobotDataset
 from pi0.datasets.fit_fast import action_chunks
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.observation import Observation
-from pi0.robots import MetaWorld
+from pi0.robots.metaworld import MetaWorld
 from pi0.robots.normalize import EPSILON, NormStats
 from pi0.robots.pipeline import Pipeline
 from pi0.sample import METAWORLD

@@ -11,10 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from pi0.assets import Assets
 from pi0.observation import Observation
-from pi0.robots import ROBOTS, make_robot
 from pi0.robots.aloha import gripper_to_angle
 from pi0.robots.normalize import MODES, NormStats
 from pi0.robots.pipeline import Pipeline
+from pi0.robots.registry import ROBOTS, make_robot
 from pi0.tokenizers.text import BUNDLED, TextTokenizer
 from pi0.variants import get_variant
 

@@ -123,7 +123,7 @@ def test_default_prompt():
 
 
 def test_pi0_fast_sees_black_where_a_camera_is_missing():
-    out = CameraMasks(("base_0_rgb", "wrist_0_rgb"), black=True)(sample())
+    out = CameraMasks(("base_0_rgb", "wrist_0_rgb"), dummy=True)(sample())
     assert out["image_mask/wrist_0_rgb"] and not out["image/wrist_0_rgb"].any()
     assert out["image/wrist_0_rgb"].shape == out["image/base_0_rgb"].shape
 
@@ -192,7 +192,7 @@ def test_relative_actions_come_back_from_fast_tokens():
 
 
 def test_missing_cameras_of_pi0_fast_are_black_pictures():
-    steps = Transforms((CameraMasks(("base_0_rgb", "wrist_0_rgb"), black=True), ResizeImages(28, 42)))
+    steps = Transforms((CameraMasks(("base_0_rgb", "wrist_0_rgb"), dummy=True), ResizeImages(28, 42)))
     row = steps(sample())
     assert row["image/wrist_0_rgb"].shape == (28, 42, 3) and not row["image/wrist_0_rgb"].any()
     assert row["image_mask/wrist_0_rgb"] and row["image/base_0_rgb"].any() and "image_mask/base_0_rgb" not in row

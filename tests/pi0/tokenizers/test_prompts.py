@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from pi0.config import ConfigError
-from pi0.datasets import Annotated, LeRobotDataset, Questions
+from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.errors import DataError
 from pi0.datasets.fit_fast import action_chunks
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.masks import FAST, PREFIX, SUBTASK
 from pi0.observation import Observation, ObservationError
 from pi0.policy.subtasks import SubtaskSampler
-from pi0.robots import MetaWorld
+from pi0.robots.metaworld import MetaWorld
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.transforms import TokenizeRecipe
 from pi0.run_config import RecipeConfig
@@ -67,7 +68,7 @@ def test_without_a_subtask_the_prompt_is_plain_pi05(recipe):
     plain, mask = TEXT.encode_prompt("open the drawer", 80, STATE)
     assert part(row, PREFIX) == plain[mask].tolist() and part(row, SUBTASK) == []
     assert part(row, FAST) == recipe.fast.action_ids(np.zeros((5, 4)))
-    planned = recipe.encode_prompt("open the drawer", 80, STATE, plan=True)
+    planned = recipe.encode_prompt("open the drawer", 80, STATE, predict_subtask=True)
     subtask = recipe.encode_prompt("open the drawer", 80, STATE, "pull")
     assert part(planned, PREFIX) == part(subtask, PREFIX) and not planned["token_group"].any()
 
@@ -85,7 +86,7 @@ def test_rows_of_a_pipeline(fast, tmp_path):
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = dataclasses.replace(assets("tiny_pi05"), model=MODEL, subtasks=True, action_tokenizer=fast.reference())
     pipeline = Pipeline.from_assets(said)
-    frames, questions = Annotated(DATASET, FILE), Questions(asked, MODEL.image_keys[0])
+    frames, questions = AnnotatedDataset(DATASET, FILE), Questions(asked, MODEL.image_keys[0])
     rows = [pipeline(item) for item in (frames[0], frames[0] | {"subtask": ""}, questions[0], questions[1])]
     keys = set().union(*rows)
     black = {key: np.zeros_like(rows[0][key]) for key in keys if key.startswith("image/")}
@@ -133,7 +134,7 @@ def test_a_step_without_a_prompt(recipe):
 
 def test_the_bundled_subtasks_are_those_of_the_recordings():
     assert FILE.read_text() == subtasks()
-    frames = Annotated(LeRobotDataset(METAWORLD, cameras=[], episodes=[4]), FILE)
+    frames = AnnotatedDataset(LeRobotDataset(METAWORLD, cameras=[], episodes=[4]), FILE)
     said = [frames[i]["subtask"] for i in range(len(frames))]
     assert list(dict.fromkeys(said)) == ["go over the puck", "go down to the puck", "grasp the puck", "push the puck"]
 
@@ -154,7 +155,7 @@ def test_bad_annotations(lines: str, said: str, tmp_path):
     file = tmp_path / "subtasks.jsonl"
     file.write_text(lines)
     with pytest.raises(DataError, match=said) as error:
-        Annotated(DATASET, file)
+        AnnotatedDataset(DATASET, file)
     assert str(file) in str(error.value)
 
 

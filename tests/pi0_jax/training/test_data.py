@@ -13,8 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.metaworld_demo import get_config
-from pi0.datasets import DataError
 from pi0.datasets.batches import Batches
+from pi0.datasets.errors import DataError
 from pi0.variants import get_variant
 from pi0_jax.training.data import Batch, Loader, load_data
 from tests.pi0.datasets.test_check import V21_DATA, encoded

@@ -1,0 +1,281 @@
+"""`Dataset`, the protocol of a dataset format, with what all formats share: chunks, caches, tables and checks."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pi0.datasets.errors import DataError
+from pi0.datasets.frames import MEMORY, FrameCache, FrameMemory
+from pi0.fetch import fetch
+from pi0.robots.transforms import resize_with_pad
+
+STATE, ACTION = "observation.state", "action"
+CACHE_REVISION = 1  # of the files of a cache: raise it when decoding or resizing changes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """An episode: its number, its length in frames, and the file that has its rows."""
+
+    index: int
+    length: int
+    file: Path
+
+
+class Contents(NamedTuple):
+    """What a dataset has, without its rows.
+
+    `features` has a table for each column, as LeRobot's `info.json`: {"dtype": "float32", or "image" for a camera,
+    "shape": [dims], "names": of the dimensions, optional}. `episodes` may be read lazily.
+    """
+
+    fps: float
+    features: dict[str, dict[str, Any]]
+    episodes: Iterable[Episode]
+
+
+class Dataset(Protocol):
+    """Random access by frame to recorded episodes, in the order chosen.
+
+    A format inherits this class, implements `contents`, `read_columns` and `decode`, and overrides what differs.
+    `root` is a folder or an address of `pi0.fetch`, such as
+    `hf://datasets/lerobot/pusht`. What is read: `episodes` (default: all), `cameras` (default: all image columns), and
+    the columns of `states` and `actions`, the latter in chunks of `action_horizon` T. `image_size` (height, width)
+    resizes images as `resize_with_pad` does. `cache` is a folder that `pi0-cache` filled for that size, or "memory":
+    then each image is decoded only once. With `skip_damaged`, episodes whose files or numbers are damaged are left out
+    and listed in `skipped`; detecting images that cannot be decoded takes `pi0-check-data`.
+
+    Attributes: `fps`, frames per second; `features`, as in `Contents`; `episodes`, those that are read, and
+    `every_episode`; `starts` [E + 1], the first frame of each episode, and the number of frames; `cameras`, the
+    columns of images; `skipped`, a DataError for each problem. Raises DataError for damaged recordings.
+    """
+
+    root: Path
+    fps: float
+    features: dict[str, dict[str, Any]]
+    action_horizon: int
+    image_size: tuple[int, int] | None
+    cameras: list[str]
+    states: tuple[str, ...]
+    actions: tuple[str, ...]
+    every_episode: list[Any]
+    episodes: list[Any]
+    starts: np.ndarray
+    skipped: list[DataError]
+    tasks: dict[int, str]
+    _columns: dict[str, np.ndarray]
+    _cached: Mapping[str, FrameCache | FrameMemory]
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        action_horizon: int = 1,
+        episodes: Sequence[int] | None = None,
+        cameras: Sequence[str] | None = None,
+        states: Sequence[str] = (STATE,),
+        actions: Sequence[str] = (ACTION,),
+        image_size: tuple[int, int] | None = None,
+        cache: str | Path | None = None,
+        skip_damaged: bool = False,
+    ):
+        if action_horizon < 1:
+            raise ValueError(f"action_horizon is {action_horizon}; a chunk has at least 1 action")
+        self.root, self.action_horizon, self.image_size = fetch(root), action_horizon, image_size
+        self.states, self.actions = tuple(states), tuple(actions)
+        self.fps, self.features, listed = self.contents(self.root)
+        _choose([*self.states, *self.actions], list(self.features), "column")
+        self.cameras = _choose(cameras, [name for name, f in self.features.items() if is_camera(f)], "camera")
+        self.every_episode = list(listed)
+        by_number = {episode.index: episode for episode in self.every_episode}
+        if len(by_number) != len(self.every_episode) or any(episode.length < 1 for episode in self.every_episode):
+            raise DataError("the table of episodes has a number twice, or an episode without frames", self.root)
+        self.tasks = {}
+        self.prepare()
+        numbers = _choose(episodes, list(by_number), "episode")
+        self._read([by_number[number] for number in numbers], skip_damaged)
+        self._cached = {}
+        if cache == MEMORY:
+            self._cached = {camera: FrameMemory() for camera in self.cameras}
+        elif cache is not None and image_size is None:
+            raise ValueError("a cache of images needs image_size, the size that it was filled for")
+        elif cache is not None:
+            self._cached = self._open_cache(Path(cache))
+
+    @classmethod
+    @abc.abstractmethod
+    def contents(cls, root: Path) -> Contents:
+        """Frame rate, features and episodes of the dataset in a folder. Raises DataError."""
+
+    @abc.abstractmethod
+    def read_columns(self, episode: Any) -> Mapping[str, Any]:
+        """The columns of numbers [F, ...] of an episode, at least `self.states` and `self.actions`.
+
+        Optional are `timestamp` in seconds, `index` (of the frame, over all episodes), `task_index` (see `task`) and
+        `subtask`, texts that are empty for frames without one. Raises DataError.
+        """
+
+    @abc.abstractmethod
+    def decode(self, camera: str, position: int, frame: int) -> np.ndarray:
+        """The image uint8 [H, W, 3] of a frame of `self.episodes[position]`, as recorded. Raises DataError."""
+
+    def prepare(self) -> None:
+        """Read what else the format needs, such as `tasks`, before any episode is read."""
+
+    def check_episode(self, episode: Any, thorough: bool) -> Iterable[DataError]:
+        """The problems of an episode's image files, without decoding; `thorough` may open them."""
+        return ()
+
+    def image_source(self, camera: str, episode: Any) -> tuple[Path, Any]:
+        """The file that has a camera's images of an episode, and their place in it, as plain values."""
+        return episode.file, None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Frame i of the chosen episodes, by column.
+
+        Cameras uint8 [H, W, 3], read-only where they come from a cache; states float32 [D]; actions float32 [T, D],
+        which repeat the last action past the episode's end, where `action_is_pad` bool [T] is true; `timestamp` in
+        seconds; `episode_index` and `frame_index`; and `task`, `subtask` and `index` where the dataset has them. Raises
+        IndexError beyond the frames, and DataError for a damaged one.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
+        i = int(i)
+        position = int(np.searchsorted(self.starts, i, side="right")) - 1
+        start, end = self.starts[position : position + 2]
+        chunk = i + np.arange(self.action_horizon)
+        item: dict[str, Any] = {name: self._columns[name][i] for name in self.states}
+        item |= {name: self._columns[name][np.minimum(chunk, end - 1)] for name in self.actions}
+        item |= {"action_is_pad": chunk >= end, "timestamp": float(self._columns["timestamp"][i])}
+        item |= {"task": self.task(i)} if self.tasks else {}
+        item |= {"subtask": str(self._columns["subtask"][i])} if "subtask" in self._columns else {}
+        counters = [name for name in ("index", "episode_index", "frame_index") if name in self._columns]
+        item |= {name: int(self._columns[name][i]) for name in counters}
+        return item | {camera: self.image(camera, position, i - int(start)) for camera in self.cameras}
+
+    def table(self, column: str) -> np.ndarray:
+        """A column of numbers of all frames, [F, ...], without decoding any image. Raises KeyError."""
+        if column not in self._columns:
+            raise KeyError(f"no column {column!r}; there are {sorted(self._columns)}")
+        return self._columns[column]
+
+    def task(self, i: int) -> str:
+        """The instruction of frame i, empty where the dataset has none."""
+        return self.tasks[int(self.table("task_index")[i])] if self.tasks else ""
+
+    def dimension_names(self, column: str) -> list[str]:
+        """The names of a column's dimensions, empty where the recording does not have them."""
+        names = self.features[column].get("names")
+        if isinstance(names, Mapping) and len(names) == 1:  # such as {"motors": [...]}
+            (names,) = names.values()
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+    def image(self, camera: str, position: int, frame: int) -> np.ndarray:
+        """The image [H, W, 3] of a frame of `self.episodes[position]`, from the cache if there. Raises DataError."""
+        episode, cached = self.episodes[position], self._cached.get(camera)
+        image = None if cached is None else cached.read(episode.index, frame)
+        if image is None:
+            image = self.decode(camera, position, frame)
+            if self.image_size is not None:
+                image = resize_with_pad(image, *self.image_size)
+            if cached is not None:
+                cached.store(episode.index, frame, image)
+        return image
+
+    def cache_name(self, camera: str) -> str:
+        """The name of a camera's folder in a cache: a hash of the episodes, and of size and time of their files."""
+        parts: list[object] = [CACHE_REVISION, self.image_size, self.fps, camera]
+        files: set[Path] = set()
+        for episode in self.every_episode:
+            file, place = self.image_source(camera, episode)
+            files.add(file)
+            parts.append((episode.index, episode.length, file.relative_to(self.root).as_posix(), place))
+        for file in sorted(files):
+            stat = file.stat() if file.exists() else None
+            parts.append(stat and (stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _open_cache(self, folder: Path) -> dict[str, FrameCache]:
+        """The complete caches in a folder by camera; the other cameras are decoded, which is logged."""
+        found = {camera: folder / self.cache_name(camera) for camera in self.cameras}
+        missing = [camera for camera, path in found.items() if not path.exists()]
+        if missing:
+            logger.warning("%s has no images of %s of %s: decoding them", folder, missing, self.root)
+        return {camera: FrameCache(path) for camera, path in found.items() if path.exists()}
+
+    def _read(self, episodes: Sequence[Any], skip_damaged: bool) -> None:
+        """Read the columns of episodes, and keep the undamaged ones."""
+        self.episodes, self.skipped = [], []
+        parts: list[dict[str, np.ndarray]] = []
+        for episode in episodes:
+            problems: list[DataError] = []
+            try:
+                part = self._checked(episode, self.read_columns(episode))
+            except DataError as error:
+                problems.append(DataError(error.problem, episode.file, episode.index, error.frame))
+            problems += self.check_episode(episode, skip_damaged)
+            if problems and not skip_damaged:
+                raise problems[0]
+            self.skipped += problems
+            if not problems:
+                self.episodes.append(episode)
+                parts.append(part)
+        self.starts = np.cumsum([0] + [episode.length for episode in self.episodes])
+        self._columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+    def _checked(self, episode: Any, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """An episode's columns, states and actions as finite float32 [F, D]. Raises DataError."""
+        frames = np.arange(episode.length)
+        arrays = {"frame_index": frames, "timestamp": frames / self.fps, "task_index": np.zeros_like(frames)}
+        arrays |= {"episode_index": np.full_like(frames, episode.index)}
+        arrays |= {name: np.asarray(column) for name, column in columns.items()}
+        for name, array in arrays.items():
+            if len(array) != episode.length:
+                raise DataError(f"{name} has {len(array)} rows, the episode has {episode.length}")
+        for name in (*self.states, *self.actions):
+            arrays[name] = arrays[name].astype(np.float32, copy=False).reshape(episode.length, -1)
+            for frame, dim in np.argwhere(~np.isfinite(arrays[name]))[:1]:
+                raise DataError(f"{name}[{dim}] is {arrays[name][frame, dim]}", frame=int(frame))
+        return arrays
+
+
+def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values in a JSONL file with their line numbers from 1 on. Raises DataError."""
+    if not file.exists():
+        raise DataError("the file is missing", file)
+    for line, text in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            yield line, json.loads(text)
+        except ValueError as error:
+            raise DataError(f"line {line} is not JSON: {error}", file) from error
+
+
+def is_camera(feature: Mapping[str, Any]) -> bool:
+    """Whether a feature is color images; depth maps as video are not."""
+    about = feature.get("info") or feature.get("video_info") or {}
+    return feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map", False)
+
+
+def _choose(chosen: Sequence[Any] | None, known: list[Any], what: str) -> list[Any]:
+    """`chosen`, or all known ones. Raises DataError for unknown or repeated ones."""
+    if chosen is None:
+        return known
+    unknown = [c for c in chosen if c not in known]
+    if unknown or len(set(chosen)) != len(chosen) or (not chosen and what == "episode"):
+        problem = f"no {what} {unknown}" if unknown else f"{what}s {list(chosen)} are none or repeat"
+        raise DataError(f"{problem}; there are {known}")
+    return list(chosen)

@@ -1,0 +1,51 @@
+"""Decoded images of one camera by episode and frame: kept in memory, or in a folder that `pi0-cache` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+MEMORY = "memory"  # instead of a folder
+
+
+class FrameMemory:
+    """The images that have been decoded so far. Pickling keeps none."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[int, int], np.ndarray] = {}
+
+    def __reduce__(self) -> tuple[type[FrameMemory], tuple[()]]:
+        return FrameMemory, ()
+
+    def read(self, episode: int, frame: int) -> np.ndarray | None:
+        """The image [H, W, 3], read-only, or None."""
+        return self._images.get((episode, frame))
+
+    def store(self, episode: int, frame: int, image: np.ndarray) -> None:
+        """Keep an image."""
+        image.flags.writeable = False
+        self._images[episode, frame] = image
+
+
+class FrameCache:
+    """The images in a folder: `frames.npy`, uint8 [F, H, W, 3], mapped into memory, and `about.json` with the first
+    row of each episode. Pickling keeps the folder's path.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._frames = np.asarray(np.load(folder / "frames.npy", mmap_mode="r"))
+        self._starts = {int(n): start for n, start in json.loads((folder / "about.json").read_text())["starts"].items()}
+
+    def __reduce__(self) -> tuple[type[FrameCache], tuple[Path]]:
+        return FrameCache, (self.folder,)
+
+    def read(self, episode: int, frame: int) -> np.ndarray | None:
+        """The image [H, W, 3], read-only, or None where the episode was damaged when the cache was built."""
+        start = self._starts.get(episode)
+        return None if start is None else self._frames[start + frame]
+
+    def store(self, episode: int, frame: int, image: np.ndarray) -> None:
+        """Do nothing: the folder was complete when it was written."""
