@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
 from pi0.policy.policy import Policy
+from pi0.run_config import RunConfig
 from pi0.storage import write_text
-from pi0.variants import get_variant
 from pi0_eval.parity.compare import compare
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs
@@ -47,13 +47,13 @@ def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict
 
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     start = time.perf_counter()
-    config = get_config(variant)
+    config = RunConfig.from_dict(get_config(variant).to_dict())
     if steps is not None:
-        config.steps = steps
-    family = get_variant(variant).family
+        config = dataclasses.replace(config, steps=steps)
+    family = config.model.family
     if family.action_tokens:
         print_heading("0. Fit a FAST tokenizer on the actions of the recordings")
-        fit_fast(config, workdir / "fast")
+        config = fit_fast(config, workdir / "fast")
 
     print_heading(f"1. Train a small {family.title} in JAX on recordings of a simulated robot")
     metrics = train(config, workdir)
@@ -87,15 +87,16 @@ def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict
     return figures
 
 
-def fit_fast(config: Any, folder: Path) -> None:
-    """Fit the action tokenizer of a π0-FAST experiment on its training episodes, write it to `folder` and use it."""
+def fit_fast(config: RunConfig, folder: Path) -> RunConfig:
+    """Fit an action tokenizer on the training episodes into `folder`; returns the config with it."""
     from pi0.datasets.fit_fast import main as fit
 
     sizes = {"--action-horizon": config.model.action_horizon, "--vocab-size": FAST_VOCABULARY}
     options = [str(part) for pair in ({"--robot": config.data.robot} | sizes).items() for part in pair]
-    held_out = [str(episode) for episode in config.data.validation_episodes]
+    assert isinstance(config.data.validation_episodes, tuple)
+    held_out = map(str, config.data.validation_episodes)
     fit([config.data.root, str(folder), *options, "--held-out", *held_out, "--overwrite"])
-    config.data.action_tokenizer = str(folder)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, action_tokenizer=str(folder)))
 
 
 def parity_inputs(policy: Policy, dataset: Dataset, rows: int) -> Inputs:
@@ -185,7 +186,7 @@ def summarize(figures: dict[str, float], workdir: Path) -> None:
         f"  metrics.jsonl, tensorboard/, parity.json\n\n"
         f"next:\n"
         f"  pi0-parity {workdir}/export {workdir}/export --framework-b jax --dtype bfloat16\n"
-        f"  pi0-train --config configs/metaworld_demo.py:demo_pi05 --workdir runs/pi05"
+        f"  pi0-train --config metaworld_demo:demo_pi05 --workdir runs/pi05"
     )
 
 

@@ -165,10 +165,9 @@ def test_training_starts_from_a_base(tmp_path):
     from tests.pi0_jax.training.test_train import small_config
 
     base = write(random_checkpoint(), tmp_path / "base", "openpi_jax")
-    config = small_config(steps=2, save_every=1, eval_every=0)
-    config.update({"base_checkpoint": str(base), "freeze": r"^(vision|paligemma)\.", "frozen_dtype": "bfloat16"})
-    config.optimizer.peak_lr = config.optimizer.final_lr = 0.0
-    config.optimizer.weight_decay = 0.0
+    start = {"base_checkpoint": str(base), "freeze": r"^(vision|paligemma)\.", "frozen_dtype": "bfloat16"}
+    optimizer = {"peak_lr": 0.0, "final_lr": 0.0, "weight_decay": 0.0}
+    config = small_config(steps=2, save_every=1, eval_every=0, optimizer=optimizer, **start)
     train(config, tmp_path / "run")
     trained: Checkpoint = open_checkpoint(tmp_path / "run")
     for name, tensor in open_checkpoint(base).ours.items():
