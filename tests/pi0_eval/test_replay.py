@@ -58,6 +58,9 @@ class Rote(Policy):
         self.draws[observation.state.tobytes()] = draw + 1
         return np.stack([self.known[state.tobytes()] + np.float32(draw / 10) for state in observation.state])
 
+    def sample_with_subtask(self, observation, noise, subtask):
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize("every", [None, 2])
 def test_a_policy_that_knows_the_recording(every: int | None):
