@@ -24,7 +24,7 @@ REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  
 
 
 class ConfigError(ValueError):
-    """A config that no model can be built from; the message names the field and what would do."""
+    """An invalid config; the message names the field and what is allowed."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -207,7 +207,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """What its family is like."""
+        """The record of its family."""
         return FAMILIES[self.kind]
 
     @property
@@ -216,7 +216,7 @@ class ModelConfig:
         return {name: getattr(self, name) for name in self.family.experts}
 
     def with_runtime(self, **changes: Any) -> ModelConfig:
-        """The same model, computed otherwise. Raises ConfigError."""
+        """The same model with changes to `runtime`. Raises ConfigError."""
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUNDLED = Path(__file__).parent / "sample"
-_COMPLETE = ".fetched"  # stands in a cached folder once every file of it has arrived
+_COMPLETE = ".fetched"  # marks a cached folder that is complete
 _GS_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+")
 _HF_ADDRESS = re.compile(r"(?P<kind>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
 

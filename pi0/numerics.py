@@ -1,4 +1,4 @@
-"""Every number and every rounding that the two frameworks must share, defined once.
+"""Constants and roundings that the two frameworks share, defined once.
 
 The frequencies below are computed here in NumPy, not in each framework: a last-bit difference in a frequency is
 multiplied by 2π·t/4e-3 ≈ 1571 rad before the sine, so two correct `pow` implementations would already differ by 1e-4.
@@ -11,10 +11,10 @@ import numpy as np
 LAYER_NORM_EPS = 1e-6  # SigLIP
 RMS_NORM_EPS = 1e-6  # Gemma
 LORA_INIT_STDDEV = 0.01  # of both factors, as in openpi
-MASKED_LOGIT = -2.3819763e38  # attention logit of a token that may not be seen
+MASKED_LOGIT = -2.3819763e38  # attention logit of a masked token
 ROPE_BASE = 10_000.0
 TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the flow time's embedding
-TIME_BETA = (1.5, 1.0)  # training draws t = Beta(1.5, 1)·0.999 + 0.001
+TIME_BETA = (1.5, 1.0)  # in training t = Beta(1.5, 1)·0.999 + 0.001
 TIME_SCALE, TIME_OFFSET = 0.999, 0.001
 EOS_TOKEN = 1  # ends a text: PaliGemma's vocabulary
 

@@ -1,7 +1,7 @@
 """The contract between robots and models: which keys, shapes, dtypes and ranges an observation has.
 
-`Observation.from_dict` is the one door: what passes it fits the model, what does not is refused with an error that
-names the key, what came and what was expected.
+`Observation.from_dict` validates all inputs: what does not fit the model is refused with an error that names the key,
+what was given and what was expected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pi0.masks import FAST, PREFIX, SUBTASK
 
 
 class ObservationError(ValueError):
-    """An input that does not fit the model; the message names the key, what came and what was expected."""
+    """An input that does not fit the model; the message names the key, what was given and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Observation:
 
     `images[key]` [B, height, width, 3], uint8 or float32 in [−1, 1]; `image_masks[key]` [B] bool, False where the
     camera is missing; `state` [B, A] float32, normalized and padded; `tokenized_prompt` [B, L] int32 and
-    `tokenized_prompt_mask` [B, L] bool. π0-FAST trains on two more: `token_ar_mask` [B, L] int32, 1 where a token may
-    only be seen from itself on (0: together with the token before it), and `token_loss_mask` [B, L] bool, True where
-    a token is to be predicted. π0.5's recipe trains on two others: `token_group` [B, L] int32, the group of
+    `tokenized_prompt_mask` [B, L] bool. π0-FAST trains on two more: `token_ar_mask` [B, L] int32, 1 where a token
+    is attended to only from itself on (0: together with the token before it), and `token_loss_mask` [B, L] bool, True
+    where a token is to be predicted. π0.5's recipe trains on two others: `token_group` [B, L] int32, the group of
     `pi0.masks` that each token belongs to (prompt, subtask or FAST), and `has_actions` [B] bool, False where an example
-    has no actions to flow to.
+    has no actions.
     """
 
     images: dict[str, Any]
@@ -45,7 +45,7 @@ class Observation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], config: ModelConfig) -> Observation:
-        """The observation in flat keys: `image/<key>`, `image_mask/<key>`, `state`, `tokenized_prompt(_mask)`.
+        """The observation of flat keys: `image/<key>`, `image_mask/<key>`, `state`, `tokenized_prompt(_mask)`.
 
         A camera's mask may be left out (all True), and its image if the mask is all False. What a family
         trains on beside that (`training_inputs`) is all there, or all left out. Raises ObservationError.
@@ -92,7 +92,7 @@ class Observation:
         }
 
     def prompt_only(self) -> Observation:
-        """What a training example asks: without the tokens that are to be predicted."""
+        """The prompt of a training example, without the tokens that are to be predicted."""
         training = [name for name in _TRAINING if getattr(self, name) is not None]
         mask = self.tokenized_prompt_mask
         if self.token_loss_mask is not None:
@@ -130,12 +130,12 @@ def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) 
 
 
 def _refuse_holes(image_masks: Mapping[str, np.ndarray], prompt_mask: np.ndarray) -> None:
-    """Raise ObservationError unless what is valid is one run: π0-FAST's released decoder takes that for granted."""
+    """Raise ObservationError unless the valid tokens are contiguous, as π0-FAST's released decoder assumes."""
     for key, mask in image_masks.items():
         if not mask.all():
             raise ObservationError(
                 f"image_mask/{key}: False in row {int(np.argmin(mask))}; pi0_fast has no masked cameras. For a robot "
-                f"without this camera pass black images, as the released models were trained, and leave the mask out"
+                f"without this camera pass zero images, as the released models were trained, and leave the mask out"
             )
     holes = np.argwhere(prompt_mask[:, 1:] & ~prompt_mask[:, :-1])
     if len(holes):
@@ -155,7 +155,7 @@ def _flags(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.nda
 
 
 def _groups(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The group of each text token; none comes before an earlier one."""
+    """The group of each text token, in ascending order."""
     array = _array(data, name, shape, "int")
     valid = _array(data, "tokenized_prompt_mask", shape, "bool")
     ordered = np.maximum.accumulate(np.where(valid, array, PREFIX), axis=1)
@@ -178,7 +178,7 @@ _KINDS = {"float": "f", "int": "iu", "bool": "b", "uint8 or float": "f"}
 def _array(data: Mapping[str, Any], name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
     wanted = f"{['B' if s is None else s for s in shape]} {kind}"
     if name not in data:
-        raise ObservationError(f"{name}: missing; expected {wanted}; the keys that came are {sorted(data)}")
+        raise ObservationError(f"{name}: missing; expected {wanted}; the keys given are {sorted(data)}")
     try:
         array = np.asarray(data[name])
     except ValueError as error:  # nested lists of different lengths

@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout to a JAX model."""
+"""Load a checkpoint of any layout as a JAX model."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`eager_attention` by the package flash-attn, which has no mask: padding is to be at the left (`pad_left`).
 
-    Where rows differ in what they see, as those of π0's state and actions do, it is `sdpa_attention`.
+    Where rows have different masks, as those of π0's state and actions, it is `sdpa_attention`.
     """
     if bias is not None and bias.shape[2] > 1:
         return sdpa_attention(q, k, v, bias)

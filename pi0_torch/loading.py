@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout to a PyTorch model."""
+"""Load a checkpoint of any layout as a PyTorch model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compute only what counts: cameras that nobody has and padding that nobody needs, left out of an observation.
+"""Leave masked cameras and padding out of an observation.
 
-Masked tokens influence nothing, so the actions stay the same. What is left has one of few shapes, so that a compiled
-model compiles seldom: `text_lengths` × the number of cameras × the batch size.
+Masked tokens influence nothing, so the actions stay the same. What is left has one of a few shapes, so that a compiled
+model is seldom compiled anew: `text_lengths` × the number of cameras × the batch size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def compact(observation: Observation, config: ModelConfig, buckets: Sequence[int
 
 
 def placeholder(config: ModelConfig, batch: int, cameras: int, length: int) -> Observation:
-    """A compact observation of this shape, black and silent, to warm up with."""
+    """A dummy observation of this shape (zero images, padding tokens), to warm up with."""
     keys = config.image_keys[:cameras]
     return Observation(
         images={key: np.zeros((batch, *config.image_resolution, 3), np.uint8) for key in keys},

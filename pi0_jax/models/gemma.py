@@ -111,7 +111,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One expert's part of one layer."""
+    """One layer of one expert."""
 
     def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, query_dtype: str, rngs: nnx.Rngs):
         self.attention_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
@@ -211,7 +211,8 @@ def insulated_attention(
     implementation: str,
 ) -> Float[Array, "B S N H"]:
     """`attention` of two experts, of which the first has `split` tokens; its keys and values get no gradient from the
-    second one's queries, and it sees nothing of the second ("Knowledge Insulating Vision-Language-Action Models", V).
+    second one's queries, and its queries do not attend to the second ("Knowledge Insulating Vision-Language-Action
+    Models", section V).
     """
     first = attention(q[:, :split], k[:, :split], v[:, :split], mask[:, :split, :split], implementation)
     k, v = (jnp.concatenate([jax.lax.stop_gradient(x[:, :split]), x[:, split:]], axis=1) for x in (k, v))

@@ -1,4 +1,4 @@
-"""What SigLIP and Gemma are both made of: projections, layer norm, activation, attention.
+"""Layers that SigLIP and Gemma share: projections, layer norm, activation, attention.
 
 Axes: B batch, T queries, S keys, W width, N heads, K key/value heads, G = N/K, H head dim.
 Values are rounded to the compute dtype at the places that `pi0.numerics.ROUNDING` lists, and nowhere else.
@@ -32,7 +32,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def cast(x: Array, place: str, dtype: str) -> Array:
-    """`x` in the dtype it has at `place` of `pi0.numerics.ROUNDING` in a model that computes in `dtype`."""
+    """`x` in the dtype that `pi0.numerics.ROUNDING` gives for `place` in a model that computes in `dtype`."""
     return x.astype(numerics.rounding(place, dtype))
 
 

@@ -47,7 +47,7 @@ class Pi05(FlowModel):
         return SuffixSteps(action_in.kernel[...].astype(action_in.dtype), bias, condition)
 
     def prefix_groups(self, observation: Observation) -> Int[Array, "B S"]:
-        """The group of each token of the prefix: cameras and prompt, then what `token_group` says."""
+        """The group of each token of the prefix: images and prompt, and those of `token_group`."""
         groups = observation.token_group
         text = jnp.zeros_like(observation.tokenized_prompt) if groups is None else groups
         return jnp.pad(text, ((0, 0), (self.config.prefix_len - self.config.max_token_len, 0)))

@@ -22,7 +22,7 @@ class Pi0Fast(VisionLanguageModel):
     """π0-FAST: PaliGemma alone."""
 
     def text_blocks(self, observation: Observation) -> Int[Array, "B S"]:
-        """Mask blocks of all tokens: cameras and prompt are block 0, tokens to be predicted one block each."""
+        """Blocks of all tokens: images and prompt are block 0, tokens to be predicted one block each."""
         starts = observation.token_ar_mask
         text = jnp.zeros_like(observation.tokenized_prompt) if starts is None else jnp.cumsum(starts, axis=1)
         return jnp.pad(text, ((0, 0), (self.config.prefix_len - self.config.max_token_len, 0)))
@@ -97,8 +97,8 @@ class Pi0Fast(VisionLanguageModel):
 
         The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
         i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
-        that way. It also shifts the prefix to the right end of the cache, which changes nothing: attention sees
-        positions and the mask, not places.
+        that way. It also shifts the prefix to the right end of the cache, which changes nothing: attention
+        depends on positions and the mask, not on places.
         """
         steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
         prefix, valid = self.embed_prefix(observation)

@@ -115,7 +115,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One expert's part of one layer."""
+    """One layer of one expert."""
 
     def __init__(self, config: GemmaConfig, *, adaptive: bool, dtype: str, query_dtype: str):
         super().__init__()
@@ -208,7 +208,8 @@ def insulated_attention(
     split: int,
 ) -> Float[Tensor, "B S N H"]:
     """`attention` of two experts, of which the first has `split` tokens; its keys and values get no gradient from the
-    second one's queries, and it sees nothing of the second ("Knowledge Insulating Vision-Language-Action Models", V).
+    second one's queries, and its queries do not attend to the second ("Knowledge Insulating Vision-Language-Action
+    Models", section V).
     """
     first = attention(q[:, :split], k[:, :split], v[:, :split], mask[:, :split, :split])
     k, v = (torch.cat([x[:, :split].detach(), x[:, split:]], dim=1) for x in (k, v))

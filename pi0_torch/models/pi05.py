@@ -47,7 +47,7 @@ class Pi05(FlowModel):
         return SuffixSteps(action_in.weight.to(action_in.dtype), bias, condition)
 
     def prefix_groups(self, observation: Observation) -> Int[Tensor, "B S"]:
-        """The group of each token of the prefix: cameras and prompt, then what `token_group` says."""
+        """The group of each token of the prefix: images and prompt, and those of `token_group`."""
         groups = observation.token_group
         text = torch.zeros_like(observation.tokenized_prompt) if groups is None else groups
         return F.pad(text, (self.config.prefix_len - self.config.max_token_len, 0))

@@ -24,13 +24,18 @@ def test_released_sizes():
     pi0, pi05, small = (get_variant(name) for name in ("pi0", "pi05", "pi0_small"))
     assert (pi0.image_tokens, pi0.max_token_len, pi05.max_token_len) == (256, 48, 200)
     assert pi0.prefix_len == 3 * 256 + 48
-    assert (small.action_horizon, small.action_expert.width, small.num_steps, small.max_token_len) == (25, 512, 5, 32)
+    assert (small.action_horizon, small.action_expert.width, small.runtime.num_steps, small.max_token_len) == (
+        25,
+        512,
+        5,
+        32,
+    )
     assert (small.paligemma, small.vision) == (pi0.paligemma, pi0.vision)
     assert (pi05.paligemma, pi05.action_expert, pi05.vision) == (pi0.paligemma, pi0.action_expert, pi0.vision)
     assert pi0.paligemma == GemmaConfig(2048, 18, 16_384, num_heads=8, num_kv_heads=1, head_dim=256)
     assert pi0.action_expert == GemmaConfig(1024, 18, 4096, num_heads=8, num_kv_heads=1, head_dim=256)
     assert pi0.vision == VisionConfig(1152, 27, 4304, num_heads=16, patch_size=14) and pi0.vision.head_dim == 72
-    assert (pi0.vocab_size, pi0.action_dim, pi0.action_horizon, pi0.num_steps) == (257_152, 32, 50, 10)
+    assert (pi0.vocab_size, pi0.action_dim, pi0.action_horizon, pi0.runtime.num_steps) == (257_152, 32, 50, 10)
     assert pi0.image_keys == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
@@ -38,7 +43,12 @@ def test_released_pi0_fast():
     pi0, fast = (get_variant(name) for name in ("pi0", "pi0_fast"))
     assert (fast.paligemma, fast.vision, fast.action_expert) == (pi0.paligemma, pi0.vision, None)
     assert fast.image_keys == ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
-    assert (fast.max_token_len, fast.action_dim, fast.action_horizon, fast.max_decoding_steps) == (250, 32, 32, 256)
+    assert (fast.max_token_len, fast.action_dim, fast.action_horizon, fast.runtime.max_decoding_steps) == (
+        250,
+        32,
+        32,
+        256,
+    )
     lora = get_variant("pi0_fast_lora").paligemma
     assert (lora.lora_rank, lora.lora_scale) == (16, 1.0)
 
@@ -73,7 +83,7 @@ def test_variant_with_changes():
 )
 def test_impossible_models_are_refused_with_a_reason(changes: dict, named: str):
     with pytest.raises(ConfigError, match=named):
-        dataclasses.replace(TINY, **changes)
+        get_variant("tiny", **changes)
 
 
 def test_impossible_parts_are_refused():
@@ -172,3 +182,13 @@ def test_any_sizes_are_accepted_or_refused_by_name(parts, alike, spoilt, height)
     else:
         config = ModelConfig.from_dict(values)
         assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_configs_of_version_0_1_are_read():
+    """They had the fields of `runtime` among their own."""
+    config = get_variant("tiny", dtype="bfloat16", num_steps=7)
+    values = config.to_dict()
+    flat = {name: value for name, value in values.items() if name != "runtime"} | values["runtime"]
+    assert ModelConfig.from_dict(flat) == config
+    with pytest.raises(ConfigError, match="unknown fields"):
+        ModelConfig.from_dict(flat | {"runtime": values["runtime"]})

@@ -174,5 +174,5 @@ def test_one_mask_of_training_asks_for_the_other():
 
 def test_a_masked_camera_is_refused():
     given = fast_data() | {"image_mask/wrist_0_rgb": np.array([True, False])}
-    with pytest.raises(ObservationError, match=r"image_mask/wrist_0_rgb: False in row 1; .*black images"):
+    with pytest.raises(ObservationError, match=r"image_mask/wrist_0_rgb: False in row 1; .*zero images"):
         Observation.from_dict(given, FAST)
