@@ -114,8 +114,8 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
     """
     path = pathlib.Path(path)
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
         raise ValueError(f'{path}: expected an object {{"norm_stats": {{...}}}}')
