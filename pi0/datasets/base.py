@@ -275,7 +275,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json(text: bytes, file: Path, where: str = "") -> Any:
-    """The value of UTF-8 JSON. Raises DataError; texts with half a surrogate pair, which are no Unicode, are refused."""
+    """The value of UTF-8 JSON. Raises DataError, also for half a surrogate pair, which is no text."""
     try:
         value = json.loads(text.decode("utf-8"))
         if b"\\ud" in text.lower():

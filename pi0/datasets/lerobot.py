@@ -21,6 +21,7 @@ from pi0.datasets.lerobot_tables import (
     read_info,
     read_parquet,
     read_texts,
+    texts_of,
     vector_size,
 )
 from pi0.datasets.video import EncodedImages, Video
@@ -125,8 +126,8 @@ class LeRobotDataset(Dataset):
         if self._rows[0] != episode.file:
             self._rows = None, self._rows[1]
             subtasks = [name for name in SUBTASKS if name in self.features]
-            columns = [*self.states, *self.actions, *COUNTERS, *subtasks]
-            self._rows = episode.file, read_parquet(episode.file, columns, max_rows=self._total)
+            read = [*self.states, *self.actions, *COUNTERS, *subtasks]
+            self._rows = episode.file, read_parquet(episode.file, read, max_rows=self._total)
         table = self._rows[1]
         found = np.flatnonzero(_flat(table["episode_index"], "episode_index") == episode.index)
         if len(found) != episode.length:
@@ -153,7 +154,7 @@ class LeRobotDataset(Dataset):
         self._rows = None, pa.table({})  # worker processes get no copy
 
     def _open(self, reader: Any, *arguments: Any) -> Any:
-        """An image file, opened once per thread and process: a forked process would share its parent's file position."""
+        """An image file, opened once per thread and process: a fork would share its parent's file position."""
         key, files = (os.getpid(), reader, *arguments), self._files.by_key
         file = files.pop(key, None) or reader(*arguments)
         while len(files) >= (MAX_OPEN_FILES if reader is Video else 4):  # EncodedImages keep whole row groups
@@ -192,7 +193,7 @@ def _subtask_texts(rows: pa.Table, texts: dict[int, str], times: np.ndarray) -> 
         return [texts[int(number)] for number in numbers]
     try:
         if "subtask" in rows.column_names:
-            found = [text or "" for text in rows["subtask"].to_pylist()]
+            found = [text or "" for text in texts_of(rows["subtask"])]
         elif "language_persistent" in rows.column_names:
             found = []
             for time, listed in zip(times, rows["language_persistent"].to_pylist(), strict=True):
@@ -200,7 +201,7 @@ def _subtask_texts(rows: pa.Table, texts: dict[int, str], times: np.ndarray) -> 
                 found.append(max(begun, key=lambda s: s["timestamp"])["content"] or "" if begun else "")
         else:
             return None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(f"its subtasks are not as LeRobot writes them: {error!r}") from error
     for frame in (i for i, text in enumerate(found) if not isinstance(text, str)):
         raise DataError(f"its subtask is {found[frame]!r:.80}; expected text", frame=frame)

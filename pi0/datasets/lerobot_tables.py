@@ -17,7 +17,8 @@ from pi0.datasets.base import Episode, parse_json, read_jsonl
 from pi0.datasets.errors import DataError
 from pi0.storage import below
 
-MAX_VALUES = 2**28  # numbers and texts in one Parquet file, without images: default of `read_parquet`
+MAX_VALUES = 2**28  # in the columns read of one Parquet file: default of `read_parquet`
+MAX_ROWS = 2**24  # of episodes, tasks or subtasks
 MAX_SIZE = 2**20  # numbers in a vector of one frame
 
 
@@ -125,29 +126,39 @@ def read_texts(root: Path, info: dict[str, Any], what: str) -> dict[int, str]:
 
 
 def read_parquet(
-    file: Path, columns: list[str] | None = None, max_rows: int | None = None, max_values: int = MAX_VALUES
+    file: Path, columns: list[str] | None = None, max_rows: int = MAX_ROWS, max_values: int = MAX_VALUES
 ) -> pa.Table:
-    """The columns of a Parquet file. Raises DataError, also for more rows or values, before they are read."""
+    """The columns of a Parquet file; texts stay in a dictionary (see `texts_of`), as a small file may repeat long ones.
+
+    Raises DataError, also for more rows or values, before they are read.
+    """
     if not file.exists():
         raise DataError("the file is missing", file)
     try:
-        with pq.ParquetFile(file) as parquet:
-            known, meta = parquet.schema_arrow.names, parquet.metadata
+        schema = pq.read_schema(file)
+        texts = [name for name in schema.names if pa.types.is_string(schema.field(name).type)]
+        with pq.ParquetFile(file, read_dictionary=texts) as parquet:
+            known, meta = schema.names, parquet.metadata
             missing = [column for column in columns or () if column not in known]
-            if missing:
-                raise DataError(f"no columns {missing}; there are {known}", file)
-            if max_rows is not None and meta.num_rows > max_rows:
-                raise DataError(f"has {meta.num_rows} rows, total_frames in meta/info.json is {max_rows}", file)
-            chunks = [
-                g.column(i) for g in map(meta.row_group, range(meta.num_row_groups)) for i in range(g.num_columns)
-            ]
-            read = tuple(columns or known)
+            if missing or len(set(known)) < len(known):
+                raise DataError(f"no columns {missing}, or one twice; there are {known}", file)
+            if meta.num_rows > max_rows:
+                raise DataError(f"has {meta.num_rows} rows; expected at most {max_rows}, as meta/info.json says", file)
+            groups, read = map(meta.row_group, range(meta.num_row_groups)), tuple(columns or known)
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
             values = sum(c.num_values for c in chunks if c.path_in_schema.startswith(read))
             if values > max_values:
                 raise DataError(f"has {values} values; at most {max_values} are read", file)
             return parquet.read(columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(error.problem if isinstance(error, DataError) else f"cannot be read: {error}", file) from error
+
+
+def texts_of(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column, equal ones as one object. Raises ValueError for bytes that are not UTF-8."""
+    encoded = column.dictionary_encode().combine_chunks()
+    values = encoded.dictionary.to_pylist()
+    return [None if i is None else values[i] for i in encoded.indices.to_pylist()]
 
 
 def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path:
@@ -201,7 +212,7 @@ def _episodes_v30(root: Path, info: dict[str, Any], videos: Sequence[str]) -> It
     columns = [*needed, *(f"videos/{video}/{field}" for video in videos for field in place)]
     rows = []
     for file in files:
-        listed = read_parquet(file, columns, max_rows=info["total_frames"]).to_pylist()
+        listed = read_parquet(file, columns, min(info["total_frames"], MAX_ROWS)).to_pylist()
         rows += [
             (take(row, file, dict.fromkeys(needed, whole), f"row {i} "), row, file) for i, row in enumerate(listed)
         ]
@@ -231,8 +242,8 @@ def _texts_v30(file: Path, what: str) -> dict[int, str]:
     if text is None or f"{what}_index" not in rows.column_names:
         raise DataError(f"no columns {what} and {what}_index; there are {sorted(rows.column_names)}", file)
     try:
-        pairs = zip(rows[f"{what}_index"].to_pylist(), rows[text].to_pylist(), strict=True)
-    except ValueError as error:  # bytes that are not UTF-8
+        pairs = zip(rows[f"{what}_index"].to_pylist(), texts_of(rows[text]), strict=True)
+    except (ValueError, KeyError, AttributeError, pa.ArrowException) as error:
         raise DataError(f"cannot be read: {error}", file) from error
     return _texts(((f"row {i} ", {f"{what}_index": n, what: t}) for i, (n, t) in enumerate(pairs)), file, what)
 
