@@ -29,12 +29,11 @@ from typing import Any
 import av
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from configs.finetune import data_config
 from pi0.datasets.cache import build_cache
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.registry import make_robot
+from pi0.run_config import DataConfig, RunConfig
 from pi0.variants import get_variant
 from pi0_jax.training.data import AHEAD, Loader, load_data
 
@@ -114,10 +113,17 @@ def training(root: str, robot: str, size: tuple[int, int], samples: int, workers
     )
     found = {}
     for name, augment in (("Grain, from the cache", False), ("Grain, from the cache, augmented", True)):
-        data = data_config(model, root=root, robot=robot, asset_id="benchmark", tokenizer="bundled://tokenizer.model")
-        data |= {"cache": str(cache), "workers": workers, "augment": augment, "skip_damaged": True}
-        config = ConfigDict({"seed": 0, "batch_size": BATCH, "data": data})
-        _, batches, _ = load_data(config, model)
+        data = DataConfig(
+            robot,
+            "benchmark",
+            root,
+            tokenizer="bundled://tokenizer.model",
+            cache=str(cache),
+            workers=workers,
+            skip_damaged=True,
+            augment=augment,
+        )
+        _, batches, _ = load_data(RunConfig(model, data, batch_size=BATCH))
         with Loader(batches, model, np.arange(BATCH), jax.device_put, workers=workers) as loader:
             for _ in range(2 * AHEAD * workers + AHEAD):  # all processes have started, and nothing was ready before
                 next(loader)

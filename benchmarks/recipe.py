@@ -1,9 +1,9 @@
-"""Both stages of π0.5's recipe on the bundled recordings, against the second one alone: what the first one brings.
+"""Both stages of π0.5's recipe on the bundled recordings, compared with the second stage alone.
 
     python benchmarks/recipe.py --workdir runs/recipe
 
-Three runs of `configs/pi05_pretrain.py:demo` and `configs/pi05_posttrain.py:demo`, on 12 episodes; the scores are those
-of the four that were held out. About 20 minutes on two CPU cores.
+Three runs of the experiments `pi05_pretrain:demo` and `pi05_posttrain:demo` on 12 episodes, evaluated on the four that
+are held out. About 20 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import json
 from pathlib import Path
 
 from pi0.command import output_path
+from pi0.experiments import read_config
 from pi0_eval.scores import evaluate, table
-from pi0_jax.training.train import read_config, train
+from pi0_jax.training.train import train
 
 THRESHOLD = 0.1
 
 
 def run(stage: str, folder: Path, base: Path | None, steps: int) -> str:
-    """Train one stage; returns how each part of its loss fell, from the first window to the last."""
+    """Train one stage; returns each part of its loss in the first and in the last window, as text."""
     options = {
         "base_checkpoint": base or "",
         "steps": steps,
@@ -29,9 +30,7 @@ def run(stage: str, folder: Path, base: Path | None, steps: int) -> str:
         "eval_every": steps,
         "save_every": steps,
     }
-    config = read_config(
-        f"configs/pi05_{stage}.py:demo", [f"--config.{name}={value}" for name, value in options.items()]
-    )
+    config = read_config(f"pi05_{stage}:demo", [f"--config.{name}={value}" for name, value in options.items()])
     train(config, folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, last = ([row for row in rows if "loss" in row][i] for i in (0, -1))

@@ -1,1 +1,1 @@
-"""Experiments: one file each, `get_config(arg)` returns an ml_collections.ConfigDict."""
+"""Experiments, one file each: `get_config()`, or `get_config(argument)`, returns a config of `pi0.run_config`."""

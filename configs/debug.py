@@ -1,25 +1,25 @@
-"""A tiny model of any kind on the bundled Meta-World recordings: every part of a run, in seconds. It learns little.
+"""A tiny model of any family on the bundled Meta-World recordings: every part of a run, in seconds. It learns little.
 
-pi0-train --config configs/debug.py --workdir runs/debug
-pi0-train --config configs/debug.py:tiny_pi05 --workdir runs/debug_pi05
-pi0-train --config configs/debug.py:tiny_pi0_fast --workdir runs/debug_pi0_fast
+pi0-train --config debug --workdir runs/debug
+pi0-train --config debug:tiny_pi05 --workdir runs/debug_pi05
+pi0-train --config debug:tiny_pi0_fast --workdir runs/debug_pi0_fast
 """
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import metaworld_demo
+from pi0.config import ConfigError
 from pi0.variants import get_variant
 
 DEMO = {"tiny": "demo", "tiny_pi05": "demo_pi05", "tiny_pi0_fast": "demo_pi0_fast"}
 
 
-def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The demo's experiment, a few steps of it; `variant` names a tiny model (default: tiny)."""
-    variant = variant or "tiny"
+def get_config(variant: str = "tiny") -> ConfigDict:
+    """The demo's experiment, a few steps of it; `variant` names a tiny model."""
     if variant not in DEMO:
-        raise ValueError(f"no tiny model {variant!r} to debug with; choose one of {', '.join(DEMO)}")
+        raise ConfigError(f"no tiny model {variant!r} to debug with; choose one of {', '.join(DEMO)}")
     config, demo = metaworld_demo.get_config(DEMO[variant]), get_variant(DEMO[variant])
     sizes = {name: getattr(demo, name) for name in ("max_token_len", "vocab_size", "image_keys")}
     sizes["max_decoding_steps"] = demo.runtime.max_decoding_steps

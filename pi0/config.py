@@ -248,29 +248,43 @@ class ModelConfig:
         return from_dict(cls, values, "model")
 
 
-def from_dict(cls: type[T], values: Any, name: str) -> T:
-    """A frozen dataclass from plain values, its parts that are dataclasses too; JSON's lists become tuples.
+def from_dict(cls: type[T], values: Any, name: str = "") -> T:
+    """A frozen dataclass, its fields that are dataclasses included, from plain values; JSON's lists become tuples.
 
-    Raises ConfigError that names the field, by `name` and its own, and the known ones where it is unknown.
+    Raises ConfigError for unknown, missing and mistyped fields. It gives their dotted names, which begin with `name`.
     """
-    _require(isinstance(values, Mapping), f"{name} is {values!r}; it must be a table of fields")
+    _require(isinstance(values, Mapping), f"{name or 'the config'} is {values!r}; it must be {_describe(cls)}")
     fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)  # type: ignore[arg-type]
     defaults = (dataclasses.MISSING, dataclasses.MISSING)
     needed = {n for n, f in fields.items() if (f.default, f.default_factory) == defaults}
     unknown, missing = sorted(values.keys() - fields.keys()), sorted(needed - values.keys())
-    _require(not unknown, f"{name} has unknown fields {unknown}; known fields are {sorted(fields)}")
-    _require(not missing, f"{name} lacks the fields {missing}")
-    return cls(**{field: _convert(value, hints[field], f"{name}.{field}") for field, value in values.items()})
+    _require(not unknown, f"{name or 'the config'} has unknown fields {unknown}; known fields are {sorted(fields)}")
+    _require(not missing, f"{name or 'the config'} lacks the fields {missing}")
+    prefix = f"{name}." if name else ""
+    return cls(**{field: _convert(value, hints[field], f"{prefix}{field}") for field, value in values.items()})
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """A plain value as the type that a field is annotated with, where it is one of these; else as it is."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if isinstance(option, type) and dataclasses.is_dataclass(option) and not isinstance(value, option):
+    for option in options_of(hint):
+        cls = typing.get_origin(option) or option
+        if dataclasses.is_dataclass(cls) and isinstance(value, Mapping):
             return from_dict(option, value, name)
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_convert(item, typing.get_args(option)[0], f"{name}[{i}]") for i, item in enumerate(value))
-    return value
+        if cls is tuple and isinstance(value, list | tuple):
+            item = typing.get_args(option)[0]
+            return tuple(_convert(each, item, f"{name}[{i}]") for i, each in enumerate(value))
+        if cls is float and type(value) is int:
+            return float(value)
+        if cls is Any or (isinstance(value, cls) and (cls is bool or type(value) is not bool)):
+            return value
+    raise ConfigError(f"{name} is {value!r}; it must be {' or '.join(map(_describe, options_of(hint)))}")
+
+
+def _describe(option: Any) -> str:
+    cls = typing.get_origin(option) or option
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a list"}
+    return words.get(cls, "None" if cls is type(None) else "a table of fields")

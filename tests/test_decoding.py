@@ -15,7 +15,7 @@ import pi0_jax.loading
 import pi0_jax.models.gemma as jax_gemma
 import pi0_torch.loading
 import pi0_torch.models.gemma as torch_gemma
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.masks import block_mask
 from pi0.observation import Observation

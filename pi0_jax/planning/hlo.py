@@ -1,7 +1,7 @@
-"""What one device does in a compiled program, counted in its text: matrix products, collectives, memory traffic.
+"""The cost of a compiled program on one device, counted in its HLO text: flops, collectives, memory traffic.
 
-XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs, which is read from the
-comparison in the loop's condition.
+XLA's own `cost_analysis` counts the body of a loop once; here it counts for every iteration, whose number is read from
+the comparison in the loop's condition.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\(1\)\})?")
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device, once through the program.
+    """The cost of one execution on one device.
 
-    `flops` of matrix products and convolutions, a multiplication and an addition as two; `traffic` bytes read from and
-    written to its main memory, fusions as one; `collectives` how often each kind runs, and `sent` the bytes that it
-    sends in a ring of its group.
+    `flops` of matrix products and convolutions, where a multiplication and an addition are two; `traffic`, the bytes
+    read from and written to main memory, by fusions as by one operation; `collectives`, how often each one runs, and
+    `sent`, the bytes that it sends in a ring of its group.
     """
 
     flops: float = 0.0
@@ -64,12 +64,12 @@ def count(text: str) -> Cost:
     for name, times, inside in _runs(computations, entry, 1.0, False):
         computation = computations[name]
         for instruction in computation.values():
-            kind = instruction.op.removesuffix("-start")
-            if kind in COLLECTIVES:
+            op = instruction.op.removesuffix("-start")
+            if op in COLLECTIVES:
                 _count_collective(cost, name, instruction, computation, times)
-            elif kind == "convolution":
+            elif op == "convolution":
                 cost.flops += times * _convolution_flops(instruction, computation)
-            elif kind == "dot":
+            elif op == "dot":
                 cost.flops += times * _dot_flops(instruction, computation)
             if not inside and instruction.op not in _FREE:
                 cost.traffic += times * _traffic(instruction, computation, computations)
@@ -93,7 +93,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 def _runs(
     computations: dict[str, _Computation], name: str, times: float, inside: bool
 ) -> Iterator[tuple[str, float, bool]]:
-    """Every computation that runs, how often, and whether it is inside of a fusion."""
+    """Every computation that runs, how often, and whether it is inside a fusion."""
     yield name, times, inside
     for instruction in computations[name].values():
         if instruction.op == "while":
@@ -109,7 +109,7 @@ def _runs(
 
 
 def _trips(computations: dict[str, _Computation], body: str, condition: str) -> int:
-    """How often a loop runs: its counter starts at 0 and stays below a number; 1 where there is no such counter."""
+    """Iterations of a loop, whose counter starts at 0 and stays below a constant; 1 where there is no such counter."""
     names = [condition] + [str(i.called("calls")) for i in computations[condition].values() if i.called("calls")]
     instructions = [i for name in names for i in computations[name].values()]
     counters = [i for i in computations[condition].values() if i.op == "get-tuple-element" and _whole_number(i)]
@@ -136,7 +136,7 @@ def _constant(instruction: _Instruction) -> int | None:
 
 
 def _bytes(type_: str) -> float:
-    """The size of the arrays of a type that are in main memory."""
+    """The size of the arrays of a type, without those outside main memory."""
     total = 0.0
     for dtype, dims, elsewhere in _ARRAY.findall(type_):
         digits = re.sub(r"\D", "", dtype.split("e")[0])
@@ -149,16 +149,16 @@ def _count_collective(
     cost: Cost, name: str, instruction: _Instruction, computation: _Computation, times: float
 ) -> None:
     size = sum(_bytes(computation[o].type.replace("S(1)", "")) for o in instruction.operands if o in computation)
-    kind, group = instruction.op.removesuffix("-start"), _group_size(instruction.rest)
-    if name.startswith("all-reduce-scatter"):  # how the TPU's compiler writes it
-        kind = "reduce-scatter"
+    op, group = instruction.op.removesuffix("-start"), _group_size(instruction.rest)
+    if name.startswith("all-reduce-scatter"):  # as the TPU's compiler names it
+        op = "reduce-scatter"
     factor = {
         "all-gather": group - 1,
         "all-reduce": 2 * (group - 1) / group,
         "collective-permute": 1,
-    }.get(kind, (group - 1) / group)
-    cost.collectives[kind] += round(times)
-    cost.sent[kind] += round(times * factor * size)
+    }.get(op, (group - 1) / group)
+    cost.collectives[op] += round(times)
+    cost.sent[op] += round(times * factor * size)
 
 
 def _group_size(rest: str) -> int:
@@ -179,7 +179,7 @@ def _dot_flops(instruction: _Instruction, computation: _Computation) -> float:
 
 
 def _convolution_flops(instruction: _Instruction, computation: _Computation) -> float:
-    """2 × outputs × inputs of each that are neither padding nor the holes of a dilation.
+    """2 × outputs × inputs of each output that are neither padding nor holes of a dilation.
 
     The TPU's compiler writes every matrix product as a convolution, batch axes as dilated windows.
     """
@@ -209,7 +209,7 @@ def _convolution_flops(instruction: _Instruction, computation: _Computation) -> 
 
 
 def _traffic(instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> float:
-    """Bytes written and read; of operands and results that are sliced, the slice."""
+    """Bytes read and written; of sliced operands and results, those of the slice."""
     if instruction.op.endswith("-done"):
         return 0
     if instruction.op in ("dynamic-slice", "slice"):

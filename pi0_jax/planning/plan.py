@@ -1,39 +1,33 @@
-"""Whether a training run, or sampling, fits a topology, and what it costs there: compiled for it, without having it.
+"""Memory and time of a training step, or of sampling, on a topology: compiled for it, without its chips.
 
-For TPUs the real compiler is asked, which the `libtpu` package brings; for GPUs the CPU's compiler, over as many
-virtual devices, which keeps bfloat16 in float32 at places and so says too much rather than too little. Nothing is
-allocated: all inputs are shapes.
+For TPUs by the real compiler, of the `libtpu` package; for GPUs by the CPU's compiler, for as many virtual devices. It
+computes some bfloat16 values in float32 and so overestimates memory. Nothing is allocated: all inputs are shapes.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
 import os
 import re
-import sys
 from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-from absl import flags
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0_jax.loading import Model, make_model, merge
-from pi0_jax.models.pi0_fast import Pi0Fast
+from pi0.run_config import RunConfig
+from pi0_jax.loading import make_model, merge
 from pi0_jax.planning import hlo
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
 from pi0_jax.training.sharding import ROWS, check_batch, make_mesh, state_shardings
-from pi0_jax.training.train import init_state, read_config, train_step
-from pi0_jax.training.trainable import freeze_pattern
+from pi0_jax.training.train import init_state, train_step
 
 GIB = 2**30
 
@@ -54,7 +48,7 @@ CHIPS = {  # cloud.google.com/tpu/docs/v4 and so on; of links, one direction
     "v5p": Chip(95, 459e12, 2765e9, 600e9),
     "v6e": Chip(32, 918e12, 1640e9, 448e9),
 }
-TPU_ENVIRONMENT = {  # a compiler alone: no chip, no host to be asked for, and no lock on either
+TPU_ENVIRONMENT = {  # libtpu as a compiler alone: no chip, no query of the host, no lock on either
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -67,10 +61,10 @@ TPU_ENVIRONMENT = {  # a compiler alone: no chip, no host to be asked for, and n
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one chip holds and does in a training step, or in sampling; memory in bytes.
+    """Memory (bytes) and cost of a training step, or of sampling, on one chip.
 
-    `held` by name: what lies there between steps. `refused` is the compiler's word where the program is too large for
-    the chip: `temporaries` are then all that it names, and there is no `cost`.
+    `held` is the memory of arrays that persist between steps, by name. `refused` is the compiler's error where the
+    program is too large for the chip: `temporaries` are then what it reports, and `cost` is None.
     """
 
     topology: str
@@ -84,7 +78,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes of memory at the worst moment."""
+        """Peak memory in bytes."""
         return sum(self.held.values()) + self.temporaries
 
     @property
@@ -102,23 +96,23 @@ class Plan:
 
 
 def parse_topology(name: str) -> tuple[str, Chip, int]:
-    """The kind, the chip and, for GPUs, how many of them: "v5e:4x4", or "gpu:8x80", 8 GPUs of 80 GB.
+    """The generation, the chip and, for GPUs, their number, of "v5e:4x4", or of "gpu:8x80", 8 GPUs of 80 GB.
 
     Raises ValueError for anything else.
     """
-    kind, _, shape = name.partition(":")
-    if kind == "gpu" and re.fullmatch(r"\d+x\d+", shape):
+    generation, _, shape = name.partition(":")
+    if generation == "gpu" and re.fullmatch(r"\d+x\d+", shape):
         number, gigabytes = map(int, shape.split("x"))
-        return kind, Chip(gigabytes * 1e9 / GIB), number
-    if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        return kind, CHIPS[kind], 0
+        return generation, Chip(gigabytes * 1e9 / GIB), number
+    if generation in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        return generation, CHIPS[generation], 0
     raise ValueError(f"topology is {name!r}; it is like v5p:2x2x2, of {', '.join(CHIPS)}, or gpu:8x80: 8 GPUs of 80 GB")
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology, to compile for. Raises ValueError where the compiler knows none such."""
-    kind, _, number = parse_topology(topology)
-    if kind == "gpu":
+    """The devices of a topology, to compile for. Raises ValueError where the compiler does not know it."""
+    generation, _, number = parse_topology(topology)
+    if generation == "gpu":
         if len(jax.devices()) < number:
             raise ValueError(f"{topology} is planned on {number} virtual devices, and JAX has started without them")
         return jax.devices()[:number]
@@ -128,64 +122,68 @@ def devices_of(topology: str) -> list[Any]:
         raise ValueError(f"no compiler for {topology}: {str(error).splitlines()[0]}. pip install libtpu?") from error
 
 
-def abstract_batch(model: ModelConfig, batch_size: int, *, training: bool) -> tuple[Observation, jax.ShapeDtypeStruct]:
-    """The shapes of an observation and of actions (or noise)."""
+def abstract_batch(model: ModelConfig, batch_size: int, *inputs: str) -> tuple[Observation, jax.ShapeDtypeStruct]:
+    """The shapes of an observation, with the fields `inputs` of training, and of actions (or noise)."""
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
 
     tokens = model.max_token_len
-    fast = training and model.kind == "pi0_fast"
+    training = {
+        "token_ar_mask": rows(jnp.int32, tokens),
+        "token_loss_mask": rows(jnp.bool, tokens),
+        "token_group": rows(jnp.int32, tokens),
+        "has_actions": rows(jnp.bool),
+    }
     observation = Observation(
         images={key: rows(jnp.uint8, *model.image_resolution, 3) for key in model.image_keys},
         image_masks={key: rows(jnp.bool) for key in model.image_keys},
         state=rows(jnp.float32, model.action_dim),
         tokenized_prompt=rows(jnp.int32, tokens),
         tokenized_prompt_mask=rows(jnp.bool, tokens),
-        token_ar_mask=rows(jnp.int32, tokens) if fast else None,
-        token_loss_mask=rows(jnp.bool, tokens) if fast else None,
+        **{name: training[name] for name in inputs},
     )
     return observation, rows(jnp.float32, model.action_horizon, model.action_dim)
 
 
-def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
-    """Actions, or π0-FAST's tokens."""
-    merged: Model = merge(model, params)
-    return merged.sample_tokens(batch[0]) if isinstance(merged, Pi0Fast) else merged.sample_actions(*batch)
+def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> Any:
+    """What the model samples for an observation and noise."""
+    return merge(model, params).sample(*batch)
 
 
-def plan(config: ml_collections.ConfigDict, topology: str, *, sampling: bool = False) -> Plan:
-    """Compile a config's training step, or its model's sampling in its compute dtype, for a topology.
+def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:
+    """Compile a run's training step, or its model's sampling in its compute dtype, for a topology.
 
-    Raises ValueError for a config that cannot run there, but for what does not fit: that is an answer.
+    Raises ValueError for a config that cannot run there; where it does not fit, the plan says so.
     """
-    model = ModelConfig.from_dict(config.model.to_dict())
+    model = config.model
     mesh = make_mesh(config.mesh, devices_of(topology))
-    batch: Any = abstract_batch(model, config.batch_size, training=not sampling)
+    trained = not sampling and (model.family.action_tokens or config.recipe is not None)
+    batch: Any = abstract_batch(model, config.batch_size, *(model.family.training_inputs if trained else ()))
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
     if sampling:
         init = functools.partial(_inference_params, model)
     else:
         check_batch(config.batch_size, config.accumulate, mesh)
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
-        init = functools.partial(init_state, config, model, optimizer, freeze_pattern(model, config.freeze))
+        init = functools.partial(init_state, config, optimizer)
     state = jax.eval_shape(init)
     shardings = state_shardings(state, model, config.sharding, mesh)
-    state = jax.tree.map(_laid, state, shardings)
+    state = jax.tree.map(_with_sharding, state, shardings)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = jax.tree.map(lambda x: _laid(x, everywhere if config.batch_size % ways else rows), batch)
+    batch = jax.tree.map(lambda x: _with_sharding(x, everywhere if config.batch_size % ways else rows), batch)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if sampling:
             lowered = jax.jit(functools.partial(sample, model)).lower(state, batch)
         else:
-            key = _laid(jax.eval_shape(jax.random.key, 0), everywhere)
-            step = functools.partial(train_step, config, model, optimizer)
+            key = _with_sharding(jax.eval_shape(jax.random.key, 0), everywhere)
+            step = functools.partial(train_step, config, optimizer)
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
             lowered = jitted.lower(state, batch, key)
     parts = {"parameters": state} if sampling else {k: v for k, v in state.items() if v}
     names = {"params": "parameters", "ema": "moving average", "opt_state": "optimizer"}
-    held = {names.get(name, name): _bytes_here(part) for name, part in parts.items()} | {"batch": _bytes_here(batch)}
-    return _compile(lowered, topology, mesh, config.batch_size, held)
+    held = {names.get(name, name): _bytes_per_device(part) for name, part in parts.items()}
+    return _compile(lowered, topology, mesh, config.batch_size, held | {"batch": _bytes_per_device(batch)})
 
 
 def _compile(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, batch_size: int, held: dict[str, int]) -> Plan:
@@ -210,21 +208,19 @@ def _inference_params(model: ModelConfig) -> Any:
     return jax.tree.map(lambda x: x.astype(model.runtime.dtype), params)
 
 
-def _laid(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _bytes_here(tree: Any) -> int:
-    """Of one device."""
+def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def suggest(config: ml_collections.ConfigDict, plan: Plan, *, sampling: bool = False) -> list[str]:
-    """What to change where a plan does not fit, the cheapest first: flags of the command, each to be planned again."""
+def suggest(config: RunConfig, plan: Plan, *, sampling: bool = False) -> list[str]:
+    """Overrides to try where a plan does not fit, in the order of what they cost."""
     chips, mesh = math.prod(plan.mesh.values()), plan.mesh
-    model = ModelConfig.from_dict(config.model.to_dict())
     changes = []
-    if not sampling and model.runtime.remat != "full":
+    if not sampling and config.model.runtime.remat != "full":
         changes.append("--config.model.runtime.remat=full")
     wider = [n for n in range(mesh["fsdp"] + 1, chips + 1) if chips % (n * mesh["tensor"]) == 0 and n <= 128]
     if wider:
@@ -242,7 +238,7 @@ def suggest(config: ml_collections.ConfigDict, plan: Plan, *, sampling: bool = F
 
 
 def report(plan: Plan, title: str) -> str:
-    """A plan for people."""
+    """A plan as text."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     chips = math.prod(plan.mesh.values())
     lines = [f"{title}, batch {plan.batch_size}, on {plan.topology}: {chips} chips, mesh {mesh}", ""]
@@ -267,7 +263,7 @@ def report(plan: Plan, title: str) -> str:
 
 
 def table(plans: list[Plan]) -> str:
-    """Several plans, one line each."""
+    """Several plans as text, one line each."""
     lines = [
         "topology   chips  data×fsdp×tensor  batch  held GiB  temporary GiB  TFLOP/chip  GB sent/chip  ms (peak)  fits"
     ]
@@ -283,52 +279,10 @@ def table(plans: list[Plan]) -> str:
 
 
 def prepare(names: list[str]) -> None:
-    """Set JAX up to compile for topologies, before its first use: on the CPU, with a compiler for TPUs at hand."""
-    numbers = [number for kind, _, number in map(parse_topology, names) if kind == "gpu"]
+    """Configure JAX, before its first use, to compile for topologies on the CPU."""
+    numbers = [number for generation, _, number in map(parse_topology, names) if generation == "gpu"]
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     if numbers:
         jax.config.update("jax_num_cpu_devices", max(numbers))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-plan`."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-plan",
-        description="Compile an experiment's training step for chips that need not be there, and say what it takes: "
-        "memory, operations, collectives, time. Exits with 1 where it does not fit. TPUs need: pip install libtpu.",
-        epilog="examples:\n"
-        "  pi0-plan --config configs/pi0_metaworld.py --topology v5p:2x2x2 --config.batch_size=64 "
-        "--config.mesh.fsdp=8\n"
-        "  pi0-plan --config configs/pi0_metaworld.py --topology gpu:8x80 --config.mesh.fsdp=8\n"
-        "  pi0-plan --config configs/pi0_metaworld.py --topology v5e:1x1 --sample --config.batch_size=1\n"
-        "  pi0-plan --config configs/pi0_metaworld.py --topology v5e:4x4 v5e:8x8 --batch-per-chip 8 "
-        "--config.mesh.fsdp=16",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file; ARG goes to get_config")
-    parser.add_argument("--topology", required=True, nargs="+", help="v4, v5e, v5p or v6e:SHAPE, or gpu:NUMBERxGB")
-    parser.add_argument("--sample", action="store_true", help="sampling instead of training")
-    parser.add_argument("--batch-per-chip", type=int, help="instead of the config's batch_size; for several topologies")
-    args, overrides = parser.parse_known_args(arguments)
-    try:
-        prepare(args.topology)
-        config = read_config(args.config, overrides)
-        plans = []
-        for topology in args.topology:
-            if args.batch_per_chip:
-                config.batch_size = args.batch_per_chip * len(devices_of(topology))
-            plans.append(plan(config, topology, sampling=args.sample))
-    except (ValueError, OSError, flags.Error) as error:
-        print(f"pi0-plan: {error}", file=sys.stderr)
-        sys.exit(1)
-    title = f"{config.model.kind}, {'sampling' if args.sample else f'training, remat {config.model.runtime.remat}'}"
-    print(report(plans[0], title) if len(plans) == 1 else table(plans))
-    for refused in [each for each in plans if not each.fits]:
-        print(f"\n{refused.topology}: try one or more of", *suggest(config, refused, sampling=args.sample), sep="\n  ")
-    sys.exit(0 if all(each.fits for each in plans) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
-"""Orbax checkpoints of a training run: parameters for inference, the training state, and the assets beside them.
+"""Orbax checkpoints of a training run.
 
-checkpoints/<step>/params         what is evaluated and exported: the moving average where there is one
-checkpoints/<step>/train_state    what training goes on from, but for what is frozen, which `params` has
+checkpoints/<step>/params         what is evaluated and exported: the moving average where there is one, frozen ones
+checkpoints/<step>/train_state    what training resumes from, without frozen parameters, which `params` has
 checkpoints/<step>/assets         config.json, norm stats
 checkpoints/<step>/checksums.json of every file, written when the checkpoint is complete
-checkpoints/damaged-<step>        one that was found damaged, kept aside
+checkpoints/damaged-<step>        a checkpoint that was found damaged and renamed
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from convert.tensors import CheckpointError
 from pi0.assets import Assets
 
 CHECKSUMS = "checksums.json"
-BEST = "validation_loss"  # what the best checkpoint is the lowest in
+BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 
 
 class AssetsHandler(ocp.CheckpointHandler):
@@ -53,14 +53,14 @@ class AssetsSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(AssetsHandler, for_restore=True)
 @dataclasses.dataclass
 class AssetsRestore(ocp.args.CheckpointArgs):
-    """Nothing to say: the assets are restored as they were saved."""
+    """No options: the assets are restored as they were saved."""
 
 
 class Checkpoints:
     """The checkpoints of one run, written asynchronously.
 
-    The newest `keep` stay, with `keep_best` the one of the lowest validation loss too, with `keep_every` those of every
-    so many steps. All processes of a run make one, and call the same of its methods.
+    The newest `keep` stay, with `keep_best` also the one of the lowest validation loss, with `keep_every` also those of
+    every so many steps. All processes of a run make one and call the same methods.
     """
 
     def __init__(self, folder: Path, keep: int, keep_best: bool = False, keep_every: int = 0):
@@ -89,9 +89,9 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, train_state: Any, assets: Assets, metrics: dict[str, float] | None = None
     ) -> None:
-        """Start writing a checkpoint; it gets its name when it is complete. A step that is there already stays.
+        """Start writing a checkpoint, which gets its name when it is complete; do nothing for a step that exists.
 
-        `metrics` may have the validation loss, by which the best is kept.
+        `metrics` may contain the validation loss, by which the best is kept.
         """
         if step in self._manager.all_steps():
             return
@@ -117,7 +117,7 @@ class Checkpoints:
     def restore_newest(self, train_state: Any) -> tuple[int, Any]:
         """The newest intact checkpoint's step and training state, with the shardings of `train_state` (abstract).
 
-        Damaged ones are reported and put aside, and the one before is taken; without any, it is (0, None).
+        Damaged ones are reported and renamed, and the one before is restored; (0, None) without any.
         """
         while (step := self.latest_step) is not None:
             problem = damage(self._folder / str(step)) if jax.process_index() == 0 else None
@@ -165,12 +165,12 @@ def _digest(file: Path) -> str:
 
 
 def sign(step: Path) -> None:
-    """Write the checksums of a complete checkpoint's files beside them."""
-    temporary = step / f".{CHECKSUMS}"
+    """Write `checksums.json` of a complete checkpoint's files."""
+    temporary = step / f".{CHECKSUMS}"  # without `write_text`, which makes the folder where it is missing
     try:
         temporary.write_text(json.dumps({str(f.relative_to(step)): _digest(f) for f in _files(step)}, indent=2))
         os.replace(temporary, step / CHECKSUMS)
-    except FileNotFoundError:  # a newer checkpoint has taken its place meanwhile
+    except FileNotFoundError:  # the checkpoint was deleted meanwhile, in favour of a newer one
         return
 
 

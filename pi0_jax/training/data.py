@@ -1,4 +1,4 @@
-"""The data of a run: what its config says, opened and checked, and batches of it on the devices, by Grain."""
+"""The data of a run: datasets, norm stats and assets of its config, and batches on the devices, by Grain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -30,20 +29,21 @@ from pi0.robots.normalize import NormStats
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
+from pi0.run_config import DataConfig, RunConfig
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
 
 Batch = tuple[Observation, Any]  # the model's inputs, and normalized actions [B, T, A]
 
-AHEAD = 2  # batches that are ready: in each worker process, and on the devices
+AHEAD = 2  # prefetched batches: in each worker process, and on the devices
 
 
 class Loader(Iterator[Batch]):
-    """The batches of step `start` and the following ones, without end, on the devices.
+    """An endless iterator of the batches from step `start` on, on the devices.
 
-    `workers` processes read them (0: a thread of this one), ahead of their use, and always the same ones: they depend
-    on the step alone. Of each batch, this host reads `rows`, and `place` makes global arrays of them. `waited` is how
-    many seconds `next` has waited so far. It is a context manager: leaving it ends the processes.
+    `workers` processes (0: a thread of this one) prefetch them; a batch depends on its step alone. This host reads
+    `rows` of each batch, and `place` makes global arrays of them. `waited` counts the seconds that `next` has waited.
+    Leaving this context manager ends the processes.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class Loader(Iterator[Batch]):
             actions = check_actions(data.pop("actions"), model, len(rows))
             return place((Observation.from_dict(data, model), actions))
 
-        def leave_signals(*_: int) -> None:  # to the training process, which saves before it stops
+        def ignore_signals(*_: int) -> None:  # the training process handles them: it saves, then stops
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
         steps = grain.MapDataset.range(start, sys.maxsize)
-        # A dataset has files open, which threads cannot share: processes read in parallel, each in one thread.
+        # A dataset has open files, which threads cannot share: processes read in parallel, each in one thread.
         read = steps.map(functools.partial(batches.read, rows=rows)).to_iter_dataset(grain.ReadOptions(0, 0))
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        placed = read.mp_prefetch(processes, leave_signals).map(finish)
+        placed = read.mp_prefetch(processes, ignore_signals).map(finish)
         self._batches: Any = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD))
         self._steps_of_a_pass = len(batches)
         self.waited = 0.0
@@ -84,7 +84,7 @@ class Loader(Iterator[Batch]):
         return batch
 
     def one_pass(self) -> Iterator[Batch]:
-        """As many batches as it takes to see every frame."""
+        """As many batches as contain every frame once."""
         return itertools.islice(self, self._steps_of_a_pass)
 
     def __enter__(self) -> Loader:
@@ -93,86 +93,80 @@ class Loader(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self._batches.close()
         self._batches = iter(())  # Grain's iterators complain when they outlive their modules
-        gc.collect()  # JAX holds what it copied until then, and a process that ends leaves shared memory behind
+        gc.collect()  # JAX holds copied arrays until then, and a process that ends would leave shared memory behind
 
 
 @dataclasses.dataclass(frozen=True)
 class Recordings:
-    """One dataset of a run: its part of the config, its robot, and its episodes to train on and to validate with."""
+    """One dataset of a run: its config, its robot, and its frames of training and of validation episodes."""
 
-    config: dict[str, Any]
+    config: DataConfig
     robot: Robot
     training: Any
     validation: Any
 
     @classmethod
-    def open(cls, config: dict[str, Any], model: ModelConfig, seed: int) -> Recordings:
-        """Raises ValueError for a config that does not fit the dataset, and DataError for a damaged one.
-
-        The dataset may be a file of `questions` instead, and have `subtasks` in one (`pi0.datasets.annotations`).
-        """
-        if config.get("questions"):
-            robot = make_robot(config["robot"])
+    def open(cls, config: DataConfig, model: ModelConfig, seed: int) -> Recordings:
+        """Raises ValueError for a config that does not fit the dataset, and DataError for a damaged one."""
+        robot = make_robot(config.robot)
+        if config.questions:
             camera = next(key for key in model.image_keys if key in robot.cameras.values())
-            return cls(config, robot, Questions(config["questions"], camera), None)
-        if not config["root"]:
+            return cls(config, robot, Questions(config.questions, camera), None)
+        if not config.root:
             raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
-        root, robot = fetch(config["root"]), make_robot(config["robot"])
-        options = {
+        root = fetch(config.root)
+        options: dict[str, Any] = {
+            "format": config.format,
             "action_horizon": model.action_horizon,
             "image_size": model.image_resolution,
-            "cache": config["cache"] or None,
-            "skip_damaged": config["skip_damaged"],
+            "cache": config.cache or None,
+            "skip_damaged": config.skip_damaged,
         }
-        parts = split_episodes(episode_numbers(root), config["validation_episodes"], seed)
+        parts = split_episodes(episode_numbers(root, config.format), config.validation_episodes, seed)
         training, validation = (open_dataset(root, robot, episodes=p, **options) if p else None for p in parts)
         assert training is not None  # split_episodes leaves some
         skipped = training.skipped + (validation.skipped if validation else [])
         if skipped:
-            left_out = len({problem.episode for problem in skipped})
-            print(f"{root}: {left_out} damaged episodes are left out; the first problem is {skipped[0]}")
+            episodes = len({problem.episode for problem in skipped})
+            print(f"{root}: {episodes} damaged episodes are left out; the first problem is {skipped[0]}")
         longest = max((episode.length for episode in training.episodes), default=0)
         if longest < model.action_horizon:
             raise ValueError(
                 f"{root}: the longest of {len(training.episodes)} training episodes has {longest} frames, and "
                 f"model.action_horizon is {model.action_horizon}: no chunk of actions would be whole"
             )
-        held_out = validation if validation and len(validation) else None
-        if file := config.get("subtasks"):
-            return cls(
-                config, robot, AnnotatedDataset(training, file), AnnotatedDataset(held_out, file) if held_out else None
-            )
+        held_out: Any = validation if validation and len(validation) else None
+        if file := config.subtasks:
+            held_out = AnnotatedDataset(held_out, file) if held_out else None
+            return cls(config, robot, AnnotatedDataset(training, file), held_out)
         return cls(config, robot, training, held_out)
 
     @property
     def has_subtasks(self) -> bool:
-        """Whether its frames say their subtask."""
+        """Whether its frames have subtasks."""
         return "subtask" in self.training[0]
 
 
-def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[Assets, Batches, Batches | None]:
-    """The assets of a run's checkpoints, its training batches, and those of validation where episodes are held out.
+def load_data(config: RunConfig) -> tuple[Assets, Batches, Batches | None]:
+    """The assets of a run's checkpoints, its training batches, and those of held-out episodes where there are any.
 
-    `config.data.mixture`, where it has any, lists datasets that are mixed: each a dict of what it has other than
-    `config.data` itself, and of a `weight` (default: by size). The assets are the first one's. Norm stats are those
-    that a base checkpoint, `norm_stats_from`, has under `asset_id`; where that is not given, those of all training
-    episodes with this `asset_id`. Raises ValueError for what cannot be trained on, DataError for damaged recordings.
+    The assets are those of the first of `config.data.sources`. Datasets of one `asset_id` have the norm stats that
+    `norm_stats_from` has under it, or else those of all their training episodes. Raises ValueError for data that cannot
+    be trained on, DataError for damaged recordings.
     """
-    recordings = [Recordings.open(source, model, config.seed) for source in data_sources(config.data.to_dict())]
+    recordings = [Recordings.open(source, config.model, config.seed) for source in config.data.sources]
     norm_stats = find_norm_stats(recordings)
-    subtasks = bool(config.get("recipe")) and any(r.has_subtasks for r in recordings)
-    assets = [
-        make_assets(r.config, norm_stats[r.config["asset_id"]], model, config.to_dict(), subtasks) for r in recordings
-    ]
+    subtasks = config.recipe is not None and any(r.has_subtasks for r in recordings)
+    assets = [make_assets(r.config, norm_stats[r.config.asset_id], config, subtasks) for r in recordings]
     pipelines = [Pipeline.from_assets(a) for a in assets]
-    weights = [r.config["weight"] for r in recordings if "weight" in r.config] or None
+    weights = [r.config.weight for r in recordings if r.config.weight is not None] or None
     training = Mixture([r.training for r in recordings], weights, config.seed)
-    if not 0 < config.batch_size <= len(training):
+    if config.batch_size > len(training):
         raise ValueError(f"batch_size is {config.batch_size}; with {len(training)} frames it must be 1 to that many")
     batches = Batches(training, pipelines, config.batch_size, config.seed if config.data.augment else None)
-    for dataset, pipeline in zip(training.datasets, pipelines, strict=True):  # what does not fit fails now
+    for dataset, pipeline in zip(training.datasets, pipelines, strict=True):  # raise for an unfit one now
         first = {key: value[None] for key, value in pipeline(dataset[0]).items() if key != "actions"}
-        Observation.from_dict(first, model)
+        Observation.from_dict(first, config.model)
     held_out = [(r.validation, p) for r, p in zip(recordings, pipelines, strict=True) if r.validation]
     if not held_out:
         return assets[0], batches, None
@@ -180,24 +174,12 @@ def load_data(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[As
     return assets[0], batches, Batches(InOrder(datasets, config.batch_size), own, config.batch_size)
 
 
-def data_sources(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config of each dataset: those of `data["mixture"]` on top of `data`, or `data` alone. Raises ValueError."""
-    mixture = data.get("mixture") or [{}]
-    for number, source in enumerate(mixture):
-        unknown = sorted(source.keys() - data.keys() - {"weight"})
-        if unknown:
-            raise ValueError(f"data.mixture[{number}] has unknown keys {unknown}; known are {sorted(data)} and weight")
-    if len({"weight" in source for source in mixture}) > 1:
-        raise ValueError("data.mixture gives some of its datasets a weight; give all of them one, or none")
-    return [data | source for source in mixture]
-
-
 def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, NormStats]]:
     """The norm stats of each asset id. Raises ValueError where its datasets do not agree on where they come from."""
     places: dict[str, str] = {}
     totals: dict[str, dict[str, RunningStats]] = {}
     for one in recordings:
-        asset_id, place = one.config["asset_id"], one.config["norm_stats_from"]
+        asset_id, place = one.config.asset_id, one.config.norm_stats_from
         if places.setdefault(asset_id, place) != place:
             raise ValueError(
                 f"data.mixture has norm stats of {asset_id!r} from {places[asset_id] or 'its episodes'} and from "
@@ -212,24 +194,18 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
     return computed | {asset_id: fetch_norm_stats(place, asset_id) for asset_id, place in places.items() if place}
 
 
-def make_assets(
-    data: dict[str, Any],
-    norm_stats: dict[str, NormStats],
-    model: ModelConfig,
-    training: dict[str, Any],
-    subtasks: bool = False,
-) -> Assets:
-    """The assets that one dataset's config says; `training` is the whole of the run's config."""
-    fast = data.get("action_tokenizer")
+def make_assets(data: DataConfig, norm_stats: dict[str, NormStats], run: RunConfig, subtasks: bool = False) -> Assets:
+    """The assets of one dataset of a run."""
+    fast = data.action_tokenizer
     return Assets(
-        model,
+        run.model,
         norm_stats=norm_stats,
-        asset_id=data["asset_id"],
-        normalization=data["normalization"],
-        tokenizer=TextTokenizer(data["tokenizer"]).reference(),
-        robot=data["robot"],
+        asset_id=data.asset_id,
+        normalization=data.normalization,
+        tokenizer=TextTokenizer(data.tokenizer).reference(),
+        robot=data.robot if isinstance(data.robot, str) else dict(data.robot),
         action_tokenizer=FASTTokenizer(fast).reference() if fast else None,
         subtasks=subtasks,
-        state_in_prompt=data.get("state_in_prompt", True),
-        training=training,
+        state_in_prompt=data.state_in_prompt,
+        training=run.to_dict(),
     )

@@ -1,8 +1,7 @@
-"""Where a run's numbers and pictures go: a progress bar, `metrics.jsonl`, TensorBoard, and W&B where asked for."""
+"""Logging of a run's scalars and images: a progress bar, `metrics.jsonl`, TensorBoard, and optionally W&B."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from pi0_jax.training.data import Loader
 
 PROFILED = range(5, 10)  # steps after the first one
-# Peak bfloat16 operations per second of one device, by what JAX calls its kind.
+# Peak bfloat16 operations per second of one device, by the beginning of JAX's `device_kind`.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -33,33 +32,27 @@ PEAK_FLOPS = {
 }
 
 
-def check_wandb(project: str) -> None:
-    """Raise ValueError where W&B is asked for, by the name of a project, and not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"wandb is {project!r}, but the package is not installed: pip install wandb, or wandb=''")
-
-
 class Window:
-    """The steps since the last line of the log: their scalars, and how long they and the wait for their data took."""
+    """The steps since the last line of the log: their scalars, their time, and the time spent waiting for data."""
 
     def __init__(self, loader: Loader, batch_size: int):
         self._loader, self._batch_size = loader, batch_size
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, with no steps."""
+        """Start a new window, without steps."""
         self.rows: list[dict[str, jax.Array]] = []
         self._start, self._waited = time.perf_counter(), self._loader.waited
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of what is done meanwhile."""
+        """Exclude the time spent inside."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
 
     def means(self, flops: float) -> dict[str, float]:
-        """The mean of each scalar, samples per second, the share of time spent waiting for data, and the devices'."""
+        """The mean of each scalar, samples per second, the share of time spent waiting for data, and device metrics."""
         scalars = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}  # waits for them
         elapsed = time.perf_counter() - self._start
         rates = {
@@ -70,7 +63,7 @@ class Window:
 
 
 class Trace:
-    """A profile of the steps `PROFILED` of this process, in `folder`, for TensorBoard or Perfetto; None: no profile."""
+    """A profile of this process's steps `PROFILED` in `folder`, for TensorBoard or Perfetto; None: no profile."""
 
     def __init__(self, folder: Path | None, start: int):
         self._folder, self._start, self._running = folder, start, False
@@ -79,13 +72,13 @@ class Trace:
         return self
 
     def before(self, step: int) -> None:
-        """To be called before each step is begun."""
+        """Call before each step."""
         if self._folder is not None and step == self._start + PROFILED.start:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """And after it, with what it gives."""
+        """Call after each step, with its results."""
         if self._running and step == self._start + PROFILED.stop - 1:
             jax.block_until_ready(results)
             self.__exit__()
@@ -97,7 +90,7 @@ class Trace:
 
 
 class Metrics(ExitStack):
-    """Writes scalars and pictures by step to every place; `silent`, for all processes of a run but one, to none."""
+    """Logs scalars and images by step; all processes of a run but one are `silent` and log nothing."""
 
     def __init__(
         self,
@@ -110,7 +103,7 @@ class Metrics(ExitStack):
         silent: bool = False,
     ):
         super().__init__()
-        self._pictures, self._silent = workdir / "pictures", silent
+        self._images, self._silent = workdir / "images", silent
         self._jsonl = Path(os.devnull) if silent else workdir / "metrics.jsonl"
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
         self.callback(self._tensorboard.close)
@@ -125,11 +118,11 @@ class Metrics(ExitStack):
             self.callback(self._wandb.finish)
 
     def advance(self, steps: int = 1) -> None:
-        """Move the progress bar on."""
+        """Advance the progress bar."""
         self._bar.update(steps)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Write scalars; `loss`, `grad_norm` and `samples_per_second` also stand in the progress bar."""
+        """Log scalars; the progress bar shows `loss`, `grad_norm` and `samples_per_second`."""
         with self._jsonl.open("a") as lines:
             lines.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
@@ -145,15 +138,15 @@ class Metrics(ExitStack):
             line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "/" not in name)
             self._bar.write(f"step {step}: {line}")
 
-    def picture(self, name: str, step: int) -> Path | None:
-        """Where to draw a picture as PNG; `show` it then. None in a silent process."""
+    def image(self, name: str, step: int) -> Path | None:
+        """The PNG file to write an image to, before `show`; None in a silent process."""
         if self._silent:
             return None
-        self._pictures.mkdir(exist_ok=True)
-        return self._pictures / f"{name}_{step}.png"
+        self._images.mkdir(exist_ok=True)
+        return self._images / f"{name}_{step}.png"
 
     def show(self, name: str, step: int, file: Path) -> None:
-        """Show a picture that was drawn in TensorBoard and W&B too."""
+        """Log the image in `file` to TensorBoard and W&B."""
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
@@ -164,15 +157,15 @@ class Metrics(ExitStack):
 
 
 def device_metrics(flops: float, steps_per_second: float) -> dict[str, float]:
-    """`memory_gib`, the most that a device held, and `mfu`, `flops` of a device's step against its peak.
+    """`memory_gib`, the peak memory of a device, and `mfu`, `flops` of a device's step relative to its peak.
 
     Each where it is known: not on CPUs.
     """
-    device, found = jax.local_devices()[0], {}
+    device, values = jax.local_devices()[0], {}
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        found["memory_gib"] = stats["peak_bytes_in_use"] / 2**30
-    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    if kinds:
-        found["mfu"] = flops * steps_per_second / PEAK_FLOPS[max(kinds, key=len)]
-    return found
+        values["memory_gib"] = stats["peak_bytes_in_use"] / 2**30
+    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    if known:
+        values["mfu"] = flops * steps_per_second / PEAK_FLOPS[max(known, key=len)]
+    return values

@@ -1,20 +1,21 @@
-"""Where every array lies: a mesh of devices, and rules that map the axes of parameters and batches onto it.
+"""Where every array lies: a mesh of devices, and rules that map the axes of parameters and batches to it.
 
-The mesh has three axes. `data`: each part has its own rows of the batch. `fsdp`: the same, and parameters, optimizer
-state and moving average are cut in parts too. `tensor`: each part computes its own heads and its own part of the MLP.
+The mesh has three axes. Along `data`, devices have their own rows of the batch. Along `fsdp` too, and parameters,
+optimizer state and moving average are sharded. Along `tensor`, devices compute their own heads and part of the MLP.
 
-Parameters have logical axes already: the letters of `convert.layouts.layout`. A table of rules, which is part of an
-experiment's config, maps letters to mesh axes:
+Parameters have logical axes, the letters of `pi0.parameters`. A table of rules in a run's config maps letters to mesh
+axes:
 
     {"n": "tensor", "k": "tensor?", "m": "tensor", "l": ""}
 
-The size of an axis `n` must divide by the mesh axis; of a rule that ends in "?" it may, and else the axis stays whole;
-"" keeps it whole. `vision/n` is a rule for one scope, and goes before `n`. Of the axes without a rule, the largest that
-divides by `fsdp` is cut by it. Constraints act only inside of `jax.set_mesh(mesh)`; without, models run as they are.
+The size of an axis `n` must divide by the mesh axis; with "?" it may, and is replicated otherwise; "" replicates it.
+`vision/n` is a rule for one scope and precedes `n`. Of the axes without a rule, the largest that divides by `fsdp` is
+sharded along it. Constraints act only inside `jax.set_mesh(mesh)`; without it, models run as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,19 +24,21 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from pi0.config import ModelConfig
 from pi0.parameters import Parameter, parameters, scope_of
+from pi0.run_config import MeshConfig
 from pi0_jax.models.layers import AXES, ROWS
 
-MUST_BE_CUT = 2**20  # parameters that have at least as many elements
+MUST_BE_SHARDED = 2**20  # parameters of at least as many elements, along fsdp
 
 
 def start_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Join the other processes of a run, before JAX is used: those that flags name, or those of the cluster.
+    """Connect to the other processes of a run, before JAX is used: by the flags, or those of the cluster.
 
-    TPU pods, GKE and SLURM are recognized by JAX; on any other machine, a run without flags is this process alone.
-    Raises ValueError for flags of which some are missing.
+    JAX detects TPU pods, GKE and SLURM; on any other machine, a run without flags is a single process. Raises
+    ValueError where only some of the flags are given.
     """
     flags = (coordinator, count, index)
     if any(flag is not None for flag in flags):
@@ -48,36 +51,29 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
     elif not jax.distributed.is_initialized():
         try:
             jax.distributed.initialize()
-        except ValueError as error:  # of JAX, where it recognizes no cluster
+        except ValueError as error:  # of JAX, where it detects no cluster
             if "coordinator_address should be defined" not in str(error):
                 raise
 
 
-def meet(what: str) -> None:
+def barrier(name: str) -> None:
     """Wait, up to an hour, until all processes of the run are here.
 
-    To be called before they first exchange data after work that takes one of them longer, such as compilation: what
-    they exchange it by waits half a minute for the others.
+    To be called between work that takes one of them longer, such as compilation, and their first collective, which
+    waits half a minute only.
     """
-    from orbax.checkpoint import multihost  # not above: models import this file, and need no Orbax
-
-    multihost.get_barrier_sync_fn()(key=what, timeout_ms=3_600_000)
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `sizes` (of `AXES`; one may be -1: what is left) over all devices, or over `devices`.
-
-    Raises ValueError unless the sizes' product is the number of devices.
-    """
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all). Raises ValueError unless the product of its sizes is their number."""
     devices = jax.devices() if devices is None else devices
-    if set(sizes) != set(AXES) or any(type(n) is not int or (n < 1 and n != -1) for n in sizes.values()):
-        raise ValueError(f"mesh is {dict(sizes)}; it gives {', '.join(AXES)}, each at least 1, or -1: what is left")
-    shape = [sizes[axis] for axis in AXES]
+    shape = [getattr(config, axis) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
-    if shape.count(-1) > 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
+    if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise ValueError(
-            f"mesh is {dict(sizes)}, which does not fit {len(devices)} devices; the product must be their number, and "
-            f"one of {', '.join(AXES)} may be -1: what is left"
+            f"mesh is {dataclasses.asdict(config)}, which does not fit {len(devices)} devices; the product must be "
+            f"their number, and one of {', '.join(AXES)} may be -1: all devices that remain"
         )
     shape = [len(devices) // known if n == -1 else n for n in shape]
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
@@ -86,7 +82,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raise ValueError unless a batch divides into micro-batches, and these over the devices."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if accumulate < 1 or batch_size < 1 or batch_size % (accumulate * ways):
+    if batch_size % (accumulate * ways):
         raise ValueError(
             f"batch_size is {batch_size}; it must be a multiple of {accumulate * ways}: accumulate {accumulate} × mesh "
             f"data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}. Change batch_size, or give devices to mesh.tensor"
@@ -94,7 +90,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def partition_specs(model: ModelConfig, rules: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
-    """How each of our parameters is cut on a mesh of `sizes`. Raises ValueError where the rules do not fit it."""
+    """The partition of each parameter on a mesh of `sizes`. Raises ValueError where the rules do not fit it."""
     wrong = {axis: rule for axis, rule in rules.items() if rule.removesuffix("?") not in ("", *AXES)}
     if wrong:
         raise ValueError(f"sharding has {wrong}; a rule is one of {', '.join(AXES)}, with ? at its end, or empty")
@@ -104,7 +100,7 @@ def partition_specs(model: ModelConfig, rules: Mapping[str, str], sizes: Mapping
 def _partition_spec(
     name: str, parameter: Parameter, rules: Mapping[str, str], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    cuts: list[str | None] = [None] * len(parameter.axes)
+    spec: list[str | None] = [None] * len(parameter.axes)
     free = []
     for i, (letter, size) in enumerate(zip(parameter.axes, parameter.shape, strict=True)):
         scoped = f"{scope_of(name)}/{letter}"
@@ -112,27 +108,27 @@ def _partition_spec(
         if rule is None:
             free.append(i)
         elif rule and size % sizes[rule.removesuffix("?")] == 0:
-            cuts[i] = rule.removesuffix("?")
+            spec[i] = rule.removesuffix("?")
         elif rule and not rule.endswith("?"):
             raise ValueError(
                 f"mesh.{rule} is {sizes[rule]}, which does not divide axis {letter} = {size} of {name} "
-                f"{list(parameter.shape)}; change the mesh, or keep the axis whole: sharding['{scoped}'] = ''"
+                f"{list(parameter.shape)}; change the mesh, or replicate the axis: sharding['{scoped}'] = ''"
             )
     fits = [i for i in free if parameter.shape[i] % sizes["fsdp"] == 0]
-    if fits and "fsdp" not in cuts:
-        cuts[max(fits, key=lambda i: parameter.shape[i])] = "fsdp"
-    elif sizes["fsdp"] > 1 and "fsdp" not in cuts and math.prod(parameter.shape) >= MUST_BE_CUT:
+    if fits and "fsdp" not in spec:
+        spec[max(fits, key=lambda i: parameter.shape[i])] = "fsdp"
+    elif sizes["fsdp"] > 1 and "fsdp" not in spec and math.prod(parameter.shape) >= MUST_BE_SHARDED:
         raise ValueError(
             f"mesh.fsdp is {sizes['fsdp']}, which divides none of the axes {[parameter.axes[i] for i in free]} of "
             f"{name} {list(parameter.shape)}; take a smaller one, and give the other devices to mesh.data"
         )
-    return PartitionSpec(*cuts)
+    return PartitionSpec(*spec)
 
 
 def state_shardings(state: Any, model: ModelConfig, rules: Mapping[str, str], mesh: Mesh) -> Any:
-    """The sharding of every array of a training state: whatever belongs to a parameter lies as the parameter does.
+    """The sharding of every array of a training state: that of the parameter whose dotted name its path ends in.
 
-    An array belongs to the parameter whose dotted name its path ends in; what belongs to none is on every device.
+    Arrays of no parameter are replicated.
     """
     specs = partition_specs(model, rules, mesh.shape)
 
@@ -145,13 +141,13 @@ def state_shardings(state: Any, model: ModelConfig, rules: Mapping[str, str], me
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch this process has to bring: those of its own devices, in order."""
+    """The rows of a global batch that are on this process's devices, in order."""
     parts = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
 
 
 def global_batch(local: Any, batch_size: int, mesh: Mesh) -> Any:
-    """The global arrays of which every process brings its `local_rows`."""
+    """The global arrays of which every process has its `local_rows`."""
     rows = NamedSharding(mesh, ROWS)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x), (batch_size, *x.shape[1:])), local

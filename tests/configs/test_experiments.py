@@ -3,79 +3,82 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pi0.config import ModelConfig
 from pi0.datasets.lerobot import LeRobotDataset
+from pi0.experiments import read_config
 from pi0.observation import Observation
 from pi0.robots.normalize import MODES
 from pi0.robots.registry import make_robot
+from pi0.run_config import RunConfig
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import BUNDLED
 from pi0.variants import get_variant
 
 pytest.importorskip("ml_collections")
-import ml_collections
-
 import pi0_jax
 from configs import debug
 from pi0_jax.training.data import load_data
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
-from pi0_jax.training.train import read_config, train
+from pi0_jax.training.train import train
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 from tests.recording import write_recording
 
 FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(f.name for f in FOLDER.glob("*.py") if f.name not in ("__init__.py", "finetune.py"))
+FILES = sorted(f.name for f in FOLDER.glob("*.py") if not f.name.startswith("_"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_experiment(name: str):
     documentation = ast.get_docstring(ast.parse((FOLDER / name).read_text()))
-    assert documentation is not None and f"pi0-train --config configs/{name}" in documentation
+    assert documentation is not None and f"pi0-train --config {name[:-3]}" in documentation
     config = read_config(str(FOLDER / name), ["--config.data.root=somewhere", "--config.steps=12345"])
     assert config.data.root == "somewhere" and config.steps == 12345
-    model = ModelConfig.from_dict(config.model.to_dict())
-    robot = make_robot(config.data.robot if isinstance(config.data.robot, str) else config.data.robot.to_dict())
+    model, robot = config.model, make_robot(config.data.robot)
     assert set(robot.cameras.values()) <= set(model.image_keys)
     assert max(robot.state_dim, robot.action_dim) <= model.action_dim
     assert config.data.normalization in MODES and config.data.asset_id
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
-    assert bool(config.data.action_tokenizer) == (model.kind == "pi0_fast" or "recipe" in config)
+    assert bool(config.data.action_tokenizer) == (model.kind == "pi0_fast" or config.recipe is not None)
 
 
-def tiny(name: str, root: Path) -> ml_collections.ConfigDict:
+def tiny(name: str, root: Path) -> RunConfig:
     """An experiment with a tiny model of its kind from a base, two steps on a small recording of its robot."""
-    config = read_config(str(FOLDER / name), ["--config.steps=2"])
-    model = ModelConfig.from_dict(config.model.to_dict())
+    config = read_config(name[:-3], ["--config.steps=2", "--config.optimizer.warmup_steps=1"])
+    model = config.model
     variant = {"pi0": "tiny", "pi05": "tiny_pi05", "pi0_fast": "tiny_pi0_fast"}[model.kind]
     lora = "_lora" if model.paligemma.lora_rank else ""
     sizes = {"image_keys": model.image_keys, "action_dim": 16, "action_horizon": 10}
-    writes = model.kind == "pi0_fast" or "recipe" in config  # FAST tokens
+    writes = model.kind == "pi0_fast" or config.recipe is not None  # FAST tokens
     vocab = {"max_token_len": 128, "vocab_size": 512 + 128 + 512} if writes else {}
     base = random_checkpoint(get_variant(variant, **sizes, **vocab))  # LoRA is new
-    config.base_checkpoint = str(write(base, root / "base", "pi0_jax"))
-    config.model = get_variant(variant + lora, **sizes, **vocab, remat="none").to_dict()
-    reference = config.data.robot if isinstance(config.data.robot, str) else config.data.robot.to_dict()
-    config.data.root = str(write_recording(root / "recording", make_robot(reference)))
-    config.data.update({"tokenizer": BUNDLED, "validation_episodes": [1]})
-    if "norm_stats_from" in config.data:
-        config.data.norm_stats_from = ""
-    config.data.action_tokenizer = "bundled://fast_tokenizer" if writes else ""
-    config.optimizer.warmup_steps = 1
-    config.batch_size = 2
-    return config
+    data = dataclasses.replace(
+        config.data,
+        root=str(write_recording(root / "recording", make_robot(config.data.robot))),
+        tokenizer=BUNDLED,
+        validation_episodes=(1,),
+        norm_stats_from="",
+        action_tokenizer="bundled://fast_tokenizer" if writes else "",
+    )
+    return dataclasses.replace(
+        config,
+        base_checkpoint=str(write(base, root / "base", "pi0_jax")),
+        model=get_variant(variant + lora, **sizes, **vocab, remat="none"),
+        data=data,
+        batch_size=2,
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_experiment_reads_its_robot(name: str, tmp_path):
     """Data and transforms, to the batch that the model gets: checked by `Observation.from_dict`."""
     config = tiny(name, tmp_path)
-    model = ModelConfig.from_dict(config.model.to_dict())
-    assets, training, validation = load_data(config, model)
+    model = config.model
+    assets, training, validation = load_data(config)
     data = training.read(0, rows=np.arange(2))
     actions, observation = data.pop("actions"), Observation.from_dict(data, model)
     assert validation is not None and actions.shape == (2, 10, 16)
@@ -124,5 +127,6 @@ def test_what_a_run_lacks_is_said_before_anything_is_written(tmp_path):
 def test_validation_episodes_are_a_list_or_a_fraction(value: str, expected: object):
     for name in ("pi0_libero_lora.py", "pi0_metaworld.py", "metaworld_demo.py"):
         config = read_config(str(FOLDER / name), [f"--config.data.validation_episodes={value}"])
-        assert config.data.validation_episodes == expected
-        assert config.data.to_dict()["validation_episodes"] == expected
+        plain = list(expected) if isinstance(expected, tuple) else expected
+        assert config.data.validation_episodes == (tuple(plain) if isinstance(plain, list) else plain)
+        assert config.to_dict()["data"]["validation_episodes"] == plain

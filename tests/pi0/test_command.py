@@ -10,11 +10,11 @@ import pytest
 
 GS = "gs://bucket/out"
 WRITING = {
-    "pi0_jax.training.train": ["--config", "configs/debug.py", "--workdir", GS],
+    "pi0_jax.training.command": ["--config", "debug", "--workdir", GS],
     "convert.conversion": ["tests/golden/pi0/checkpoint", GS, "--to", "pi0_torch"],
     "pi0_eval.replay": ["x", "bundled://metaworld_v30", "--out", GS],
     "pi0_eval.scores": ["x", "--json", GS],
-    "pi0_eval.parity.compare": ["x", "y", "--html", GS],
+    "pi0_eval.parity.command": ["x", "y", "--html", GS],
     "pi0_eval.bench": ["--json", GS],
     "pi0_eval.demo": ["--workdir", GS],
     "pi0.datasets.statistics": [

@@ -122,9 +122,9 @@ def test_lora_scale():
         (lambda v: {k: x for k, x in v.items() if k != "vision"}, "vision"),
         (lambda v: v | {"vision": 3}, "vision"),
         (lambda v: v | {"paligemma": v["paligemma"] | {"size": 1}}, "size"),
-        (lambda v: v | {"image_resolution": 28}, "image_resolution 28"),
+        (lambda v: v | {"image_resolution": 28}, "image_resolution is 28"),
         (lambda v: v | {"image_resolution": [28, 28.0]}, "image_resolution"),
-        (lambda v: v | {"image_keys": "base"}, "image_keys base"),  # not four cameras of one letter each
+        (lambda v: v | {"image_keys": "base"}, "image_keys is 'base'"),  # not four cameras of one letter each
         (lambda v: v | {"image_keys": [0, 1]}, "image_keys"),
     ],
 )

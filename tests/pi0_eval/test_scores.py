@@ -14,11 +14,12 @@ from pi0.config import ConfigError
 from pi0.datasets.fit_fast import action_chunks
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.statistics import dataset_statistics
+from pi0.experiments import read_config
 from pi0.robots.metaworld import MetaWorld
 from pi0.sample import METAWORLD
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0_eval.scores import evaluate, main
-from pi0_jax.training.train import read_config, train
+from pi0_jax.training.train import train
 
 KEPT, HELD_OUT = (0, 4), (5,)
 
@@ -38,8 +39,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def experiment(folder, stage: str, base: str = "", **changes):
-    config = read_config(
+def experiment(folder, stage: str, base: str = "", *overrides: str):
+    mixture = [{"weight": 3.0}, {"questions": str(folder / "questions.jsonl"), "weight": 1.0}]
+    return read_config(
         f"configs/pi05_{stage}.py:tiny",
         [
             f"--config.base_checkpoint={base}",
@@ -49,14 +51,12 @@ def experiment(folder, stage: str, base: str = "", **changes):
             "--config.save_every=2",
             "--config.eval_every=2",
             "--config.optimizer.warmup_steps=1",
+            f"--config.data.action_tokenizer={folder / 'fast'}",
+            f"--config.data.mixture={mixture}",
+            f"--config.data.validation_episodes={[e for e in range(16) if e not in KEPT]}",
+            *overrides,
         ],
     )
-    config.data.action_tokenizer = str(folder / "fast")
-    config.data.mixture = [{"weight": 3.0}, {"questions": str(folder / "questions.jsonl"), "weight": 1.0}]
-    config.data.validation_episodes = [e for e in range(16) if e not in KEPT]
-    with config.unlocked():
-        config.update(changes)
-    return config
 
 
 def parts_of(folder) -> set[str]:
@@ -124,7 +124,7 @@ def test_what_cannot_be_scored_or_trained(folder, capsys, tmp_path):
         main(["tests/golden/pi05/checkpoint"])
     assert "--episodes" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="kind is pi0"):
-        train(experiment(folder, "pretrain", model={"kind": "pi0"}), tmp_path / "run")
+        train(experiment(folder, "pretrain", "", "--config.model.kind=pi0"), tmp_path / "run")
     with pytest.raises(ConfigError, match="action_tokenizer"):
-        train(experiment(folder, "pretrain", data={"action_tokenizer": ""}), tmp_path / "run")
+        train(experiment(folder, "pretrain", "", "--config.data.action_tokenizer="), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pi0.config import ConfigError
+from pi0.config import ConfigError, from_dict
 from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.errors import DataError
 from pi0.datasets.fit_fast import action_chunks
@@ -172,7 +172,7 @@ def test_a_question_about_no_picture(tmp_path):
 )
 def test_bad_recipes(values):
     with pytest.raises(ConfigError, match="recipe"):
-        RecipeConfig.from_dict(values)
+        from_dict(RecipeConfig, values, "recipe")
 
 
 def test_a_recipe_without_any_weight():

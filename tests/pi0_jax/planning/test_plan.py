@@ -12,9 +12,11 @@ import pytest
 
 from configs.metaworld_demo import get_config
 from pi0.parameters import parameters
-from pi0.variants import get_variant
-from pi0_jax.planning.plan import CHIPS, GIB, main, parse_topology, plan, report, suggest, table
+from pi0.run_config import RunConfig
+from pi0_jax.planning.command import main
+from pi0_jax.planning.plan import CHIPS, GIB, parse_topology, plan, report, suggest, table
 
+CONFIG = RunConfig.from_dict(get_config("tiny").to_dict())
 ROOT = Path(__file__).parents[3]
 OPENPI_GIB = 6.29 + 6.91  # of its own step on v5p:2x2x2, fsdp 8, global batch 64, AdamW and EMA
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs: pip install libtpu")
@@ -22,8 +24,8 @@ LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="
 
 def test_a_plan_on_the_cpu():
     """What lies on a device is known by hand: four bytes for each parameter, twice that for Adam."""
-    config, model = get_config("tiny"), get_variant("tiny")
-    config.batch_size = 4
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    model = config.model
     found = plan(config, "gpu:1x80")
     size = 4 * sum(math.prod(p.shape) for p in parameters(model).values())
     assert found.held["parameters"] == found.held["moving average"] == size
@@ -33,7 +35,7 @@ def test_a_plan_on_the_cpu():
     assert "it fits" in text and "parameters" in text and "1 chips" in text
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=found.total / GIB / 2))
     assert not small.fits and "DOES NOT FIT" in report(small, "tiny") and " no" in table([small])
-    config.model.runtime.remat = "none"
+    config = dataclasses.replace(config, model=model.with_runtime(remat="none"))
     assert suggest(config, small) == [
         "--config.model.runtime.remat=full",
         "--config.accumulate=2",
@@ -52,14 +54,15 @@ def test_no_topology(name: str, capsys):
 
 def test_topologies():
     assert parse_topology("v5p:2x2x2") == ("v5p", CHIPS["v5p"], 0)
-    kind, chip, number = parse_topology("gpu:8x80")
-    assert (kind, number) == ("gpu", 8) and chip.memory == pytest.approx(74.5, abs=0.01)
+    generation, chip, number = parse_topology("gpu:8x80")
+    assert (generation, number) == ("gpu", 8) and chip.memory == pytest.approx(74.5, abs=0.01)
     with pytest.raises(ValueError, match="virtual devices"):
-        plan(get_config("tiny"), f"gpu:{len(jax.devices()) + 1}x80")
+        plan(CONFIG, f"gpu:{len(jax.devices()) + 1}x80")
 
 
 def planned(*flags: str) -> list[str]:
-    command = [sys.executable, "-m", "pi0_jax.planning.plan", "--config", "configs/pi0_metaworld.py", *flags]
+    script = "from pi0_jax.planning.command import main; main()"
+    command = [sys.executable, "-c", script, "--config", "pi0_metaworld", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()

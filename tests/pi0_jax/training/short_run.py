@@ -7,7 +7,7 @@ import ml_collections
 from configs.metaworld_demo import get_config as demo
 
 
-def get_config(_: str | None = None) -> ml_collections.ConfigDict:
+def get_config() -> ml_collections.ConfigDict:
     """The experiment.
 
     Its learning rate is as small as in fine-tuning, and eps well above rounding: Adam divides by the size of the

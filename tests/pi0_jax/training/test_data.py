@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,11 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs.metaworld_demo import get_config
+from pi0.config import ModelConfig
 from pi0.datasets.batches import Batches
 from pi0.datasets.errors import DataError
+from pi0.run_config import RunConfig
 from pi0.variants import get_variant
 from pi0_jax.training.data import Batch, Loader, load_data
 from tests.pi0.datasets.test_check import V21_DATA, encoded
@@ -24,12 +26,20 @@ IMAGES = ROOT / "tests" / "datasets" / "metaworld_v21_images"
 MODEL = get_variant("tiny", max_token_len=16)
 
 
-def small_config(**data: object) -> ConfigDict:
+def small_config(model: ModelConfig = MODEL, **data: object) -> RunConfig:
     """Two episodes with pictures in their rows, augmented."""
     config = get_config("tiny")
-    config.batch_size = 8
+    config.batch_size, config.model = 8, model.to_dict()
     config.data.update({"root": str(IMAGES), "validation_episodes": [], "augment": True} | data)
-    return config
+    return RunConfig.from_dict(config.to_dict())
+
+
+def with_data(**data: object) -> RunConfig:
+    """The tiny model on the bundled recordings, read otherwise."""
+    config = get_config("tiny")
+    config.model = MODEL.to_dict()
+    config.data.update(data)
+    return RunConfig.from_dict(config.to_dict())
 
 
 def load(batches: Batches, count: int, *, start: int = 0, workers: int = 0, rows: slice = slice(None)) -> list[Batch]:
@@ -44,7 +54,7 @@ def assert_same(a: object, b: object) -> None:
 
 @pytest.fixture(scope="module")
 def batches() -> Batches:
-    batches = load_data(small_config(), MODEL)[1]
+    batches = load_data(small_config())[1]
     assert batches.augment_seed is not None  # what is hardest to repeat
     return batches
 
@@ -73,7 +83,7 @@ def digests(batches: list[Batch]) -> list[str]:
 
 def test_a_new_process_goes_on(expected: list[Batch]):
     """Started at step 4: the batches that the first process had there."""
-    call = "digests(load(load_data(small_config(), MODEL)[1], 2, start=4))"
+    call = "digests(load(load_data(small_config())[1], 2, start=4))"
     script = f"from tests.pi0_jax.training.test_data import *\nprint(*{call})"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == digests(expected)[4:]
@@ -92,7 +102,7 @@ def test_damage_in_a_worker_is_named(tmp_path: Path):
     """What is found only by decoding: the loader raises it, instead of hanging or going on without."""
     root = Path(shutil.copytree(IMAGES, tmp_path / "dataset"))
     encoded(b"no picture")(root)
-    _, batches, _ = load_data(small_config(root=str(root)), MODEL)
+    _, batches, _ = load_data(small_config(root=str(root)))
     with pytest.raises(DataError, match="cannot be decoded") as found:
         load(batches, len(batches), workers=1)
     assert (found.value.episode, found.value.frame) == (1, 7)
@@ -102,35 +112,32 @@ def test_damaged_episodes_are_left_out_and_counted(tmp_path: Path, capsys: pytes
     root = Path(shutil.copytree(IMAGES, tmp_path / "dataset"))
     (root / V21_DATA).unlink()
     with pytest.raises(DataError, match="episode 1: the file is missing"):
-        load_data(small_config(root=str(root)), MODEL)
-    _, batches, _ = load_data(small_config(root=str(root), skip_damaged=True), MODEL)
+        load_data(small_config(root=str(root)))
+    _, batches, _ = load_data(small_config(root=str(root), skip_damaged=True))
     assert len(batches.order) == 59 and "1 damaged episodes are left out" in capsys.readouterr().out
 
 
 def test_validation_holds_episodes_out():
     """By number or by fraction; the same ones whenever the config is the same."""
     for validation in ([1], 0.5):
-        _, batches, held_out = load_data(small_config(validation_episodes=validation), MODEL)
+        _, batches, held_out = load_data(small_config(validation_episodes=validation))
         assert held_out is not None and held_out.augment_seed is None
         parts = [{e.index for e in b.order.datasets[0].episodes} for b in (batches, held_out)]
         assert sorted(map(len, parts)) == [1, 1] and parts[0] != parts[1]
-    assert load_data(small_config(), MODEL)[2] is None
+    assert load_data(small_config())[2] is None
 
 
 def test_one_camera():
     robot = {"name": "metaworld", "cameras": {"corner": "base_0_rgb"}}
-    config = small_config()
-    del config.data.robot
-    config.data.robot = robot
-    observation, _ = load(load_data(config, MODEL)[1], 1)[0]
+    observation, _ = load(load_data(small_config(robot=robot))[1], 1)[0]
     assert observation.image_masks["base_0_rgb"].all() and not observation.image_masks["left_wrist_0_rgb"].any()
 
 
 def test_a_mixture_shares_stats_by_asset_id():
     """Two parts of a dataset under one asset id have the stats of the whole, and under two their own."""
     parts = [{"validation_episodes": [1], "weight": 3}, {"validation_episodes": [0], "weight": 1}]
-    whole, _, _ = load_data(small_config(), MODEL)
-    assets, batches, held_out = load_data(small_config(mixture=parts), MODEL)
+    whole, _, _ = load_data(small_config())
+    assets, batches, held_out = load_data(small_config(mixture=parts))
     assert held_out is not None and len(held_out.order) == len(batches.order) == 130
     assert assets.norm_stats is not None and whole.norm_stats is not None
     for key, stats in whole.norm_stats.items():
@@ -140,7 +147,7 @@ def test_a_mixture_shares_stats_by_asset_id():
     assert drawn.count(0) == 3 * 1024
     json.dumps(assets.training)
     parts[1]["asset_id"] = "other"
-    apart, _, _ = load_data(small_config(mixture=parts), MODEL)
+    apart, _, _ = load_data(small_config(mixture=parts))
     assert apart.asset_id == "metaworld" and apart.norm_stats is not None
     assert not np.array_equal(apart.norm_stats["state"].mean, whole.norm_stats["state"].mean)
 
@@ -151,7 +158,7 @@ def test_a_mixture_shares_stats_by_asset_id():
         ({"root": ""}, "data.root names no dataset"),
         ({"validation_episodes": [7]}, "validation episodes"),
         ({"validation_episodes": 1.5}, "validation fraction"),
-        ({"mixture": [{"rooot": "x"}]}, r"mixture\[0\] has unknown keys \['rooot'\]"),
+        ({"mixture": [{"rooot": "x"}]}, r"mixture\[0\] has unknown fields \['rooot'\]"),
         ({"mixture": [{"weight": 1}, {}]}, "give all of them one, or none"),
         ({"mixture": [{}, {"norm_stats_from": "x"}]}, "norm stats of 'metaworld' from its episodes and from x"),
         ({"robot": "aloha"}, "Aloha: state is"),
@@ -159,21 +166,19 @@ def test_a_mixture_shares_stats_by_asset_id():
 )
 def test_refused_at_the_start(data: dict[str, object], said: str):
     with pytest.raises(ValueError, match=said):
-        load_data(small_config(**data), MODEL)
+        load_data(small_config(**data))
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    config = small_config()
     with pytest.raises(ValueError, match=r"longest of 2 training episodes has 71 frames.*action_horizon is 72"):
-        load_data(config, get_variant("tiny", action_horizon=72))
-    config.batch_size = 131
+        load_data(small_config(get_variant("tiny", action_horizon=72)))
     with pytest.raises(ValueError, match="batch_size is 131; with 130 frames"):
-        load_data(config, MODEL)
+        load_data(dataclasses.replace(small_config(), batch_size=131))
 
 
 def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path: Path):
     """Stats are those of relative actions, and the checkpoint says so in plain values; or they come from elsewhere."""
-    plain, _, _ = load_data(get_config("tiny"), MODEL)
+    plain, _, _ = load_data(with_data())
     robot = {
         "name": "generic",
         "cameras": {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"},
@@ -182,10 +187,7 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path: Path):
         "delta_dims": [3, -1],
         "delta": True,
     }
-    config = get_config("tiny")
-    del config.data.robot
-    config.data.robot = robot
-    relative, batches, _ = load_data(config, MODEL)
+    relative, batches, _ = load_data(with_data(robot=robot))
     assert json.loads(json.dumps(relative.robot)) == robot
     assert batches.pipelines[0].robot.delta_mask == (True, True, True, False)
     before, after = plain.norm_stats["actions"].mean, relative.norm_stats["actions"].mean
@@ -193,7 +195,5 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path: Path):
     np.testing.assert_allclose(after, before - shift, atol=1e-12)  # sums of float32 values, in float64
 
     relative.save(tmp_path / "assets")
-    config = get_config("tiny")
-    config.data.norm_stats_from = str(tmp_path)
-    again, _, _ = load_data(config, MODEL)
+    again, _, _ = load_data(with_data(norm_stats_from=str(tmp_path)))
     np.testing.assert_array_equal(again.norm_stats["actions"].mean, after)

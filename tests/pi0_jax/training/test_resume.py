@@ -26,8 +26,8 @@ import jax, optax, orbax.checkpoint, pi0_jax.training.train, pi0_jax.training.me
 from tests.pi0_jax.training.test_train import small_config
 
 def run(workdir):
-    config = small_config(steps={STEPS}, save_every=3, eval_every=0, log_every=1000)
-    config.update({{"keep_checkpoints": 3, "batch_size": 2}})
+    changes = {{"keep_checkpoints": 3, "batch_size": 2}}
+    config = small_config(steps={STEPS}, save_every=3, eval_every=0, log_every=1000, **changes)
     pi0_jax.training.train.train(config, workdir)
 
 for line in sys.stdin:

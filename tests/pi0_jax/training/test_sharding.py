@@ -14,10 +14,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import pi0_jax
-from configs.finetune import SCALING
-from configs.metaworld_demo import get_config
 from convert.checkpoints import open_checkpoint
 from pi0.parameters import parameters
+from pi0.run_config import SHARDING, MeshConfig
 from pi0.variants import get_variant
 from pi0_jax.loading import parameters_of
 from pi0_jax.training.sharding import (
@@ -29,9 +28,10 @@ from pi0_jax.training.sharding import (
     state_shardings,
 )
 from pi0_jax.training.train import train
+from tests.pi0_jax.training.test_train import small_config
 
 ROOT = Path(__file__).parents[3]
-RULES = SCALING["sharding"]
+RULES = SHARDING
 
 
 def specs(variant: str = "pi0", rules: dict[str, str] = RULES, **sizes: int) -> dict[str, PartitionSpec]:
@@ -68,18 +68,17 @@ def test_what_does_not_divide_is_refused(sizes, rules, said: str):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 1, "tensor": 1}, {"data": -1, "fsdp": -1, "tensor": 1}, {"data": -1}, {"data": 0}]
+    "sizes", [{"data": 2, "fsdp": 1, "tensor": 1}, {"data": -1, "fsdp": -1, "tensor": 1}, {"fsdp": 2}, {"data": 0}]
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh is"):
-        make_mesh(sizes, jax.devices()[:1])
+        make_mesh(MeshConfig(**sizes), jax.devices()[:1])
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    mesh = make_mesh(SCALING["mesh"], jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     check_batch(8, 4, mesh)
-    config = get_config("tiny")
-    config.update({"batch_size": 6, "accumulate": 4})
+    config = small_config(batch_size=6, accumulate=4)
     with pytest.raises(ValueError, match="batch_size is 6; it must be a multiple of 4: accumulate 4 × mesh data 1"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -90,7 +89,7 @@ def test_whatever_belongs_to_a_parameter_lies_as_it_does():
     """Adam's moments and the moving average have the parameter's sharding; Adam's counter is everywhere."""
     import optax
 
-    model, mesh = get_variant("tiny"), make_mesh(SCALING["mesh"], jax.devices()[:1])
+    model, mesh = get_variant("tiny"), make_mesh(MeshConfig(), jax.devices()[:1])
     params = {"paligemma": {"embedding": np.zeros((512, 32))}}
     state = {"params": params, "ema": params, "opt_state": optax.adamw(1e-3).init(params)}
     found = state_shardings(state, model, RULES, mesh)
@@ -116,7 +115,8 @@ def start(workdir: Path, mesh: tuple[int, int, int], devices: int, *flags: str) 
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
-    command = [sys.executable, "-m", "pi0_jax.training.train", "--config", "tests/pi0_jax/training/short_run.py"]
+    script = "from pi0_jax.training.command import main; main()"
+    command = [sys.executable, "-c", script, "--config", "tests/pi0_jax/training/short_run.py"]
     command += ["--workdir", str(workdir), *sizes, *flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,22 +16,25 @@ import pytest
 import pi0_jax
 from configs.metaworld_demo import get_config
 from convert.checkpoints import open_checkpoint
+from pi0.experiments import read_config
+from pi0.run_config import RunConfig
 from pi0.variants import get_variant
 from pi0_eval.parity.compare import Inputs, assert_parity
 from pi0_jax.loading import parameters_of, unflatten
+from pi0_jax.training.command import main
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
-from pi0_jax.training.train import main, noise_and_time, read_config, train, train_step
+from pi0_jax.training.train import noise_and_time, train, train_step
 from tests.pi0_eval.parity.test_compare import random_parameters
 
 
-def small_config(**changes):
-    """A few steps of a tiny model on the bundled recordings."""
+def small_config(**changes) -> RunConfig:
+    """A few steps of a tiny model on the bundled recordings; tables in `changes` are merged."""
     config = get_config("tiny")
-    config.data.validation_episodes = [e for e in range(16) if e not in (0, 4)]
-    config.update({"batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 4, "save_every": 2} | changes)
-    config.optimizer.warmup_steps = 1
     config.data.validation_episodes = list(range(2, 16))
-    return config
+    config.optimizer.warmup_steps = 1
+    config.update({"batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 4, "save_every": 2})
+    config.update(changes)
+    return RunConfig.from_dict(config.to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +71,7 @@ def test_a_checkpoint_exports(run, tmp_path):
 
 def test_a_run_goes_on_where_it_stopped(run, tmp_path):
     """Stopped after 2 of 4 steps and started again: the same parameters, bit for bit."""
-    first = small_config()
-    first.steps = 2
-    first.optimizer = small_config().optimizer
+    first = small_config(steps=2)
     with pytest.MonkeyPatch.context() as patch:
         # The schedule belongs to the whole run, not to the part of it that was done.
         patch.setattr("pi0_jax.training.train.make_schedule", lambda config, steps: make_schedule(config, 4))
@@ -86,11 +93,12 @@ def test_training_changes_every_parameter_that_can_matter(run):
 def test_pi0_fast_learns_what_is_to_be_predicted():
     """The same step as the others': 30 of them on one batch bring the cross-entropy from chance to under a third."""
     model, config = get_variant("tiny_pi0_fast", remat="none"), get_config("tiny_pi0_fast")
-    config.optimizer.update({"warmup_steps": 1, "peak_lr": 0.02})
+    config.update({"model": model.to_dict(), "optimizer": {"warmup_steps": 1, "peak_lr": 0.02}})
+    config = RunConfig.from_dict(config.to_dict())
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 30))
     params, inputs = unflatten(random_parameters(model)), Inputs.random(model, batch=4)
     state = {"params": params, "frozen": {}, "ema": None, "opt_state": optimizer.init(params)}
-    step = jax.jit(partial(train_step, config, model, optimizer))
+    step = jax.jit(partial(train_step, config, optimizer))
     losses = []
     for i in range(30):
         state, scalars = step(state, (inputs.observation, inputs.actions), jax.random.key(i))
@@ -112,10 +120,8 @@ def test_pi0_fast_learns_what_is_to_be_predicted():
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(changes, said: str, tmp_path):
-    config = small_config()
-    config.update(changes)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        train(config, tmp_path / "run")
+        train(small_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -128,6 +134,49 @@ def test_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["--config", "configs/metaworld_demo.py", "--workdir", str(tmp_path / "run"), *arguments])
         assert stop.value.code == 1 and arguments[0].split("=")[0].split(".")[-1].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pi0_metaworld:pi0_small"], "pi0_metaworld takes no argument; it got 'pi0_small'"),
+        (["pi0_metawold"], "unknown experiment 'pi0_metawold'; experiments are debug, .*pi0_metaworld"),
+        (["debug:big"], "tiny_pi0_fast"),
+        (["debug", "--config.modle.x=1"], r"the config has unknown fields \['modle'\]; known fields are .*'model'"),
+        (
+            ["debug", "--config.model.runtime.x=1"],
+            r"model.runtime has unknown fields \['x'\]; known fields are \['attention'",
+        ),
+        (["debug", "--wrokdir=x"], "unknown argument --wrokdir=x; known are .*--workdir.* and --config.FIELD=VALUE"),
+        (["debug", "--config.steps=many"], "steps is 'many'; it must be a whole number"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, said: str, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--workdir", str(tmp_path / "run"), "--config", *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and re.search(f"^pi0-train: .*{said}", error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_loads_no_training_code():
+    lines = "import sys", "from pi0_jax.training.command import main", "try: main(['--help'])"
+    script = "\n".join([*lines, "finally: assert not {'flax', 'grain', 'optax', 'orbax'} & set(sys.modules)"])
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "--config" in result.stdout, result.stderr
+
+
+def test_a_run_of_version_0_1_is_resumed(tmp_path):
+    """Its config is flat; a step more is trained from its checkpoint, as its own config says."""
+    before = Path(__file__).parents[2] / "written_before" / "run"
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
+    config = RunConfig.from_dict(json.loads((before / "config.json").read_text()))
+    with pytest.raises(ValueError, match="batch_size was 4 and is 8"):
+        train(dataclasses.replace(config, batch_size=8), tmp_path)
+    metrics = train(dataclasses.replace(config, steps=3), tmp_path)
+    assert np.isfinite(metrics["loss"]) and open_checkpoint(tmp_path).assets.step == 3
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 3
 
 
 def test_flow_times():

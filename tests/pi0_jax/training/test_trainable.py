@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,16 +13,14 @@ from pi0_eval.parity.compare import FLOAT32_TOLERANCE, Inputs, errors, exact_mat
 from pi0_jax.loading import abstract_model, flatten, parameters_of, unflatten
 from pi0_jax.training.optimizer import make_schedule
 from pi0_jax.training.train import train
-from pi0_jax.training.trainable import freeze_pattern, join, split, table
+from pi0_jax.training.trainable import join, split, table
 from tests.pi0_jax.training.test_train import small_config
 
 LORA = get_variant("tiny_lora")
 
 
 def lora_config(**changes):
-    config = small_config(eval_every=0, **changes)
-    config.update({"model": LORA.to_dict(), "freeze": "lora"})
-    return config
+    return small_config(eval_every=0, model=LORA.to_dict(), freeze="lora", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_optimizer_counts_only_what_trains(run):
     import orbax.checkpoint as ocp
 
     state = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / "4" / "train_state").resolve())
-    trains, frozen = split(unflatten(parameters_of(abstract_model(LORA))), freeze_pattern(LORA, "lora"))
+    trains, frozen = split(unflatten(parameters_of(abstract_model(LORA))), lora_config().freeze_pattern)
     names = {name for name in flatten(trains)}
     assert "frozen" not in state and set(flatten(state["params"])) == set(flatten(state["ema"])) == names
     moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if np.ndim(leaf)]
@@ -90,9 +90,9 @@ def test_patterns_that_cannot_be_meant():
     with pytest.raises(ValueError, match="no parameter; names are like a"):
         split(params, "vision")
     with pytest.raises(ValueError, match="regular expression"):
-        freeze_pattern(LORA, "(")
+        dataclasses.replace(lora_config(), freeze="(")
     with pytest.raises(ValueError, match="lora_rank"):
-        freeze_pattern(get_variant("tiny"), "lora")
+        dataclasses.replace(lora_config(), model=get_variant("tiny"))
 
 
 def test_the_table_counts():

@@ -1,0 +1,49 @@
+"""The command `pi0-train`. It imports JAX after its arguments are parsed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+from pi0.command import exit_on_error, make_parser, output_path
+from pi0.experiments import parse_arguments
+from pi0_jax.training.preemption import Preempted
+
+EXAMPLES = """examples:
+  pi0-train --config metaworld_demo --workdir runs/metaworld
+  pi0-train --config metaworld_demo:demo_pi05 --workdir runs/pi05 --config.steps=1000
+  pi0-train --config pi0_metaworld --config.mesh.fsdp=8 --workdir runs/pi0_metaworld
+  pi0-train --config my_experiments/towels.py --config.model.action_horizon=20 --workdir runs/towels
+  pi0-train --config my_lab.experiments:get_towels --workdir runs/towels
+
+files of a run's folder:
+  config.json, metrics.jsonl, tensorboard/, images/, checkpoints/<step>/{params,train_state,assets}"""
+
+
+@exit_on_error("pi0-train", FloatingPointError, Preempted)
+def main(arguments: list[str] | None = None) -> None:
+    """The command `pi0-train`."""
+    description = (
+        "Train the model of an experiment. --config.FIELD=VALUE overrides any field of its config "
+        "(pi0/run_config.py). A run resumes from the newest checkpoint in its folder."
+    )
+    parser = make_parser("pi0-train", description, EXAMPLES)
+    parser.add_argument("--workdir", required=True, type=output_path, help="the run's folder")
+    processes = parser.add_argument_group("several processes", "detected on TPU pods, GKE and SLURM; else give all")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0")
+    processes.add_argument("--process-count", type=int, metavar="N", help="the number of processes")
+    processes.add_argument("--process-index", type=int, metavar="I", help="the number of this process, from 0")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder, if there is one")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard or Perfetto")
+    args, config = parse_arguments(parser, arguments)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+    import jax
+
+    from pi0_jax.training.sharding import start_processes
+    from pi0_jax.training.train import train
+
+    start_processes(args.coordinator, args.process_count, args.process_index)
+    if args.overwrite and (args.workdir / "config.json").exists() and jax.process_index() == 0:
+        shutil.rmtree(args.workdir)
+    train(config, args.workdir, profile=args.profile)
