@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ml_collections
+from typing import Any
 
-from pi0.run_config import RunConfig
+from ml_collections import ConfigDict
+
+from pi0.config import ModelConfig
+from pi0.run_config import DataConfig, RunConfig
 
 RELEASED = "gs://openpi-assets/checkpoints"
 
 
-def config_dict(config: RunConfig) -> ml_collections.ConfigDict:
-    """The config as a ConfigDict to change; `RunConfig.from_dict` checks its types and values afterwards."""
-    return ml_collections.ConfigDict(config.to_dict(), type_safe=False)
+def experiment(model: ModelConfig, data: DataConfig, **fields: Any) -> ConfigDict:
+    """A run's config as a ConfigDict to change; `RunConfig.from_dict` checks its types and values afterwards."""
+    return ConfigDict(RunConfig(model, data, **fields).to_dict(), type_safe=False)

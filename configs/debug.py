@@ -7,7 +7,7 @@ pi0-train --config debug:tiny_pi0_fast --workdir runs/debug_pi0_fast
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import metaworld_demo
 from pi0.config import ConfigError
@@ -16,7 +16,7 @@ from pi0.variants import get_variant
 DEMO = {"tiny": "demo", "tiny_pi05": "demo_pi05", "tiny_pi0_fast": "demo_pi0_fast"}
 
 
-def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
+def get_config(variant: str = "tiny") -> ConfigDict:
     """The demo's experiment, a few steps of it; `variant` names a tiny model."""
     if variant not in DEMO:
         raise ConfigError(f"no tiny model {variant!r} to debug with; choose one of {', '.join(DEMO)}")

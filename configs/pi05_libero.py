@@ -6,22 +6,20 @@ pi0-train --config pi05_libero --config.data.root=data/libero --workdir runs/lib
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs._shared import RELEASED, config_dict
-from pi0.run_config import DataConfig, OptimizerConfig, RunConfig
+from configs._shared import RELEASED, experiment
+from pi0.run_config import DataConfig, OptimizerConfig
 from pi0.variants import get_variant
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     """The experiment."""
-    return config_dict(
-        RunConfig(
-            model=get_variant("pi05", action_horizon=10),
-            data=DataConfig(robot="libero", asset_id="libero"),
-            base_checkpoint=f"{RELEASED}/pi05_base",
-            optimizer=OptimizerConfig(peak_lr=5e-5, final_lr=5e-5, warmup_steps=10_000),
-            ema_decay=0.999,
-            batch_size=256,
-        )
+    return experiment(
+        get_variant("pi05", action_horizon=10),
+        DataConfig(robot="libero", asset_id="libero"),
+        base_checkpoint=f"{RELEASED}/pi05_base",
+        optimizer=OptimizerConfig(peak_lr=5e-5, final_lr=5e-5, warmup_steps=10_000),
+        ema_decay=0.999,
+        batch_size=256,
     )

@@ -7,12 +7,12 @@ pi0-train --config pi05_posttrain:demo --config.base_checkpoint=runs/pretrain --
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs.pi05_pretrain import experiment
+from configs.pi05_pretrain import stage
 from pi0.run_config import RecipeConfig
 
 
-def get_config(size: str = "full") -> ml_collections.ConfigDict:
+def get_config(size: str = "full") -> ConfigDict:
     """The experiment, from the first stage's run; `size` as in pi05_pretrain."""
-    return experiment(size, RecipeConfig(), base_checkpoint="runs/pretrain", steps=80_000)
+    return stage(size, RecipeConfig(), base_checkpoint="runs/pretrain", steps=80_000)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import metaworld_demo
-from configs._shared import config_dict
+from configs._shared import experiment
 from pi0.config import ConfigError
-from pi0.run_config import DataConfig, RecipeConfig, RunConfig
+from pi0.run_config import DataConfig, RecipeConfig
 from pi0.tokenizers.fast import FAST
 from pi0.variants import get_variant
 
@@ -21,13 +21,13 @@ SIZES = ("full", "demo", "tiny")
 SMALL = {"vocab_size": 1280, "max_token_len": 80, "max_decoding_steps": 12, "remat": "none"}  # room for 512 FAST tokens
 
 
-def get_config(size: str = "full") -> ml_collections.ConfigDict:
+def get_config(size: str = "full") -> ConfigDict:
     """The experiment: on DROID for as many steps as in the paper, or "demo" or "tiny" on the bundled recordings."""
     base = "gs://vertex-model-garden-paligemma-us/paligemma/pt_224.npz" if size == "full" else ""
-    return experiment(size, RecipeConfig(flow_weight=0.0), base_checkpoint=base, steps=280_000)
+    return stage(size, RecipeConfig(flow_weight=0.0), base_checkpoint=base, steps=280_000)
 
 
-def experiment(size: str, recipe: RecipeConfig, base_checkpoint: str, steps: int) -> ml_collections.ConfigDict:
+def stage(size: str, recipe: RecipeConfig, base_checkpoint: str, steps: int) -> ConfigDict:
     """What both stages share; only the full size trains for `steps`.
 
     The paper does not give its batch and learning rates: they are openpi's.
@@ -37,8 +37,7 @@ def experiment(size: str, recipe: RecipeConfig, base_checkpoint: str, steps: int
     if size == "full":
         model = get_variant("pi05", action_horizon=16, max_token_len=300, max_decoding_steps=64)
         data = DataConfig(robot="droid", asset_id="droid", action_tokenizer=FAST)
-        run = RunConfig(model, data, base_checkpoint=base_checkpoint, recipe=recipe, batch_size=256, steps=steps)
-        return config_dict(run)
+        return experiment(model, data, base_checkpoint=base_checkpoint, recipe=recipe, batch_size=256, steps=steps)
     image = {} if size == "tiny" else {"image_resolution": (56, 56)}
     config = metaworld_demo.get_config(f"{size}_pi05")
     config.model = get_variant(f"{size}_pi05", **SMALL, **image).to_dict()

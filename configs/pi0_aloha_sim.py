@@ -5,22 +5,15 @@ pi0-train --config pi0_aloha_sim --workdir runs/aloha_sim
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs._shared import RELEASED, config_dict
-from pi0.run_config import DataConfig, RunConfig
+from configs._shared import RELEASED, experiment
+from pi0.run_config import DataConfig
 from pi0.variants import get_variant
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     """The experiment."""
     robot = {"name": "aloha", "cameras": {"top": "base_0_rgb"}, "delta": False, "default_prompt": "Transfer cube"}
-    root = "hf://datasets/lerobot/aloha_sim_transfer_cube_human"
-    return config_dict(
-        RunConfig(
-            model=get_variant("pi0"),
-            data=DataConfig(root=root, robot=robot, asset_id="aloha_sim"),
-            base_checkpoint=f"{RELEASED}/pi0_base",
-            steps=20_000,
-        )
-    )
+    data = DataConfig(robot, asset_id="aloha_sim", root="hf://datasets/lerobot/aloha_sim_transfer_cube_human")
+    return experiment(get_variant("pi0"), data, base_checkpoint=f"{RELEASED}/pi0_base", steps=20_000)

@@ -5,25 +5,15 @@ pi0-train --config pi0_metaworld --workdir runs/pi0_metaworld
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs._shared import RELEASED, config_dict
-from pi0.run_config import DataConfig, RunConfig
+from configs._shared import RELEASED, experiment
+from pi0.run_config import DataConfig
 from pi0.variants import get_variant
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     """The experiment."""
-    return config_dict(
-        RunConfig(
-            model=get_variant("pi0", action_horizon=10),
-            data=DataConfig(
-                root="bundled://metaworld_v30",
-                robot="metaworld",
-                asset_id="metaworld",
-                validation_episodes=(3, 7, 11, 15),
-            ),
-            base_checkpoint=f"{RELEASED}/pi0_base",
-            steps=5000,
-        )
-    )
+    data = DataConfig("metaworld", "metaworld", "bundled://metaworld_v30", validation_episodes=(3, 7, 11, 15))
+    model = get_variant("pi0", action_horizon=10)
+    return experiment(model, data, base_checkpoint=f"{RELEASED}/pi0_base", steps=5000)

@@ -5,19 +5,14 @@ pi0-train --config pi0_robofactory --config.data.root=data/lift_barrier_0 --work
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs._shared import RELEASED, config_dict
-from pi0.run_config import DataConfig, RunConfig
+from configs._shared import RELEASED, experiment
+from pi0.run_config import DataConfig
 from pi0.variants import get_variant
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     """The experiment."""
-    return config_dict(
-        RunConfig(
-            model=get_variant("pi0"),
-            data=DataConfig(robot="robofactory", asset_id="robofactory", normalization="quantile01"),
-            base_checkpoint=f"{RELEASED}/pi0_base",
-        )
-    )
+    data = DataConfig(robot="robofactory", asset_id="robofactory", normalization="quantile01")
+    return experiment(get_variant("pi0"), data, base_checkpoint=f"{RELEASED}/pi0_base")

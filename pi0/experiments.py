@@ -45,13 +45,7 @@ def read_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     values = find_experiment(name)().to_dict()
     for field, text in _assignments(overrides):
-        *path, last = field.split(".")
-        table = values
-        for part in path:
-            table[part] = table = {} if table.get(part) is None else table[part]
-            if not isinstance(table, dict):
-                raise ConfigError(f"{field} is no field of the config: {part} is {table!r}")
-        table[last] = _parse(text, _field_type(field))
+        _assign(values, RunConfig, field.split("."), text)
     return RunConfig.from_dict(values)
 
 
@@ -118,19 +112,18 @@ def _assignments(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield field.removeprefix("--config."), text
 
 
-def _field_type(field: str) -> Any:
-    """The type that a dotted field is annotated with; Any below a mapping. Raises ConfigError for an unknown field."""
-    hint: Any = RunConfig
-    for i, part in enumerate(parts := field.split(".")):
-        cls = next((option for option in options_of(hint) if dataclasses.is_dataclass(option)), None)
-        if cls is None:
-            return Any
-        hints = typing.get_type_hints(cls)
-        if part not in hints:
-            where = ".".join(parts[:i]) or "the config"
-            raise ConfigError(f"{where} has no field {part!r}; known fields are {', '.join(sorted(hints))}")
-        hint = hints[part]
-    return hint
+def _assign(table: dict[str, Any], hint: Any, path: list[str], text: str) -> None:
+    """Set a field of a table of the type `hint`; `RunConfig.from_dict` refuses unknown ones later."""
+    (field, *rest), cls = path, next(filter(dataclasses.is_dataclass, options_of(hint)), None)
+    hint = Any if cls is None else typing.get_type_hints(cls).get(field, Any)
+    if not rest:
+        table[field] = _parse(text, hint)
+        return
+    if table.get(field) is None:
+        table[field] = {}
+    if not isinstance(table[field], dict):
+        raise ConfigError(f"{field} is {table[field]!r}; it has no field {rest[0]!r}")
+    _assign(table[field], hint, rest, text)
 
 
 def _parse(text: str, hint: Any) -> Any:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on every host of a TPU VM pod, from your own machine. Start it again after a preemption: the run goes on.
+# Train on every host of a TPU VM pod, from your own machine. Start it again after a preemption: the run resumes.
 #
-#   TPU=my-pod ZONE=us-east5-a WORKDIR=gs://my-bucket/runs/pi0 scripts/tpu_pod.sh --config configs/pi0_metaworld.py \
+#   TPU=my-pod ZONE=us-east5-a WORKDIR=gs://my-bucket/runs/pi0 scripts/tpu_pod.sh --config pi0_metaworld \
 #       --config.mesh.fsdp=16 --config.batch_size=128
 #
-# REPOSITORY and REVISION say what is installed; WORKDIR is a folder that every host sees (a mounted bucket or NFS).
+# REPOSITORY and REVISION are installed; WORKDIR is a folder that every host mounts (a bucket or NFS).
 set -euo pipefail
-: "${TPU:?the pod: TPU=my-pod}" "${ZONE:?its zone: ZONE=us-east5-a}" "${WORKDIR:?a folder that every host sees}"
+: "${TPU:?the pod: TPU=my-pod}" "${ZONE:?its zone: ZONE=us-east5-a}" "${WORKDIR:?a folder that every host mounts}"
 : "${REPOSITORY:?where this project is cloned from: REPOSITORY=https://...}"
 REVISION=${REVISION:-main}
 
@@ -19,5 +19,5 @@ on_all "set -e
     cd pi0 && git fetch -q && git checkout -q $(printf %q "$REVISION")
     test -d .venv || python3 -m venv .venv
     .venv/bin/pip install -q -e '.[jax,tpu]' -c constraints.txt"
-# No address is given: JAX asks the TPU's metadata for the other hosts.
+# Without --coordinator, JAX finds the other hosts in the TPU's metadata.
 on_all "cd pi0 && .venv/bin/pi0-train --workdir $(printf %q "$WORKDIR") $(printf '%q ' "$@")"

@@ -268,7 +268,7 @@ def changed(**values: Any) -> dict[str, Any]:
         (changed(state=None), "state"),
         (changed(state=np.array([0, 1, np.nan, 0])), r"observation\.state is nan at \[2\]"),
         (changed(state=np.zeros(5)), r"state is \[5\]; expected \[4\]"),
-        (changed(state=["a", "b", "c", "d"]), r"observation\.state is no array of numbers"),
+        (changed(state=["a", "b", "c", "d"]), r"observation\.state is not an array of numbers"),
         (changed(task=None), "prompt"),
         (changed(task=7), "prompt is 7"),
         ("go", "expected a dict of images"),

@@ -27,7 +27,7 @@ from pi0.sample import METAWORLD
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0_eval.replay import action_names, recorded_actions
 
-FORMAT, SIZE, EPISODES = "tests.npz_dataset:NpzDataset", (12, 16), [3, 1]
+FORMAT, SIZE, EPISODES = "tests.my_lab.datasets:NpzDataset", (12, 16), [3, 1]
 COLUMNS = ("observation.state", "action", "observation.images.corner", "observation.images.wrist")
 
 
@@ -87,7 +87,7 @@ def test_caches(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folders = build_cache(find_format(FORMAT)(root, image_size=(6, 8)), tmp_path / "cache", workers=2)
     cached, memory = (open_npz(root, image_size=(6, 8), cache=cache) for cache in (tmp_path / "cache", "memory"))
     assert len(folders) == 2 and memory[9][COLUMNS[2]].any()
-    monkeypatch.setattr("tests.npz_dataset.NpzDataset.decode", lambda *_: pytest.fail("decoded an image"))
+    monkeypatch.setattr("tests.my_lab.datasets.NpzDataset.decode", lambda *_: pytest.fail("decoded an image"))
     for dataset in (cached, memory):
         np.testing.assert_array_equal(dataset[9][COLUMNS[2]], expected)
 
@@ -120,7 +120,7 @@ def test_commands(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("name", "problem"),
     [
         ("rlds", 'unknown dataset format .rlds.; known are lerobot, and "module:Name"'),
-        ("tests.npz_dataset:Nothing", "cannot be imported"),
+        ("tests.my_lab.datasets:Nothing", "cannot be imported"),
         ("pathlib:Path", "must be a subclass of pi0.datasets.base.Dataset"),
     ],
 )

@@ -142,8 +142,11 @@ def test_the_command_line(tmp_path, capsys):
         (["pi0_metaworld:pi0_small"], "pi0_metaworld takes no argument; it got 'pi0_small'"),
         (["pi0_metawold"], "unknown experiment 'pi0_metawold'; experiments are debug, .*pi0_metaworld"),
         (["debug:big"], "tiny_pi0_fast"),
-        (["debug", "--config.modle.x=1"], "the config has no field 'modle'; known fields are .*model"),
-        (["debug", "--config.model.runtime.x=1"], "model.runtime has no field 'x'; known fields are attention"),
+        (["debug", "--config.modle.x=1"], r"the config has unknown fields \['modle'\]; known fields are .*'model'"),
+        (
+            ["debug", "--config.model.runtime.x=1"],
+            r"model.runtime has unknown fields \['x'\]; known fields are \['attention'",
+        ),
         (["debug", "--wrokdir=x"], "unknown argument --wrokdir=x; known are .*--workdir.* and --config.FIELD=VALUE"),
         (["debug", "--config.steps=many"], "steps is 'many'; it must be a whole number"),
     ],

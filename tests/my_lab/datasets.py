@@ -1,4 +1,4 @@
-"""A dataset format of another package: episodes in npz files. Named as "tests.npz_dataset:NpzDataset"."""
+"""A dataset format of another package: episodes in npz files. Named as "tests.my_lab.datasets:NpzDataset"."""
 
 from __future__ import annotations
 

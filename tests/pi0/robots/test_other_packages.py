@@ -15,16 +15,17 @@ from pi0.datasets.cache import build_cache
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import dataset_statistics
+from pi0.policy.policy import fill_assets
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import resize_with_pad
 from pi0.tokenizers.text import BUNDLED, TextTokenizer
 from pi0.variants import get_variant
-from tests.own_robot import TwoCameras
+from tests.my_lab.robots import TwoCameras
 from tests.recording import TASKS, write_recording
 
-NAME = "tests.own_robot:TwoCameras"
+NAME = "tests.my_lab.robots:TwoCameras"
 SPLIT = {"observation.state": {"arm": 3, "gripper": 1}, "action": {"action.arm": 3, "action.gripper": 1}}
 
 
@@ -108,13 +109,14 @@ def test_all_cameras_must_come_back(root: Path):
 
 
 def test_a_checkpoint_imports_no_module(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "own_package.py").write_text("from tests.own_robot import TwoCameras\nother = print\n")
+    (tmp_path / "own_package.py").write_text("from tests.my_lab.robots import TwoCameras\nother = print\n")
     monkeypatch.syspath_prepend(tmp_path)
     dataset = open_dataset(root, TwoCameras())
     with pytest.raises(AssetsError, match="code of the package 'own_package': import it first"):
         pipeline_of(dataset, TwoCameras(), "own_package:TwoCameras")
     assert "own_package" not in sys.modules
-    assert isinstance(make_robot("own_package:TwoCameras"), TwoCameras)  # named by the user
+    fill_assets(Assets(get_variant("tiny"), {}, "own", "zscore", {}), robot="own_package:TwoCameras")  # the caller's
+    assert isinstance(make_robot("own_package:TwoCameras", imports=False), TwoCameras)
     pipeline_of(dataset, TwoCameras(), {"name": "own_package:TwoCameras", "default_prompt": "go"})
     monkeypatch.setitem(vars(sys.modules["own_package"]), "__getattr__", lambda _: pytest.fail("code was run"))
     with pytest.raises(AssetsError, match="cannot be imported"):
@@ -122,7 +124,7 @@ def test_a_checkpoint_imports_no_module(root: Path, tmp_path: Path, monkeypatch:
     del sys.modules["own_package"]
 
 
-@pytest.mark.parametrize("name", ["subprocess:Popen", "tests.own_robot:dataclasses", "pi0.robots.robot:PREFIXES"])
+@pytest.mark.parametrize("name", ["subprocess:Popen", "tests.my_lab.robots:dataclasses", "pi0.robots.robot:PREFIXES"])
 def test_what_is_no_robot_is_not_called(name: str):
     with pytest.raises(ValueError, match="must be a subclass of"):
         make_robot(name)

@@ -1,4 +1,4 @@
-"""A robot of another package, named as "tests.own_robot:TwoCameras"."""
+"""A robot of another package, named as "tests.my_lab.robots:TwoCameras"."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What a lab adds in a package of its own: a robot, a layout, a dataset format, an experiment."""
