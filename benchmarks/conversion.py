@@ -1,11 +1,11 @@
-"""Time and memory of converting a full-size checkpoint, against copying its files.
+"""Measure time and memory of converting a full-size checkpoint, relative to copying its files.
 
 python benchmarks/conversion.py --workdir /tmp                      3.24 B parameters: 35 GB of disk
-python benchmarks/conversion.py --workdir /tmp --scale 0.1          a tenth of them
+python benchmarks/conversion.py --workdir /tmp --scale 0.1          a tenth of that
 python benchmarks/conversion.py --workdir /tmp --layouts pi0_torch pi0_jax
 
-The source is a π0 with random float32 weights in openpi's layout, in the chunks in which Orbax stores arrays that lie
-on one device. Each step runs in a process of its own, so that its peak of resident memory is its own.
+The source is a π0 with random float32 weights in openpi's layout, chunked like Orbax checkpoints of a single device.
+Each step runs in a process of its own, for its own peak of resident memory.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import numpy as np
 
 from convert.conversion import convert
 from convert.formats.orbax import write_orbax
-from convert.layouts import LAYOUTS, WRITTEN
+from convert.layouts.registry import LAYOUTS, WRITABLE
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.command import output_path
 from pi0.config import ModelConfig
 from pi0.variants import GEMMA_300M, get_variant
 
-# Orbax's default for what it stores in one chunk (`ocdbt_target_data_file_size`).
+# Orbax's default chunk size in bytes (`ocdbt_target_data_file_size`).
 ORBAX_CHUNK = 2**31
 
 
 def model(scale: float) -> ModelConfig:
-    """π0 with its depth, vocabulary and MLPs scaled; its other sizes stay."""
+    """π0 with scaled depth and vocabulary."""
     released = get_variant("pi0")
 
     def scaled(n: int) -> int:
@@ -53,7 +53,7 @@ def model(scale: float) -> ModelConfig:
 
 
 def orbax_chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How Orbax 0.12 stores a float32 array of one device: whole, or cut along its largest axis until it fits."""
+    """The chunk shape of Orbax 0.12 for a float32 array of a single device: the largest axis is split until it fits."""
     chunk = list(shape)
     while 4 * math.prod(chunk) > ORBAX_CHUNK:
         largest = max(range(len(chunk)), key=lambda axis: chunk[axis])
@@ -62,7 +62,7 @@ def orbax_chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def random_tensor(shape: tuple[int, ...], block: np.ndarray) -> Tensor:
-    """Weights that are `block` again and again."""
+    """Weights that repeat `block`."""
 
     def read(index: tuple[int | slice, ...]) -> np.ndarray:
         return np.resize(block, [len(range(n)[i]) for n, i in zip(shape, index, strict=True) if isinstance(i, slice)])
@@ -73,7 +73,7 @@ def random_tensor(shape: tuple[int, ...], block: np.ndarray) -> Tensor:
 def write_source(folder: Path, scale: float) -> None:
     """A random checkpoint in openpi's layout."""
     config = model(scale)
-    # Normal, so like trained weights to a compressor, which does not see 64 MiB far.
+    # As incompressible as trained weights: compressors do not see repetitions after 64 MiB.
     block = np.random.default_rng(0).standard_normal((1 << 24) + 1, np.float32) * np.float32(0.02)
     tensors = {name: random_tensor(shape, block) for name, shape in LAYOUTS["openpi_jax"].shapes(config).items()}
     chunks = {name: orbax_chunk(tensor.shape) for name, tensor in tensors.items()}
@@ -82,12 +82,12 @@ def write_source(folder: Path, scale: float) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes in all of a folder's files."""
+    """The size of all files in a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def step(arguments: list[str]) -> tuple[float, float]:
-    """Seconds and GiB that one step takes in its own process, which prints them last."""
+    """Run one step in its own process; returns seconds and GiB, which it prints last."""
     command = [sys.executable, __file__, "--step", *arguments]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, gib = out.split()[-2:]
@@ -95,7 +95,7 @@ def step(arguments: list[str]) -> tuple[float, float]:
 
 
 def run_step(name: str, *arguments: str) -> None:
-    """Run one step here and print its seconds, files flushed to the disk, and the peak of resident memory in GiB."""
+    """Run one step and print its time in seconds, with files flushed to disk, and its peak resident memory in GiB."""
     start = time.perf_counter()
     if name == "source":
         write_source(Path(arguments[0]), float(arguments[1]))
@@ -109,11 +109,9 @@ def run_step(name: str, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workdir", type=output_path, help="where to make a temporary folder; it is deleted at the end"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary, to try it at a smaller size")
-    parser.add_argument("--layouts", nargs="+", choices=WRITTEN, default=["pi0_torch"])
+    parser.add_argument("--workdir", type=output_path, help="where to create a temporary folder")
+    parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary")
+    parser.add_argument("--layouts", nargs="+", choices=WRITABLE, default=["pi0_torch"])
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:

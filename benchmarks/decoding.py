@@ -1,4 +1,4 @@
-"""Tokens per second of π0-FAST in JAX and PyTorch, with the cache and without.
+"""Measure the tokens per second of π0-FAST in JAX and PyTorch, with and without a cache.
 
 python benchmarks/decoding.py                  about 50 M parameters, float32, batch 1 and 4
 python benchmarks/decoding.py --dtype bfloat16 --tokens 64
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,53 +20,30 @@ import numpy as np
 import torch
 from flax import nnx
 
-import pi0_jax
-import pi0_torch
-from convert.layouts import LAYOUTS
-from convert.tensors import Tensor
-from pi0.config import GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
+import pi0_jax.loading
+import pi0_torch.loading
+from pi0.config import DTYPES
 from pi0.observation import Observation
-from pi0_eval.parity.compare import Inputs
-from pi0_jax.loading import parameters_of
-from pi0_torch.loading import to_torch, with_parameters
+from pi0.parameters import parameters
+from pi0.variants import get_variant
+from pi0_eval.bench import times_ms
+from pi0_eval.parity.inputs import Inputs
 
-MID_SIZE = ModelConfig(
-    kind="pi0_fast",
-    vision=VisionConfig(width=384, depth=8, mlp_dim=1536, num_heads=6),
-    paligemma=GemmaConfig(width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64),
-    action_expert=None,
-    vocab_size=8192,
-    image_resolution=(112, 112),
-    image_keys=("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
-    max_token_len=128,
-    runtime=RuntimeConfig(remat="none"),
-)
-
-FEW = 4  # tokens decoded without a cache: each takes as long as the next, since the text is padded
-
-
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call, after one that warms up."""
-    times = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if i:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+FEW = 4  # tokens decoded without a cache; all take the same time, since the text is padded
+NO_TOKEN = -1  # as the end-of-sequence token, so that decoding does not end
 
 
 def with_targets(observation: Observation, tokens: int) -> Observation:
-    """All but `tokens` of the text as prompt, so that there is room to write them into the text."""
+    """The observation with room for `tokens` at the end of its text; the rest is the prompt."""
     mask = np.arange(observation.tokenized_prompt.shape[1]) < observation.tokenized_prompt.shape[1] - tokens
     mask = np.tile(mask, (len(observation.tokenized_prompt), 1))
     return dataclasses.replace(observation, tokenized_prompt_mask=mask, token_ar_mask=None, token_loss_mask=None)
 
 
-def anew(sample: Callable[[Observation, int], np.ndarray], observation: Observation, tokens: int) -> None:
-    """Decode without a cache: each token by a pass over all before it, which is what decoding one token does.
+def uncached(sample: Callable[[Observation, int], np.ndarray], observation: Observation, tokens: int) -> None:
+    """Decode without a cache: each token by a pass over all tokens before it, as when decoding a single token.
 
-    (Positions are those of a prompt, without the one that decoding skips: as much work.)
+    Positions are those of a prompt, without the one that decoding skips, which does not change the amount of work.
     """
     start = int(observation.tokenized_prompt_mask[0].sum())
     for i in range(start, start + tokens):
@@ -77,36 +55,34 @@ def anew(sample: Callable[[Observation, int], np.ndarray], observation: Observat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    config = MID_SIZE.with_runtime(dtype=args.dtype)
-    in_jax = jax.jit(lambda: pi0_jax.Pi0Fast(config, rngs=nnx.Rngs(0)))()
-    ours = {name: Tensor.of(np.asarray(value)) for name, value in parameters_of(in_jax).items()}
-    theirs = LAYOUTS["pi0_torch"].from_ours(config, ours)
-    in_torch = with_parameters(config, {name: to_torch(tensor.read(())) for name, tensor in theirs.items()})
-    assert isinstance(in_torch, pi0_torch.Pi0Fast)
-    jitted = jax.jit(pi0_jax.Pi0Fast.sample_tokens, static_argnames="max_decoding_steps")
+    config = get_variant("bench_pi0_fast", image_resolution=(112, 112), max_token_len=128, dtype=args.dtype)
+    in_jax: Any = jax.jit(lambda: pi0_jax.loading.make_model(config, rngs=nnx.Rngs(0)))()
+    in_torch: Any = pi0_torch.loading.make_model(config).requires_grad_(False)
+    jitted = jax.jit(type(in_jax).sample_tokens, static_argnames="max_decoding_steps")
 
     def sample_jax(observation: Observation, tokens: int) -> np.ndarray:
-        return np.asarray(jitted(in_jax, observation, max_decoding_steps=tokens, eos_token=jnp.int32(-1)))
+        return np.asarray(jitted(in_jax, observation, max_decoding_steps=tokens, eos_token=jnp.int32(NO_TOKEN)))
 
     def sample_torch(observation: Observation, tokens: int) -> np.ndarray:
-        return in_torch.sample_tokens(pi0_torch.to_device(observation), tokens, eos_token=-1).numpy()
+        inputs = pi0_torch.loading.to_device(observation)
+        return in_torch.sample_tokens(inputs, tokens, eos_token=NO_TOKEN).numpy()
 
-    count = sum(p.numel() for p in in_torch.parameters())
+    count = sum(math.prod(p.shape) for p in parameters(config).values())
     print(f"pi0_fast, {count / 1e6:.0f} M parameters, {args.dtype}, prefix of {config.prefix_len} tokens, ", end="")
     print(f"{args.tokens} decoded, {torch.get_num_threads()} threads, median of {args.repeats} calls\n")
     print(f"{'tokens/s':<10}{'batch':>6}{'cached':>10}{'uncached':>10}{'cached / uncached':>20}")
     for batch in args.batch:
         observation = with_targets(Inputs.random(config, batch).observation, args.tokens)
         for name, sample in (("JAX", sample_jax), ("PyTorch", sample_torch)):
-            cached = seconds(partial(sample, observation, args.tokens), args.repeats)
-            uncached = seconds(partial(anew, sample, observation, FEW), args.repeats)
-            rates = batch * args.tokens / cached, batch * FEW / uncached
+            runs = partial(sample, observation, args.tokens), partial(uncached, sample, observation, FEW)
+            with_cache, without = (statistics.median(times_ms(run, args.repeats)) / 1e3 for run in runs)
+            rates = batch * args.tokens / with_cache, batch * FEW / without
             print(f"{name:<10}{batch:>6}{rates[0]:>10.1f}{rates[1]:>10.1f}{rates[0] / rates[1]:>20.1f}", flush=True)
 
 

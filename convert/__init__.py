@@ -1,1 +1,1 @@
-"""Layouts, conversion and parity of π checkpoints. Importing this package needs neither jax nor torch."""
+"""Checkpoints: file formats, parameter layouts, conversion, LoRA merging, inspection. NumPy only, no jax, no torch."""

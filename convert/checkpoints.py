@@ -1,6 +1,6 @@
-"""Whole checkpoints of any layout: found out, opened and checked, written. Needs no jax.
+"""Checkpoints of any layout: detected, opened and validated, written.
 
-Nothing is read before it is asked for, and nothing is written before the whole checkpoint has been found to fit.
+Weights are read lazily, and nothing is written before all tensor names and shapes have been validated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -19,9 +19,9 @@ from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, read_sharded, write_safetensors
 from convert.fresh import source_config, with_fresh
-from convert.layouts import LAYOUTS
 from convert.layouts.layout import Layout, infer_sizes
-from convert.sidecars import WRITERS, norm_stats_files, read_assets, read_model
+from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
+from convert.sidecars import norm_stats_files, read_assets, read_model
 from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
@@ -33,10 +33,15 @@ from pi0.variants import get_variant
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint that has been found to fit its layout: our parameters, lazily, and what lies beside them.
+    """An opened and validated checkpoint.
 
-    `norm_stats` are the files of all norm stats beside it, by asset id; `assets` has those of one. `fresh` names the
-    parameters that are newly initialized.
+    Attributes:
+        folder: where it was found.
+        layout: the layout it is stored in.
+        assets: model config, norm stats of one asset id, tokenizer and robot references.
+        ours: the parameters, by the names of `pi0.parameters`, read lazily.
+        norm_stats: the norm stats files of all asset ids.
+        fresh: the names of newly initialized parameters.
     """
 
     folder: Path
@@ -46,25 +51,28 @@ class Checkpoint:
     norm_stats: dict[str, Path] = dataclasses.field(default_factory=dict)
     fresh: list[str] = dataclasses.field(default_factory=list)
 
-    def in_layout(self, layout: str) -> dict[str, Tensor]:
+    def in_layout(self, layout: str | Layout) -> dict[str, Tensor]:
         """The tensors of another layout, read lazily."""
-        return LAYOUTS[layout].from_ours(self.assets.model, self.ours)
+        return find_layout(layout).from_ours(self.assets.model, self.ours)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a checkpoint's file or folder `weights` holds, by the names there; what goes with it lies in `beside`."""
+    """The tensors stored in the file or folder `weights` of a checkpoint, by their names there.
+
+    `sidecars` is the folder of its sidecar files.
+    """
 
     folder: Path
     weights: Path
-    beside: Path
+    sidecars: Path
     tensors: dict[str, Tensor]
 
 
 def read_tensors(
     source: str | Path, *, step: int | None = None, ema: bool = True, dtype: np.dtype | None = None
 ) -> Stored:
-    """The tensors in a checkpoint's files, whatever they are; see `open_checkpoint`. Raises CheckpointError."""
+    """The stored tensors of a checkpoint in any format; see `open_checkpoint`. Raises CheckpointError."""
     path = fetch(source)
     if path.suffix == ".npz":
         return Stored(path, path, path, read_npz(path))
@@ -74,48 +82,50 @@ def read_tensors(
     for file, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
         if (folder / file).exists():
             return Stored(folder, folder / file, folder, read(folder / file))
-    for params, beside in ((folder / "params", folder), (folder, folder.parent)):
+    for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
-            return Stored(folder, params, beside, read_orbax(params, dtype))
-    raise CheckpointError(f"{folder} holds neither model.safetensors (or its index) nor an Orbax params folder")
+            return Stored(folder, params, sidecars, read_orbax(params, dtype))
+    raise CheckpointError(f"{folder} contains neither model.safetensors (or its index) nor an Orbax params folder")
 
 
 def open_checkpoint(
     source: str | Path,
     config: ModelConfig | None = None,
     *,
+    layout: str | Layout | None = None,
     step: int | None = None,
     ema: bool = True,
     asset_id: str | None = None,
     fresh: int | None = None,
     dtype: np.dtype | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint of any layout, checked against its table; weights are not read yet.
+    """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
-    `source`: a folder, `gs://` or `hf://`; a folder that holds an Orbax `params` folder, that folder itself, one with
-    `model.safetensors` or shards of it, an `.npz` file, or a training run's folder (its newest step, or `step`;
-    without `ema`, the parameters that are trained and not their moving average).
+    Args:
+        source: a local path, `gs://` or `hf://` address of a folder with an Orbax `params` folder, that folder itself,
+            a folder with `model.safetensors` or shards of it, an `.npz` file, or a training run's folder.
+        config: the model config. Default: that of our, openpi's or LeRobot's `config.json`; without one, sizes follow
+            from shapes, and the rest (horizon, text length, cameras) is that of the released models.
+        layout: the layout of the source, by name or as "module:NAME". Default: detected from the tensors' names.
+        step: the step of a training run (default: the newest).
+        ema: whether to read the moving average of a training run's parameters, or the trained parameters.
+        asset_id: selects one of several norm stats.
+        fresh: the seed with which parts that `config` has and the source lacks as a whole are initialized: an action
+            expert (for PaliGemma's weights) or LoRA. Without it, such parts are missing tensors.
+        dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
 
-    The layout follows from the names of the tensors, the model config from a `config.json` of ours, openpi's or
-    LeRobot's; without one, sizes follow from the shapes, and what shapes do not say (horizon, text length, cameras) is
-    that of the released models. `config` overrides both. `asset_id` chooses among several norm stats.
-
-    With `dtype`, all parameters are read as that, each value rounded once.
-
-    With the seed `fresh`, a `config` may have what the source has not at all, an action expert (PaliGemma's weights)
-    or LoRA: that is newly initialized, and named in the result's `fresh`.
-
-    Raises CheckpointError and LayoutError that name what is wrong.
+    Raises CheckpointError or LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    layout, kind, lora = detect(shapes)
+    layouts = LAYOUTS.values() if layout is None else [find_layout(layout)]
+    layout, kind, lora = detect(shapes, layouts)
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
-            raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point one")
+            raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
     assets = find_assets(stored, layout, kind, lora, config, asset_id)
-    norm_stats = norm_stats_files(stored.beside)
+    norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
         ours = layout.to_ours(assets.model, tensors)
@@ -124,7 +134,7 @@ def open_checkpoint(
         rows = next((shape[0] for name, shape in shapes.items() if layout.spell(name) == embedding), 0)
         ours = layout.to_ours(source_config(assets.model, kind, lora, rows), tensors)
         ours, new = with_fresh(assets.model, ours, fresh)
-    if dtype is not None:  # arrays of Orbax are that already
+    if dtype is not None:  # a no-op for Orbax
         ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
     return Checkpoint(folder, layout, assets, ours, norm_stats, new)
 
@@ -137,19 +147,19 @@ def find_assets(
     config: ModelConfig | None = None,
     asset_id: str | None = None,
 ) -> Assets:
-    """What goes with some weights: ours, or what openpi or LeRobot keep beside them. See `open_checkpoint`."""
-    assets = Assets.load(stored.beside)
+    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`."""
+    assets = Assets.load(stored.sidecars)
     if assets is None or asset_id not in (None, assets.asset_id):
         shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        model = config or (assets and assets.model) or read_model(stored.beside, kind)
-        return read_assets(stored.beside, model or infer_config(layout, kind, shapes, lora), asset_id)
+        model = config or (assets and assets.model) or read_model(stored.sidecars, kind)
+        return read_assets(stored.sidecars, model or infer_config(layout, kind, shapes, lora), asset_id)
     return assets if config is None else dataclasses.replace(assets, model=config)
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
-    """The checkpoint of a training run's folder; any other folder as it is."""
+    """The checkpoint folder of a training run; any other folder is returned unchanged."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
+        raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
     steps = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
@@ -159,21 +169,25 @@ def _step_folder(folder: Path, step: int | None) -> Path:
 
 
 def _trained(folder: Path) -> dict[str, Tensor]:
-    """The parameters in a checkpoint's training state, and those that were frozen, which are in `params` alone."""
+    """The trained parameters of a training state, and the frozen ones, which are only in `params`."""
     if not (folder / "train_state").exists():
-        raise CheckpointError(f"{folder} has no train_state; only a training run's checkpoint has two sets of weights")
+        raise CheckpointError(
+            f"{folder} has no train_state, which only checkpoints of training runs have; read it with ema"
+        )
     state = read_orbax(folder / "train_state")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
     return read_orbax(folder / "params") | trained
 
 
-def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[str, ...]]:
-    """The layout, the kind of model and its experts with LoRA whose names fit `shapes` best.
+def detect(
+    shapes: Mapping[str, tuple[int, ...]], layouts: Iterable[Layout] = tuple(LAYOUTS.values())
+) -> tuple[Layout, str, tuple[str, ...]]:
+    """Detect the layout, the kind of model and its experts with LoRA, by the best match of tensor names.
 
-    Raises LayoutError where none fits at all.
+    Raises LayoutError where no name matches.
     """
     best, most = None, 0.0
-    for layout in LAYOUTS.values():
+    for layout in layouts:
         unused = {_stem(rule.theirs) for rule in layout.unused}
         found = {_stem(layout.spell(name)) for name in shapes} - unused
         for kind, lora in ((k, lora) for k in layout.kinds for lora in _lora_choices(layout, k)):
@@ -182,12 +196,13 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layout, str, tuple[st
             if score > most:
                 best, most = (layout, kind, lora), score
     if best is None:
-        raise LayoutError(f"no known layout has tensors like {sorted(shapes)[:5]}; known are {', '.join(LAYOUTS)}")
+        tried = ", ".join(layout.name for layout in layouts)
+        raise LayoutError(f"no layout has tensors like {sorted(shapes)[:5]}; tried {tried}")
     return best
 
 
 def _lora_choices(layout: Layout, kind: str) -> Iterator[tuple[str, ...]]:
-    """The experts that may have low-rank updates, together: none first, then all of them."""
+    """The combinations of experts that may have low-rank updates: none first, then all of them."""
     yield ()
     if layout.has_lora:
         for count in range(len(FAMILIES[kind].experts), 0, -1):
@@ -195,16 +210,16 @@ def _lora_choices(layout: Layout, kind: str) -> Iterator[tuple[str, ...]]:
 
 
 def _stem(name: str) -> str:
-    """The name with its layer number, if any, left open."""
+    """The name with any layer number replaced by #."""
     return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def infer_config(
     layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]], lora: tuple[str, ...] = ()
 ) -> ModelConfig:
-    """The model config that the shapes of a checkpoint say. Raises LayoutError where they do not say a size.
+    """Infer the model config from the shapes of a checkpoint. Raises LayoutError where a size does not follow.
 
-    LoRA's alpha is no shape: it is taken to be the rank, as in all of openpi's variants.
+    LoRA's alpha does not follow from shapes and is taken to be the rank, as in all of openpi's variants.
     """
     sizes = infer_sizes(layout.rules_for(kind, lora), {layout.spell(name): shape for name, shape in shapes.items()})
     vision, released = sizes["vision"], get_variant(kind)
@@ -213,8 +228,8 @@ def infer_config(
         s = sizes[scope]
         if not {"n", "k", "h"} <= s.keys():
             raise LayoutError(
-                f"the layout {layout.name} does not tell heads from head dim; a config.json of ours is "
-                f"missing beside the weights: pass --model (config= in Python), for instance --model {kind}"
+                f"the layout {layout.name} does not distinguish heads and head dim, and the checkpoint has no "
+                f"config.json of ours: pass --model (config= in Python), for instance --model {kind}"
             )
         return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 
@@ -222,7 +237,7 @@ def infer_config(
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
         (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
-        raise LayoutError(f"{name} holds {vision['s']} positions, which are not a square image's; pass config=")
+        raise LayoutError(f"{name} holds {vision['s']} positions, which no square image has; pass config=")
     resolution = (side * vision["p"], side * vision["p"])
     return dataclasses.replace(
         released,
@@ -235,22 +250,24 @@ def infer_config(
     )
 
 
-def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str) -> None:
-    """Write a checkpoint into `folder` in another layout, with all that goes with it.
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout) -> None:
+    """Write a checkpoint into `folder` in another layout, with our sidecar files (`assets/`) and the layout's own.
 
-    That is our config, norm stats and references in `assets/`, and for layouts of other projects what their loaders
-    need: their own config and processors, and zeros for the tensors that their models have and never use.
+    Tensors that only the layout's original models have (`Layout.unused`) are written as zeros. Raises LayoutError.
     """
-    tensors, target = checkpoint.in_layout(layout), LAYOUTS[layout]
+    target = find_layout(layout)
+    if not target.writable:
+        raise LayoutError(f"the layout {target.name} can only be read; writable layouts are {', '.join(WRITABLE)}")
+    tensors = checkpoint.in_layout(target)
     assets, dtype = checkpoint.assets, checkpoint.ours["paligemma.embedding"].dtype
     if target.format == "safetensors":
         tensors |= target.unused_tensors(assets.model, dtype)
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     else:
         write_orbax(folder / "params", tensors, target.root)
-    if layout in WRITERS:
-        WRITERS[layout](folder, assets, dtype)
-    assets.save(folder / "assets", config_folder=folder if layout == "pi0_torch" else None)
+    if target.write_sidecars is not None:
+        target.write_sidecars(folder, assets, dtype)
+    assets.save(folder / "assets", config_folder=folder / target.config_folder)
     for asset_id, file in checkpoint.norm_stats.items():
         if asset_id != assets.asset_id:
             (folder / "assets" / asset_id).mkdir(parents=True, exist_ok=True)

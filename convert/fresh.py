@@ -1,4 +1,4 @@
-"""Parameters that a source does not have and a model starts with: a new action expert, new LoRA."""
+"""Initialize parameters that a source checkpoint does not have: an action expert, LoRA."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import numpy as np
 from convert.tensors import Index, Tensor
 from pi0 import numerics
 from pi0.config import ModelConfig
+from pi0.families import FAMILIES
 from pi0.parameters import lora_of, parameters
 
 
 def source_config(model: ModelConfig, kind: str, lora: tuple[str, ...], vocab_size: int) -> ModelConfig:
-    """What of `model` a source of `kind`, whose experts `lora` have LoRA, has: all but a new expert and new LoRA."""
+    """The config of a source of `kind` with LoRA in the experts `lora`: `model` without a new expert and new LoRA."""
     changes = {
         name: dataclasses.replace(getattr(model, name), lora_rank=None, lora_alpha=None)
         for name in lora_of(model)
         if name not in lora
     }
-    if kind == "pi0_fast" and model.kind != kind:
+    if model.action_expert is not None and "action_expert" not in FAMILIES[kind].experts:
         changes |= {"kind": kind, "action_expert": None}
     return dataclasses.replace(model, vocab_size=max(vocab_size, model.vocab_size), **changes)
 
 
 def with_fresh(model: ModelConfig, found: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], list[str]]:
-    """All parameters of `model`: those in `found`, and newly initialized ones; and the names of these.
+    """All parameters of `model`, from `found` or newly initialized (float32), and the names of the latter.
 
-    Drawn by NumPy from the seed and the parameter's name, as those of `pi0_jax` models are: kernels from a normal
-    distribution cut at 2 and divided by sqrt(inputs), LoRA's factors from a narrow one, biases, norms and modulations
-    zero. Float32. An embedding with more rows than the vocabulary is cut.
+    Initialized like `pi0_jax` models, in NumPy from the seed and the parameter's name: kernels from a normal
+    distribution truncated at 2, divided by sqrt(fan-in); LoRA's factors from a normal one of
+    `numerics.LORA_INIT_STDDEV`; biases, norms and modulations zero. Embedding rows beyond the vocabulary are dropped.
     """
     ours: dict[str, Tensor] = {}
     new = []
@@ -41,11 +42,11 @@ def with_fresh(model: ModelConfig, found: Mapping[str, Tensor], seed: int) -> tu
             ours[name] = _cut(found[name], parameter.shape[0]) if name == "paligemma.embedding" else found[name]
             continue
         new.append(name)
-        ours[name] = _drawn(name, parameter.axes, parameter.shape, seed)
+        ours[name] = _initialized(name, parameter.axes, parameter.shape, seed)
     return ours, new
 
 
-def _drawn(name: str, axes: tuple[str, ...], shape: tuple[int, ...], seed: int) -> Tensor:
+def _initialized(name: str, axes: tuple[str, ...], shape: tuple[int, ...], seed: int) -> Tensor:
     def read(index: Index) -> np.ndarray:
         if ".modulation." in name or not (".lora." in name or name.endswith(".kernel")):
             return np.zeros(shape, np.float32)[index]

@@ -1,8 +1,7 @@
-"""What a checkpoint is, from names, shapes and metadata alone: `inspect`, `pi0-inspect`."""
+"""Describe a checkpoint by names, shapes and metadata alone: `inspect`, `pi0-inspect`."""
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -12,15 +11,21 @@ from pathlib import Path
 
 from convert.checkpoints import detect, find_assets, read_tensors
 from convert.formats.orbax import orbax_paths
+from convert.layouts.layout import Layout
+from convert.layouts.registry import LAYOUTS, find_layout
 from convert.sidecars import norm_stats_files
-from convert.tensors import CheckpointError
+from pi0.command import exit_on_error, make_parser
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found: `config` is None where the shapes do not say all sizes, `problems` is empty where all fits."""
+    """A description of a checkpoint.
+
+    `config` is None where it does not follow from the shapes. `problems` is empty for a valid checkpoint. `dtypes`
+    counts tensors by dtype for each part of the model; `parameters` is their total number.
+    """
 
     folder: Path
     layout: str
@@ -28,7 +33,7 @@ class Inspection:
     kind: str
     config: ModelConfig | None
     lora_experts: tuple[str, ...]
-    dtypes: dict[str, dict[str, int]]  # by group of parameters: tensors of each dtype
+    dtypes: dict[str, dict[str, int]]
     parameters: int
     norm_stats: list[str]
     step: int | None
@@ -40,7 +45,7 @@ class Inspection:
         return values | {"folder": str(self.folder), "config": self.config and self.config.to_dict()}
 
     def text(self) -> str:
-        """For people."""
+        """The description as text."""
         lines = [
             f"{self.folder}",
             f"layout       {self.layout}, {self.style}",
@@ -59,11 +64,11 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(source: str | Path, *, step: int | None = None) -> Inspection:
-    """Look at a checkpoint without reading its weights. Raises CheckpointError or LayoutError for what is none."""
+def inspect(source: str | Path, *, layout: str | Layout | None = None, step: int | None = None) -> Inspection:
+    """Describe a checkpoint without reading its weights; see `open_checkpoint`. Raises CheckpointError, LayoutError."""
     stored = read_tensors(source, step=step)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-    layout, kind, lora = detect(shapes)
+    layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
     assets, problems = None, []
     try:
         assets = find_assets(stored, layout, kind, lora)
@@ -82,14 +87,14 @@ def inspect(source: str | Path, *, step: int | None = None) -> Inspection:
         lora_experts=lora,
         dtypes={group: dict(counts) for group, counts in dtypes.items()},
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        norm_stats=list(norm_stats_files(stored.beside)) or ([assets.asset_id] if assets and assets.asset_id else []),
+        norm_stats=list(norm_stats_files(stored.sidecars)) or ([assets.asset_id] if assets and assets.asset_id else []),
         step=assets.step if assets is not None else None,
         problems=problems,
     )
 
 
 def _style(weights: Path) -> str:
-    """How the tensors are stored; openpi's training runs write leaves named `value`, its releases do not."""
+    """The file format. openpi's training runs write leaves named `value`, its releases do not."""
     if weights.is_file():
         return "safetensors"
     leaves = {path[-1] for path in orbax_paths(weights)[1]}
@@ -97,7 +102,7 @@ def _style(weights: Path) -> str:
 
 
 def _group(name: str) -> str:
-    """The part of the model that a tensor of any layout belongs to, by what its name says."""
+    """The part of the model that a tensor of any layout belongs to, by its name."""
     groups = (
         ("LoRA", ("lora_a", "lora_b", "lora/", "lora.")),
         ("vision", ("vision", "/img/", "multi_modal_projector")),
@@ -107,24 +112,21 @@ def _group(name: str) -> str:
     return next((group for group, parts in groups if any(part in name for part in parts)), "projections")
 
 
+@exit_on_error("pi0-inspect")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-inspect`; exits with 1 where the checkpoint fits no layout."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-inspect",
-        description="Say what a checkpoint is, from the names and shapes of its tensors and the metadata beside them, "
-        "never from its path: layout and style, model, sizes, dtypes, parameters, LoRA, norm stats, step, and "
-        "anything that does not fit. Weights are not read.",
-        epilog="examples:\n  pi0-inspect runs/demo\n  pi0-inspect gs://openpi-assets/checkpoints/pi05_base --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "pi0-inspect",
+        "Describe a checkpoint by the names and shapes of its tensors and its sidecar files, never by its path: layout "
+        "and style, model, sizes, dtypes, parameters, LoRA, norm stats, step, and what does not fit. Weights are not "
+        "read.",
+        "examples:\n  pi0-inspect runs/demo\n  pi0-inspect gs://openpi-assets/checkpoints/pi05_base --json",
     )
-    parser.add_argument("source", help="a checkpoint's or training run's folder, gs:// or hf://")
-    parser.add_argument("--step", type=int, help="of a training run: this step (default: the newest)")
+    parser.add_argument("source", help="the folder of a checkpoint or of a training run, gs:// or hf://")
+    parser.add_argument("--layout", metavar="NAME", help='default: detected; a name or "module:NAME"')
+    parser.add_argument("--step", type=int, help="of a training run (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
-    try:
-        found = inspect(args.source, step=args.step)
-    except (CheckpointError, LayoutError, OSError, ValueError) as error:
-        print(f"pi0-inspect: {error}", file=sys.stderr)
-        sys.exit(1)
+    found = inspect(args.source, layout=args.layout, step=args.step)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.text())
     sys.exit(1 if found.problems else 0)

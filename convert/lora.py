@@ -1,4 +1,4 @@
-"""Merging low-rank updates into the projections they belong to."""
+"""Merge LoRA's low-rank updates into their kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pi0.parameters import Parameter, lora_of, parameters
 
 
 def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and parameters (lazily) of the same model without LoRA: kernel + a·b × scale.
+    """The config and parameters (lazily) of the equivalent model without LoRA: kernel + a·b × scale.
 
-    The product and the sum are float32, rounded once to the kernel's dtype. Does what the forward does: openpi sums the
-    heads of attention's output update in either factor, and does not scale the updates of the MLP.
+    Product and sum are float32, rounded once to the kernel's dtype. As in the forward pass (openpi `lora.py`), the
+    update of attention's output projection sums over heads in both factors, and the MLP's updates are not scaled.
     """
     experts = lora_of(config)
     table = parameters(config)
@@ -38,9 +38,9 @@ def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelCo
 
 
 def _equation(a: Parameter, b: Parameter, kernel: Parameter) -> str:
-    """The product of one layer's factors, as an einsum."""
+    """The einsum equation of one layer's product of factors."""
     a_axes, b_axes, axes = ("".join(p.axes[1:]) for p in (a, b, kernel))  # without l
-    if axes[0] in "nk":  # the output projection: heads are summed in b too
+    if axes[0] in "nk":  # the output projection, which sums over the heads of b too
         b_axes = b_axes.replace(axes[0], "x")
     return f"{a_axes},{b_axes}->{axes}"
 

@@ -1,8 +1,8 @@
-"""What openpi and LeRobot keep beside a checkpoint's weights, read and written: configs, norm stats, processors.
+"""Read and write the sidecar files of openpi's and LeRobot's checkpoints: configs, norm stats, processors.
 
-openpi: `assets/<asset_id>/norm_stats.json`, and in its PyTorch checkpoints a `config.json` of five fields. LeRobot:
-`config.json`, `policy_preprocessor.json`, `policy_postprocessor.json` and their safetensors, with no other fields than
-every version since 0.4 knows.
+openpi: `assets/<asset_id>/norm_stats.json`, and in PyTorch checkpoints a `config.json` of five fields. LeRobot:
+`config.json`, `policy_preprocessor.json`, `policy_postprocessor.json` and their safetensors files, with only those
+fields that every version since 0.4 supports.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from pi0.tokenizers.text import PALIGEMMA
 from pi0.variants import GEMMA_2B, GEMMA_300M, SO400M, get_variant
 
 GEMMAS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M}
-Step = tuple[str, dict[str, Any]]  # a LeRobot processor's step: its registered name, its config
+Step = tuple[str, dict[str, Any]]  # of a LeRobot processor: registered name, config
 
 FAST = "physical-intelligence/fast"
 LEROBOT_MODES = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
-LEROBOT_ASSET = "lerobot"  # the id of norm stats that come from its processors, which give them none
+LEROBOT_ASSET = "lerobot"  # the asset id of norm stats from its processors
 _IMAGES, _STATE, _ACTION = "observation.images.", "observation.state", "action"
+_TO_CPU: Step = ("device_processor", {"device": "cpu", "float_dtype": None})
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_model(folder: Path, kind: str) -> ModelConfig | None:
-    """The model config that openpi's or LeRobot's `config.json` says; None where there is none.
+    """The model config in openpi's or LeRobot's `config.json`; None where there is none.
 
-    Raises LayoutError for one that the weights, a model of `kind`, contradict.
+    Raises LayoutError for a config of another model family than that of the weights, `kind`, or with unknown values.
     """
     path, values = folder / "config.json", read_json(folder / "config.json")
     if values is None or "paligemma_variant" not in values:
         return None
     if values.get("type", kind) != kind:
-        raise LayoutError(f"{path} says that the model is {values['type']!r}, but its tensors are those of a {kind}")
+        raise LayoutError(f"{path} is of a {values['type']!r}, but its tensors are those of a {kind}")
     try:
         model = dataclasses.replace(get_variant(kind), paligemma=GEMMAS[values["paligemma_variant"]])
         if model.action_expert is not None:
@@ -63,19 +64,19 @@ def read_model(folder: Path, kind: str) -> ModelConfig | None:
             max_token_len=values["tokenizer_max_length"],
         ).with_runtime(num_steps=values.get("num_inference_steps", model.runtime.num_steps))
     except KeyError as error:
-        raise LayoutError(f"{path} cannot be used: it lacks, or has an unknown, {error}") from error
+        raise LayoutError(f"{path} cannot be used: missing or unknown {error}") from error
 
 
 def norm_stats_files(folder: Path) -> dict[str, Path]:
-    """All files of norm stats in a checkpoint's folder, by asset id; an id may have slashes."""
+    """All norm stats files of a checkpoint, by asset id, which may contain slashes."""
     root = folder / "assets"
     return {str(path.parent.relative_to(root)): path for path in sorted(root.rglob("norm_stats.json"))}
 
 
 def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -> Assets:
-    """A model's assets, with the norm stats beside its weights: those of `asset_id`, or the only ones.
+    """The assets of an openpi or LeRobot checkpoint, with the norm stats of `asset_id` (default: the only ones).
 
-    Raises LayoutError where `asset_id` is not there, or LeRobot's normalization is one that we do not know.
+    Raises LayoutError for an unknown `asset_id` or an unsupported normalization of LeRobot's.
     """
     files = norm_stats_files(folder)
     if asset_id is None and len(files) == 1:
@@ -93,13 +94,13 @@ def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -
 
 
 def _lerobot_stats(folder: Path, processor: dict[str, Any]) -> tuple[dict[str, NormStats] | None, str | None]:
-    """The norm stats of a LeRobot preprocessor and the mode they are used in; None where it has none."""
+    """The norm stats of a LeRobot preprocessor and their normalization mode; None where it has none."""
     (step,) = [s for s in processor["steps"] if s.get("registry_name") == "normalizer_processor"] or [{}]
     if "state_file" not in step:
         return None, None
     modes = {step["config"]["norm_map"].get(name) for name in ("STATE", "ACTION")}
     if len(modes) > 1 or not modes <= LEROBOT_MODES.keys():
-        raise LayoutError(f"{folder}: normalizes by {sorted(map(str, modes))}; known are {', '.join(LEROBOT_MODES)}")
+        raise LayoutError(f"{folder}: normalization {sorted(map(str, modes))}; known are {', '.join(LEROBOT_MODES)}")
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in read_safetensors(folder / step["state_file"]).items():
         feature, field = name.rsplit(".", 1)
@@ -115,7 +116,7 @@ def _lerobot_stats(folder: Path, processor: dict[str, Any]) -> tuple[dict[str, N
 
 
 def variants_of(model: ModelConfig) -> dict[str, str] | None:
-    """openpi's and LeRobot's names of a model's two experts; None where they have no name for its sizes."""
+    """The names of a model's two experts in openpi and LeRobot; None where they have no name for its sizes."""
     names = {gemma: name for name, gemma in GEMMAS.items()}
     experts = {"paligemma_variant": model.paligemma, "action_expert_variant": model.action_expert or GEMMA_300M}
     if model.vision != SO400M or not set(experts.values()) <= names.keys():
@@ -124,7 +125,7 @@ def variants_of(model: ModelConfig) -> dict[str, str] | None:
 
 
 def write_openpi(folder: Path, assets: Assets, dtype: np.dtype) -> None:
-    """`config.json` as openpi's converter to PyTorch writes it, for a model whose sizes have a name there."""
+    """Write `config.json` like openpi's converter to PyTorch, for a model whose sizes have a name there."""
     variants = variants_of(assets.model)
     if variants is not None:
         model = assets.model
@@ -133,10 +134,11 @@ def write_openpi(folder: Path, assets: Assets, dtype: np.dtype) -> None:
 
 
 def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
-    """LeRobot's `config.json`, for a model whose sizes have a name there, and its processors.
+    """Write LeRobot's processors and, for a model whose sizes have a name there, its `config.json`.
 
-    LeRobot divides by std + eps and by q99 − q01 where openpi adds its epsilon to both, a difference of 1e-6 of a
-    unit. The steps of a robot's own (`assets.robot`) have no place in them.
+    LeRobot divides by std + eps and by q99 − q01; openpi adds its epsilon to both, a difference of 1e-6 of a unit. The
+    transforms of a robot adapter (`assets.robot`) are not included. Raises LayoutError for a normalization that LeRobot
+    does not have.
     """
     model, stats = assets.model, assets.norm_stats
     dims = {
@@ -172,6 +174,13 @@ def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
         _write_json(folder / "config.json", config)
     normalizer = {"eps": EPSILON, "norm_map": norm_map}
     before: Step = ("normalizer_processor", {**normalizer, "features": inputs | outputs})
+    after: Step = ("unnormalizer_processor", {**normalizer, "features": outputs})
+    _write_processor(folder, "policy_preprocessor", _preprocessor(model, before), stats)
+    _write_processor(folder, "policy_postprocessor", [after, _TO_CPU], stats)
+
+
+def _preprocessor(model: ModelConfig, normalizer: Step) -> list[Step]:
+    """The steps of LeRobot's preprocessor."""
     tokenizer = {
         "max_length": model.max_token_len,
         "task_key": "task",
@@ -180,32 +189,22 @@ def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
         "truncation": True,
         "tokenizer_name": "google/paligemma-3b-pt-224",
     }
-    text: list[Step] = [
-        ("tokenizer_processor", tokenizer),
-        ("device_processor", {"device": "cpu", "float_dtype": None}),
-    ]
-    start: list[Step] = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
-    if model.kind == "pi0":
-        steps = [*start, ("pi0_new_line_processor", {}), *text, before]
-    else:
-        steps = [*start, before, (f"{model.kind}_prepare_state_tokenizer_processor_step", {}), *text]
-    if model.kind == "pi0_fast":
+    steps: list[Step] = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
+    text: list[Step] = [("tokenizer_processor", tokenizer)]
+    if model.family.action_tokens:
         fast = {"trust_remote_code": True, "max_action_tokens": 256, "action_tokenizer_name": FAST}
-        steps.insert(-1, ("action_tokenizer_processor", fast))
-    after: list[Step] = [("unnormalizer_processor", {**normalizer, "features": outputs}), text[1]]
-    _write_processor(folder, "policy_preprocessor", steps, stats)
-    _write_processor(folder, "policy_postprocessor", after, stats)
+        text.append(("action_tokenizer_processor", fast))
+    if model.family.prompt == "text":
+        return [*steps, ("pi0_new_line_processor", {}), *text, _TO_CPU, normalizer]
+    return [*steps, normalizer, (f"{model.kind}_prepare_state_tokenizer_processor_step", {}), *text, _TO_CPU]
 
 
-WRITERS = {"openpi_torch": write_openpi, "lerobot": write_lerobot}
-
-
-def _feature(kind: str, *shape: int) -> dict[str, Any]:
-    return {"type": kind, "shape": list(shape)}
+def _feature(feature: str, *shape: int) -> dict[str, Any]:
+    return {"type": feature, "shape": list(shape)}
 
 
 def _write_processor(folder: Path, name: str, steps: list[Step], stats: Mapping[str, NormStats] | None) -> None:
-    """A LeRobot processor, the norm stats of its (un)normalizer in a file of their own."""
+    """Write a LeRobot processor, with the norm stats of its (un)normalizer in a separate file."""
     entries: list[dict[str, Any]] = []
     for i, (step, config) in enumerate(steps):
         entry: dict[str, Any] = {"registry_name": step, "config": config}

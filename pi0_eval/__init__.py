@@ -1,1 +1,1 @@
-"""Checkpoints and policies compared, measured and shown; above both frameworks."""
+"""Evaluation above both frameworks: parity, replay, scores, benchmarks, demo."""

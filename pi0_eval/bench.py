@@ -1,8 +1,8 @@
-"""How fast sampling is, and how near to what the machine allows: `benchmark`, `pi0-bench`.
+"""Measure the speed of sampling against the machine's roofline: `benchmark`, `pi0-bench`.
 
-Every case runs in a process of its own, so that none takes another's memory, with random weights: speed does not depend
-on them. The roofline is the time that the arithmetic would take at the speed of one large matrix product, or reading
-weights and cache at the speed of a copy, whichever is longer, of each stage; both speeds are measured in the same run.
+Every case runs in a process of its own, for its own peak memory, with random weights, on which speed does not depend.
+The roofline of a stage is the time of its arithmetic at the speed of a large matrix product, or of reading its weights
+and cache at the speed of a copy, whichever is longer; both speeds are measured in the same process.
 """
 
 from __future__ import annotations
@@ -23,38 +23,46 @@ from typing import Any
 
 import numpy as np
 
-from pi0.command import output_path
+from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
+from pi0.numerics import EOS_TOKEN
 from pi0.observation import Observation
-from pi0.policy.buckets import compact
+from pi0.storage import write_text
 from pi0.variants import read_variant
 
-NO_TOKEN = -1  # for π0-FAST to go on to the last step
-FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("plain", "fast"), ("sdpa", "flex", "flash", "eager")
+FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("model", "sampler"), ("sdpa", "flex", "flash", "eager")
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: `path` "plain" is `sample_actions` of the model itself, "fast" the `Sampler`."""
+    """One measurement.
+
+    Attributes:
+        path: "model" for `sample` of the model, "sampler" for that of the `Sampler`.
+        backend: attention of PyTorch's sampler; empty for its default.
+        compile: whether PyTorch's sampler is compiled; None for its default.
+        steps: Euler steps, or decoded tokens of π0-FAST.
+        repeats: number of timed calls.
+    """
 
     model: str
     framework: str
     path: str
-    backend: str  # attention in PyTorch
-    compile: bool | None  # of PyTorch's fast path; None: as the sampler decides
+    backend: str
+    compile: bool | None
     dtype: str
     cameras: int
     batch: int
-    steps: int  # of Euler, or tokens of π0-FAST
+    steps: int
     repeats: int
 
     @property
     def config(self) -> ModelConfig:
         config = read_variant(self.model).with_runtime(dtype=self.dtype, remat="none")
-        if config.kind == "pi0_fast":  # which takes no camera that is masked
-            config = dataclasses.replace(config, image_keys=config.image_keys[: self.cameras])
-        return config
+        if config.family.masked_cameras:
+            return config
+        return dataclasses.replace(config, image_keys=config.image_keys[: self.cameras])
 
     @property
     def name(self) -> str:
@@ -63,33 +71,37 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Times of one case in milliseconds, memory in MiB, and the ceilings it met in FLOP/s and bytes/s."""
+    """Times of one case in milliseconds, memory in MiB, and the ceilings of the machine in FLOP/s and bytes/s.
+
+    `first_ms` includes making the model and compilation. `stages_ms` has "vision", "prefix" and "step" of the sampler;
+    of the model nothing, or for π0-FAST "prefix" (with vision) and "step".
+    """
 
     case: Case
     device: str
-    first_ms: float  # load, compilation and first call
+    first_ms: float
     best_ms: float
     median_ms: float
     p99_ms: float
-    stages_ms: dict[str, float]  # vision, prefix (of π0-FAST: both, and a token), step; none of a plain flow
+    stages_ms: dict[str, float]
     peak_mib: float
     flops: float
     bandwidth: float
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of π0-FAST, all rows together, once the prefix is read."""
-        return 1e3 * self.case.batch / self.stages_ms["step"] if self.case.config.kind == "pi0_fast" else None
+        """Decoded tokens of π0-FAST, summed over rows, without the prefix; None for other models."""
+        return 1e3 * self.case.batch / self.stages_ms["step"] if self.case.config.family.action_tokens else None
 
 
 def costs(config: ModelConfig, cameras: int, batch: int) -> dict[str, tuple[float, float]]:
-    """Floating-point operations, and bytes of weights and cache, that each stage cannot do without."""
+    """The least floating-point operations, and bytes of weights and cache read, of each stage."""
     vision, gemma, expert = config.vision, config.paligemma, config.action_expert
     size, image = ITEM_SIZE[config.runtime.dtype], config.image_tokens
     prefix = cameras * image + config.max_token_len
-    suffix = config.action_horizon + (config.kind == "pi0")
+    suffix = config.family.state_tokens + config.action_horizon
     outputs = 2 * config.action_dim
-    if expert is None:  # a token, and the logits of the next
+    if expert is None:  # decoding: one token, and the logits of the next
         expert, suffix, outputs = gemma, 1, config.vocab_size
     patches = 3 * vision.patch_size**2 * vision.width + vision.width * gemma.width
     tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim) + patches
@@ -120,7 +132,7 @@ def roofline_ms(case: Case, flops: float, bandwidth: float) -> float:
 
 
 def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observation, np.ndarray]:
-    """An observation with the first cameras and text of the full length, and noise, which π0-FAST does not take."""
+    """An observation with the first cameras and text of the full length, and noise."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
         "state": rng.normal(size=(batch, config.action_dim)),
@@ -136,7 +148,7 @@ def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observ
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Calls that wait for their results: the whole, the stages up to one's end, a matrix product and a copy."""
+    """Blocking calls: the whole, up to the end of each stage, a matrix product and a copy."""
 
     device: str
     call: Callable[[], Any]
@@ -146,8 +158,18 @@ class Runs:
     peak_mib: Callable[[], float]
 
 
-def product_shape(config: ModelConfig, device: str) -> tuple[int, int, int]:
-    """Rows, inner size and columns of a product that reaches the ceiling: large, and on a CPU still in its cache."""
+def calls_of(
+    case: Case, sample: Callable[[int], Callable[[], Any]], sampler: Callable[[], Any]
+) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
+    """The call of a case and its stages: of the model, sampling `sample(steps)`, or of the sampler."""
+    if case.path == "model":
+        return sample(case.steps), {"prefix": sample(1)} if case.config.family.action_tokens else {}
+    made, inputs = sampler(), random_inputs(case.config, case.cameras, case.batch)
+    return lambda: made.sample(*inputs), made.stages(*inputs)
+
+
+def product_shape(device: str) -> tuple[int, int, int]:
+    """Rows, inner size and columns of a product that reaches the ceiling: large, but within the cache of a CPU."""
     return (1024, 1024, 1024) if device == "cpu" else (8192, 8192, 8192)
 
 
@@ -158,40 +180,27 @@ def jax_runs(case: Case) -> Runs:
     import jax.numpy as jnp
     from flax import nnx
 
-    from pi0_jax import sampler as fast
     from pi0_jax.loading import make_model
+    from pi0_jax.sampler import Sampler
 
     config, device = case.config, jax.devices()[0]
-    cast = lambda x: x.astype(case.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-    model = jax.jit(lambda: jax.tree.map(cast, make_model(config, rngs=nnx.Rngs(0))))()
-    observation, noise = random_inputs(config, case.cameras, case.batch)
-    until = {}
 
-    def writer(steps: int) -> Callable[[], Any]:
-        if case.path == "fast":
-            sampler = fast.TokenSampler(model, max_decoding_steps=steps, eos_token=NO_TOKEN)
-            return lambda: sampler.sample(observation)
-        write = jax.jit(lambda model, o: model.sample_tokens(o, steps, eos_token=NO_TOKEN))
-        return lambda: write(model, observation)
+    @jax.jit
+    def random_model() -> Any:
+        model = make_model(config, rngs=nnx.Rngs(0))
+        embedding = model.paligemma.embedding
+        embedding[...] = embedding[...].at[EOS_TOKEN].set(0)  # never the likeliest token, so decoding does not end
+        return jax.tree.map(lambda x: x.astype(case.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
 
-    if config.kind == "pi0_fast":
-        call, until = writer(case.steps), {"prefix": writer(1)}
-    elif case.path == "plain":
-        sample = jax.jit(lambda model, o, n: model.sample_actions(o, n, case.steps))
-        call = lambda: sample(model, observation, noise)  # noqa: E731
-    else:
-        sampler = fast.Sampler(model, num_steps=case.steps, warm_up=False)
-        call = lambda: sampler.sample(observation, noise)  # noqa: E731
-        inputs = sampler.inputs(compact(observation, config), noise)
-        vision = jax.jit(lambda w, i: fast.embed_prefix(w, config, i))
+    model = random_model()
 
-        def fill(w: dict[str, Any], i: dict[str, Any]) -> Any:
-            tokens, valid = fast.embed_prefix(w, config, i)
-            return fast.fill_cache(w, config, tokens, valid, room=0)
+    def sample(steps: int) -> Callable[[], Any]:
+        run = jax.jit(lambda model, observation, noise: model.sample(observation, noise, steps))
+        inputs = random_inputs(config, case.cameras, case.batch)
+        return lambda: run(model, *inputs)
 
-        prefix = jax.jit(fill)
-        until = {"vision": lambda: vision(sampler.weights, inputs), "prefix": lambda: prefix(sampler.weights, inputs)}
-    rows, inner, columns = product_shape(config, device.platform)
+    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, warm_up=False))
+    rows, inner, columns = product_shape(device.platform)
     a, b = jnp.ones((rows, inner), case.dtype), jnp.ones((inner, columns), case.dtype)
     matmul, big = jax.jit(jnp.matmul), jnp.ones(2**26, jnp.uint32)
     copy = jax.jit(lambda x: x + 1)
@@ -217,10 +226,8 @@ def torch_runs(case: Case) -> Runs:
     """The case in PyTorch."""
     import torch
 
-    from pi0_torch import sampler as fast
-    from pi0_torch import to_device
-    from pi0_torch.attention import ATTENTION
-    from pi0_torch.loading import make_model
+    from pi0_torch.loading import make_model, to_device
+    from pi0_torch.sampler import Sampler
 
     config, device = case.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, cuda = getattr(torch, case.dtype), device.type == "cuda"
@@ -228,37 +235,16 @@ def torch_runs(case: Case) -> Runs:
     with device:
         model: Any = make_model(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    observation, noise = random_inputs(config, case.cameras, case.batch)
-    until = {}
+    model.paligemma.embedding[EOS_TOKEN] = 0  # never the likeliest token, so decoding does not end
 
-    def writer(steps: int) -> Callable[[], Any]:
-        if case.path == "fast":
-            sampler = fast.TokenSampler(model, max_decoding_steps=steps, eos_token=NO_TOKEN, compile=case.compile)
-            return lambda: sampler.sample(observation)
-        on_device = to_device(observation, device)
-        return lambda: model.sample_tokens(on_device, steps, eos_token=NO_TOKEN)
+    def sample(steps: int) -> Callable[[], Any]:
+        observation, noise = random_inputs(config, case.cameras, case.batch)
+        inputs = to_device(observation, device), torch.from_numpy(noise).to(device)
+        return lambda: model.sample(*inputs, steps)
 
-    if config.kind == "pi0_fast":
-        call, until = writer(case.steps), {"prefix": writer(1)}
-    elif case.path == "plain":
-        on_device, start = to_device(observation, device), torch.from_numpy(noise).to(device)
-        call = lambda: model.sample_actions(on_device, start, case.steps)  # noqa: E731
-    else:
-        sampler = fast.Sampler(model, num_steps=case.steps, attention=case.backend, compile=case.compile, warm_up=False)
-        call = lambda: sampler.sample(observation, noise)  # noqa: E731
-        inputs, attend = sampler.inputs(compact(observation, config), noise), ATTENTION[case.backend]
-
-        def vision() -> Any:
-            return fast.embed_prefix(sampler.weights, config, attend, inputs)
-
-        def prefix() -> Any:
-            tokens, valid = vision()
-            return fast.fill_cache(sampler.weights, config, attend, tokens, valid, room=0)
-
-        until = {"vision": vision, "prefix": prefix}
-        if sampler.compile:
-            until = {n: torch.compile(run, fullgraph=True, mode=sampler.mode) for n, run in until.items()}
-    rows, inner, columns = product_shape(config, device.type)
+    options: dict[str, Any] = {"attention": case.backend or None, "compile": case.compile, "warm_up": False}
+    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, **options))
+    rows, inner, columns = product_shape(device.type)
     a, b = torch.ones(rows, inner, dtype=dtype, device=device), torch.ones(columns, inner, dtype=dtype, device=device)
     big = torch.ones(2**26, dtype=torch.int32, device=device)
 
@@ -282,7 +268,7 @@ def torch_runs(case: Case) -> Runs:
 
 
 def resident_mib() -> float:
-    """The most memory this process has had."""
+    """The peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -298,8 +284,8 @@ def measure(case: Case) -> Result:
     median, stages, done = statistics.median(times), {}, 0.0
     for name, end in until.items():
         stages[name], done = end - done, end
-    if stages:
-        stages["step"] = (median - done) / (case.steps - (case.config.kind == "pi0_fast"))
+    if stages:  # the first token is the prefix's
+        stages["step"] = (median - done) / (case.steps - case.config.family.action_tokens)
     (product, operations), (copy, size) = runs.product, runs.copy
     return Result(
         case,
@@ -316,24 +302,23 @@ def measure(case: Case) -> Result:
 
 
 def times_ms(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall times of calls in milliseconds, after two that warm up."""
+    """Wall times of calls in milliseconds, after two warm-up calls."""
     times = []
-    for i in range(repeats + 2):
+    for _ in range(repeats + 2):
         start = time.perf_counter()
         run()
-        if i >= 2:
-            times.append(1e3 * (time.perf_counter() - start))
-    return times
+        times.append(1e3 * (time.perf_counter() - start))
+    return times[2:]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Results of one run. Ceilings of a dtype are the highest that any of its cases met."""
+    """The results of one run. The ceilings of a dtype are the highest measured in any of its cases."""
 
     results: list[Result]
 
     def ceilings(self, dtype: str) -> tuple[float, float]:
-        """FLOP/s of one large matrix product and bytes/s of a copy."""
+        """Speed of a large matrix product in FLOP/s, and of a copy in bytes/s."""
         found = [r for r in self.results if r.case.dtype == dtype]
         return max(r.flops for r in found), max(r.bandwidth for r in found)
 
@@ -349,12 +334,12 @@ class Report:
         return json.dumps(rows, indent=2)
 
     def table(self) -> str:
-        """A line per case, and the ceilings."""
+        """The report as text: a line per case, then the ceilings."""
         first = self.results[0]
         lines = [
-            f"{first.device}, {first.case.steps} steps, {first.case.repeats} calls; milliseconds, of stages the median",
+            f"{first.device}, {first.case.steps} steps, {first.case.repeats} calls; milliseconds, stages by median",
             "",
-            f"{'model':<12}{'':<17}{'dtype':<10}{'cameras':>7}{'batch':>6}{'best':>9}{'median':>9}{'p99':>9}"
+            f"{'model':<12}{'':<20}{'dtype':<10}{'cameras':>7}{'batch':>6}{'best':>9}{'median':>9}{'p99':>9}"
             f"{'vision':>9}{'prefix':>9}{'step':>8}{'tokens/s':>10}{'MiB':>8}{'roofline':>10}{'ratio':>7}",
         ]
         for r in self.results:
@@ -362,7 +347,7 @@ class Report:
             rate = "" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}"
             least = self.roofline_ms(r)
             lines.append(
-                f"{r.case.model:<12}{r.case.name:<17}{r.case.dtype:<10}{r.case.cameras:>7}{r.case.batch:>6}"
+                f"{r.case.model:<12}{r.case.name:<20}{r.case.dtype:<10}{r.case.cameras:>7}{r.case.batch:>6}"
                 f"{r.best_ms:>9.1f}{r.median_ms:>9.1f}{r.p99_ms:>9.1f}{stages[0]:>9}{stages[1]:>9}{stages[2]:>8}"
                 f"{rate:>10}{r.peak_mib:>8.0f}{least:>10.1f}{r.median_ms / least:>7.1f}"
             )
@@ -370,7 +355,7 @@ class Report:
             flops, bandwidth = self.ceilings(dtype)
             lines += ["", f"roofline in {dtype}: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"]
             for r in (r for r in self.results if r.case.dtype == dtype):
-                lines.append(f"  {r.case.name:<17} met {r.flops / 1e9:.0f} GFLOP/s, {r.bandwidth / 1e9:.0f} GB/s")
+                lines.append(f"  {r.case.name:<20} reached {r.flops / 1e9:.0f} GFLOP/s, {r.bandwidth / 1e9:.0f} GB/s")
         return "\n".join(lines)
 
 
@@ -383,42 +368,36 @@ def benchmark(cases: Sequence[Case]) -> Report:
     return Report(results)
 
 
+@exit_on_error("pi0-bench")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-bench`."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-bench",
-        description="Measure how long sampling takes, and what the machine would allow. Weights are random.",
-        epilog="examples:\n"
+    parser = make_parser(
+        "pi0-bench",
+        "Measure the time of sampling, with random weights, and compare it with the machine's roofline.",
+        "examples:\n"
         "  pi0-bench                                                        58 M parameters, for a CPU\n"
-        "  pi0-bench --model pi0 pi05 --dtype bfloat16 --cameras 1 2 3 --batch 1 8 32 --path fast    for a GPU\n"
+        "  pi0-bench --model pi0 pi05 --dtype bfloat16 --cameras 1 2 3 --batch 1 8 32 --path sampler    for a GPU\n"
         "  pi0-bench --framework torch --backend sdpa flex --json bench.json --plot bench.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", nargs="+", default=["bench"], help="variants of pi0.config, or JSON files")
-    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
+    parser.add_argument("--model", nargs="+", default=["bench"], help="variants of pi0.variants, or JSON files")
+    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS), help="default both")
+    parser.add_argument("--path", nargs="+", choices=PATHS, default=list(PATHS), help="default both")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="attention of PyTorch's sampler")
     parser.add_argument(
-        "--path", nargs="+", choices=PATHS, default=list(PATHS), help="the model itself, or the sampler"
-    )
-    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["sdpa"], help="PyTorch's attention")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="PyTorch's fast path (default: on a GPU)"
+        "--compile", action=argparse.BooleanOptionalAction, help="PyTorch's sampler (default: on a GPU)"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--cameras", nargs="+", type=int, default=[3, 1], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N")
-    parser.add_argument("--steps", type=int, default=10, help="of Euler, or tokens of π0-FAST (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps, or decoded tokens of π0-FAST (default 10)")
     parser.add_argument("--repeats", type=int, default=20, help="calls per case (default 20)")
-    parser.add_argument("--json", type=output_path, help="write all numbers here")
-    parser.add_argument("--plot", type=output_path, help="draw the medians and rooflines here, a PNG")
+    parser.add_argument("--json", type=output_path, help="write all numbers to this file")
+    parser.add_argument("--plot", type=output_path, help="plot medians and rooflines to this PNG file")
     args = parser.parse_args(arguments)
-    try:
-        report = benchmark(cases_of(args))
-    except (ValueError, OSError) as error:
-        print(f"pi0-bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    report = benchmark(cases_of(args))
     print(report.table())
     if args.json is not None:
-        args.json.write_text(report.to_json() + "\n")
+        write_text(args.json, report.to_json() + "\n")
     if args.plot is not None:
         from pi0.plots import plot_latency
 
@@ -430,26 +409,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """All combinations that differ. Raises ValueError for numbers that no model can have."""
+    """All distinct combinations. Raises ValueError for impossible numbers, and for options without effect."""
     for name in ("cameras", "batch", "steps", "repeats"):
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-    axes = (args.model, args.dtype, args.cameras, args.batch, args.framework, args.path, args.backend)
+    if (args.backend or args.compile is not None) and not ("torch" in args.framework and "sampler" in args.path):
+        raise ValueError("--backend and --compile are for PyTorch's sampler: add --framework torch --path sampler")
+    axes = (args.model, args.dtype, args.cameras, args.batch, args.framework, args.path, args.backend or [""])
     cases = []
     for model, dtype, cameras, batch, framework, path, backend in itertools.product(*axes):
         config = read_variant(model)
-        if config.kind == "pi0_fast" and args.steps < 2:
-            raise ValueError(f"--steps is {args.steps}; {model} writes that many tokens, and the first is the prefix's")
+        if config.family.action_tokens and args.steps < 2:
+            raise ValueError(f"--steps is {args.steps}; {model} decodes as many tokens, and the first is the prefix's")
         if cameras > len(config.image_keys):
             raise ValueError(f"--cameras is {cameras}; {model} has {len(config.image_keys)}")
-        sampler = (framework, path) == ("torch", "fast")
-        used = backend if sampler and config.kind != "pi0_fast" else ""
-        compiled = args.compile if sampler else None
+        used, compiled = (backend, args.compile) if (framework, path) == ("torch", "sampler") else ("", None)
         cases.append(Case(model, framework, path, used, compiled, dtype, cameras, batch, args.steps, args.repeats))
     return list(dict.fromkeys(cases))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,7 @@
-"""A policy beside a recording, open loop: what it would have done where the robot did something; `pi0-replay`."""
+"""Compare a policy's actions with recorded ones, open loop: `replay`, `pi0-replay`.
+
+Axes: F frames, A action dim, N draws of noise.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ import dataclasses
 import importlib
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi0.command import output_path
+from pi0.command import add_checkpoint, add_dataset, add_robot, exit_on_error, make_parser, output_path
+from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import frame_numbers
@@ -26,9 +29,9 @@ from pi0.storage import new_folder
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replayed:
-    """An episode's actions in the robot's units: `recorded` [F, A], and `predicted` [N, F, A] in N draws of noise.
+    """An episode's actions in the robot's units: `recorded` [F, A] and `predicted` [N, F, A].
 
-    `failed` counts the chunks of π0-FAST that were no actions, of `chunks` in all draws.
+    `failed` of `chunks`, counted over all draws, are token sequences of π0-FAST that do not decode to actions.
     """
 
     episode: int
@@ -42,9 +45,9 @@ class Replayed:
 def replay(
     policy: Policy, dataset: Dataset, *, every: int | None = None, draws: int = 1, batch_size: int = 16
 ) -> list[Replayed]:
-    """Predict the episodes of a dataset: a new chunk of actions `every` so many frames (default: when it is used up).
+    """Predict the episodes of a dataset, with a new action chunk `every` so many frames (default: the whole chunk).
 
-    Raises ValueError for an `every` that is longer than a chunk, and for a dataset that is not the robot's.
+    Raises ValueError for an `every` longer than a chunk, and for a dataset of another robot.
     """
     horizon = policy.config.action_horizon
     every = horizon if every is None else every
@@ -56,7 +59,7 @@ def replay(
     size, parts = min(batch_size, len(frames)), []
     for first in range(0, len(frames), size):
         chosen = [dataset[i] for i in frames[first : first + size]]
-        full = chosen + chosen[-1:] * (size - len(chosen))  # always as many, so that JAX compiles once
+        full = chosen + chosen[-1:] * (size - len(chosen))  # of constant size, so that JAX compiles once
         parts.append([policy.infer_batch(full) for _ in range(draws)])
     joined = {
         key: np.concatenate([np.stack([result[key] for result in part], axis=1) for part in parts])[: len(frames)]
@@ -74,7 +77,7 @@ def replay(
 
 
 def recorded_actions(dataset: Dataset, robot: Robot) -> np.ndarray:
-    """The actions [F, A] of all frames that the robot commands, which may be some of those recorded."""
+    """The recorded actions [F, A] of all frames, in the dimensions that the robot uses."""
     parts = []
     for data in frame_numbers(dataset, robot):
         absolute = data if robot.delta_mask is None else DeltaActions(robot.delta_mask).inverse(data)
@@ -83,10 +86,10 @@ def recorded_actions(dataset: Dataset, robot: Robot) -> np.ndarray:
 
 
 def compare_actions(episodes: Sequence[Replayed], names: Sequence[str], threshold: float = 0.1) -> dict[str, Any]:
-    """How far off predictions are, by dimension and by episode, as plain values.
+    """Prediction errors by dimension and by episode, as plain values.
 
-    `mae` and `mse` in the robot's units; `within`, the share of actions off by at most `threshold` of the range that
-    is recorded; `mse_to_variance`: 1 for always predicting the mean of what is recorded, None where that is constant.
+    `mae` and `mse` are in the robot's units; `within` is the fraction of actions with an error of at most `threshold`
+    times the recorded range; `mse_to_variance` is 1 for predicting the mean action, None where actions are constant.
     """
     recorded = np.concatenate([e.recorded for e in episodes])
     errors = np.abs(np.concatenate([e.predicted - e.recorded for e in episodes], axis=1, dtype=np.float64))
@@ -111,7 +114,7 @@ def compare_actions(episodes: Sequence[Replayed], names: Sequence[str], threshol
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The dimensions of `compare_actions` as text."""
+    """The errors by dimension of `compare_actions` as text."""
     width = max(len(row["name"]) for row in figures["dimensions"])
     within = f"within {figures['threshold']:.0%}"
     lines = [f"{'':{width}}{'MAE':>12}{'MSE':>12}{within:>14}{'MSE/variance':>14}"]
@@ -120,67 +123,52 @@ def table(figures: Mapping[str, Any]) -> str:
         shown = f"{row['mae']:>12.4g}{row['mse']:>12.4g}{row['within']:>14.1%}{relative:>14}"
         lines.append(f"{row['name']:{width}}{shown}")
     if figures["failed_chunks"]:
-        lines.append(f"{figures['failed_chunks']} of {figures['chunks']} chunks were no actions: the middle instead")
+        failed = f"{figures['failed_chunks']} of {figures['chunks']} chunks"
+        lines.append(f"{failed} did not decode to actions: zero normalized actions instead")
     return "\n".join(lines)
 
 
 def action_names(dataset: Dataset, robot: Robot) -> list[str]:
-    """What the recording calls the dimensions of the robot's actions; else "action[0]" and so on."""
+    """The names of the robot's action dimensions in the dataset; without them, "action[0]" and so on."""
     names = [name for key in robot.action_keys(dataset.features) for name in dataset.dimension_names(key)]
     return names if len(names) == robot.action_dim else [f"action[{i}]" for i in range(robot.action_dim)]
 
 
+@exit_on_error("pi0-replay")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-replay`."""
-    parser = argparse.ArgumentParser(
-        prog="pi0-replay",
-        description="Compare a policy with a recording, open loop: at recorded frames it predicts a chunk of actions, "
-        "which are compared with the recorded ones, dimension by dimension, in the robot's units.",
-        epilog="examples:\n"
+    parser = make_parser(
+        "pi0-replay",
+        "Compare a policy's actions with recorded ones, open loop: at recorded frames it predicts an action chunk, "
+        "which is compared with the recorded actions, dimension by dimension, in the robot's units.",
+        "examples:\n"
         "  pi0-replay runs/demo/export bundled://metaworld_v30 --episodes 3 7 11 15 --out runs/replay\n"
         "  pi0-replay runs/aloha data/aloha --framework jax --every 10\n"
         "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --robot droid --asset-id droid\n\n"
-        "what is left in the folder:\n"
-        "  replay.json, and episode_<number>.png, predicted against recorded actions over time",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "written to the folder:\n"
+        "  replay.json, and episode_<number>.png, predicted and recorded actions over time",
     )
-    parser.add_argument("checkpoint", help="a checkpoint's or training run's folder, gs:// or hf://")
-    parser.add_argument("dataset", help="a LeRobot dataset: a folder, hf://datasets/…, gs://… or bundled://…")
-    parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="which ones (default: all)")
-    parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="to run it in (default torch)")
+    add_checkpoint(parser)
+    add_dataset(parser)
+    add_robot(parser)
+    parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="default: all")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="default torch")
     parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
-    parser.add_argument("--robot", help='where the checkpoint does not say it: its name, or JSON {"name": …, options}')
-    parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint names none (default PaliGemma's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--device", help="of PyTorch (default cpu)")
-    parser.add_argument("--num-steps", type=int, metavar="N", help="of sampling (default: the checkpoint's)")
-    parser.add_argument("--every", type=int, metavar="N", help="frames from one chunk to the next (default: all of it)")
+    parser.add_argument("--num-steps", type=int, metavar="N", help="Euler steps (default: the checkpoint's)")
+    parser.add_argument("--every", type=int, metavar="N", help="frames between chunks (default: the chunk's length)")
     parser.add_argument("--draws", type=int, default=1, metavar="N", help="of noise for each chunk (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="chunks at a time (default 16)")
-    parser.add_argument("--threshold", type=float, default=0.1, help="of `within`: a share of the recorded range")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of `within`: fraction of the recorded range")
     args = parser.parse_args(arguments)
-    try:
-        if args.out is not None and args.out.exists() and not args.overwrite:  # before anything takes long
-            raise FileExistsError(f"{args.out} exists already; choose another name or pass --overwrite")
-        _main(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"pi0-replay: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _main(args: argparse.Namespace) -> None:
-    robot = json.loads(args.robot) if args.robot and args.robot.startswith("{") else args.robot
-    names = ("asset_id", "tokenizer", "dtype", "num_steps", "seed")
-    options = {name: getattr(args, name) for name in names} | {"robot": robot, "fallback": True}
-    if args.device is not None:
-        if args.framework != "torch":
-            raise ValueError("--device is for PyTorch; JAX takes JAX_PLATFORMS")
-        options["device"] = args.device
-    policy = importlib.import_module(f"pi0_{args.framework}").Policy.from_pretrained(args.checkpoint, **options)
-    dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes)
+    if args.out is not None and args.out.exists() and not args.overwrite:  # fail before the work, not after it
+        raise FileExistsError(f"{args.out} exists already; choose another name or pass --overwrite")
+    policy = load_policy(args)
+    dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes, format=args.format)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
     dimensions = action_names(dataset, policy.pipeline.robot)
     figures = compare_actions(episodes, dimensions, args.threshold)
@@ -190,11 +178,22 @@ def _main(args: argparse.Namespace) -> None:
         print(f"\n{args.out}: replay.json, {len(episodes)} plots")
 
 
+def load_policy(args: argparse.Namespace) -> Policy:
+    """The policy of the checkpoint in the framework. Raises ValueError for --device with JAX."""
+    names = ("robot", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
+    options = {name: getattr(args, name) for name in names} | {"fallback": True}
+    if args.device is not None:
+        if args.framework != "torch":
+            raise ValueError("--device is for PyTorch; for JAX set JAX_PLATFORMS")
+        options["device"] = args.device
+    return importlib.import_module(f"pi0_{args.framework}").Policy.from_pretrained(args.checkpoint, **options)
+
+
 def write_folder(
     out: Path, episodes: Sequence[Replayed], names: Sequence[str], figures: Mapping[str, Any], overwrite: bool
 ) -> None:
-    """Figures and plots, all or nothing. Raises FileExistsError."""
-    from pi0.plots import plot_actions  # here, as matplotlib takes long to import
+    """Write figures and plots, all or nothing. Raises FileExistsError."""
+    from pi0.plots import plot_actions  # matplotlib is an extra, and slow to import
 
     with new_folder(out, overwrite) as folder:
         (folder / "replay.json").write_text(json.dumps(figures, indent=2) + "\n")

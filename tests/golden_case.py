@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0 import numerics
 from pi0.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.masks import FAST, SUBTASK
 from pi0.observation import Observation

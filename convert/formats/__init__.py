@@ -1,1 +1,1 @@
-"""The file formats that weights are kept in."""
+"""File formats of weights."""

@@ -1,4 +1,4 @@
-"""big_vision's npz files, which are only read."""
+"""Read npz files of big_vision."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from convert.tensors import CheckpointError, Tensor, mapped
+from convert.tensors import CheckpointError, Index, Tensor, mapped
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """The arrays of an npz file, memory-mapped where they are not compressed. Raises CheckpointError."""
+    """The arrays of an npz file, memory-mapped unless compressed. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
             members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
@@ -30,13 +30,13 @@ def _member(file: Path, archive: zipfile.ZipFile, stream: BinaryIO, member: zipf
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(header)
         start = header.tell()
-    if dtype == np.dtype("V2"):  # how NumPy stores bfloat16
+    if dtype == np.dtype("V2"):  # NumPy's encoding of bfloat16
         dtype = np.dtype(ml_dtypes.bfloat16)
     if dtype.hasobject or fortran_order:
         raise ValueError(f"{member.filename} holds {dtype}, fortran_order={fortran_order}; expected plain C arrays")
     if member.compress_type != zipfile.ZIP_STORED:
 
-        def read(index: tuple[int | slice, ...]) -> np.ndarray:
+        def read(index: Index) -> np.ndarray:
             return np.load(file)[member.filename.removesuffix(".npy")].view(dtype)[index]
 
         return Tensor(shape, dtype, read)

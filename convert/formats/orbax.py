@@ -1,7 +1,4 @@
-"""Orbax checkpoints, read and written through tensorstore. Needs no JAX.
-
-Nothing is read before it is asked for, and large arrays are written in pieces.
-"""
+"""Read and write Orbax checkpoints through tensorstore, without JAX, lazily and in pieces."""
 
 from __future__ import annotations
 
@@ -14,38 +11,38 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from convert.tensors import PIECE, CheckpointError, Tensor, contiguous, pieces
+from convert.tensors import PIECE, CheckpointError, Index, Tensor, contiguous, pieces
 
-# As many bytes of a stored array are kept decoded while slices are read whose chunks hold more than the slice.
-HELD = 5 << 29
+# Bytes of decoded rows to cache while slices smaller than a chunk are read.
+CACHED = 5 << 29
 
 
 def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """The arrays of an Orbax PyTree checkpoint, by their key paths joined with slashes, as `dtype` where it is given.
+    """The arrays of an Orbax PyTree checkpoint by key path, joined with slashes; converted to `dtype` if given.
 
-    A root key `params` and leaves `value` (openpi's released and training styles) are left out of the names. Raises
-    CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
+    A common root key `params` and common leaf keys `value` (openpi's released and training styles) are dropped from
+    the names. Raises CheckpointError where the folder is not an Orbax checkpoint or lacks a file.
     """
     metadata, paths = orbax_paths(folder)
     spec = {
         "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-        # Where every part was stored, a missing one is damage; tensorstore would read it as zeros.
+        # Tensorstore reads missing chunks as zeros; where all chunks are stored, a missing one is damage.
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
     stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
-    held = _Held()
-    return {name: _array_tensor(future, folder, name, held, dtype) for name, future in stored.items()}
+    cache = _RowCache()
+    return {name: _array_tensor(future, folder, name, cache, dtype) for name, future in stored.items()}
 
 
 def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
-    """An Orbax checkpoint's metadata, and the key paths in it."""
+    """The metadata of an Orbax checkpoint, and the key paths of its arrays."""
     metadata_file = folder / "_METADATA"
     if not metadata_file.exists():
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
     try:
         metadata = json.loads(metadata_file.read_text())
         entries = metadata["tree_metadata"].values()
-        # Empty nodes, such as those of an optimizer's state, are listed too; nothing is stored for them.
+        # Empty nodes, such as those of optimizer states, are listed without stored data.
         entries = [e for e in entries if not e["value_metadata"].get("skip_deserialize")]
         return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -72,7 +69,7 @@ def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
 
 
 def _decode(view: ts.TensorStore) -> np.ndarray:
-    """All of an array or a view. Large ones chunk by chunk, since a chunk takes twice its size while it is decoded."""
+    """Read an array or a view; large ones chunk by chunk, since decoding takes twice the memory of a chunk."""
     if view.size * view.dtype.numpy_dtype.itemsize <= PIECE:
         return np.asarray(view.read().result())
     out = np.empty(view.shape, view.dtype.numpy_dtype)
@@ -83,7 +80,7 @@ def _decode(view: ts.TensorStore) -> np.ndarray:
 
 
 def _chunk(view: ts.TensorStore) -> tuple[int, ...]:
-    """The shape of what can only be decoded together."""
+    """The chunk shape."""
     shape = view.chunk_layout.read_chunk.shape or view.shape
     return tuple(chunk or size for chunk, size in zip(shape, view.shape, strict=True))
 
@@ -91,7 +88,7 @@ def _chunk(view: ts.TensorStore) -> tuple[int, ...]:
 def _grid(
     shape: tuple[int, ...], chunk: tuple[int, ...], origin: tuple[int, ...] | None = None
 ) -> Iterator[tuple[slice, ...]]:
-    """The parts of an array, or of the view of one that begins at `origin`, that lie in one chunk each."""
+    """The index of each chunk's part of an array, or of a view that starts at `origin`."""
     ranges = []
     for start, length, size in zip(origin or (0,) * len(shape), shape, chunk, strict=True):
         edges = range(start - start % size, start + length, size)
@@ -100,17 +97,17 @@ def _grid(
 
 
 @dataclasses.dataclass
-class _Held:
-    """The rows that were decoded last, of one of a checkpoint's arrays.
+class _RowCache:
+    """The most recently decoded rows of one array of a checkpoint.
 
-    A chunk can only be decoded whole, and often holds all layers; this decodes it once, not once for each layer.
+    A chunk can only be decoded whole and often holds all layers; this decodes it once instead of once per layer.
     """
 
     of: object = None
     start: int = 0
     rows: np.ndarray | None = None
 
-    def read(self, array: ts.TensorStore, index: tuple[int | slice, ...]) -> np.ndarray:
+    def read(self, array: ts.TensorStore, index: Index) -> np.ndarray:
         """`array[index]`."""
         if not array.rank or not index:
             return _decode(array)
@@ -120,22 +117,22 @@ class _Held:
         if start % per_chunk == 0 and (stop % per_chunk == 0 or stop == count):
             return _decode(array[index])
         itemsize = array.dtype.numpy_dtype.itemsize
-        whole = array.size * itemsize <= HELD
+        whole = array.size * itemsize <= CACHED
         rest, within = ((), index[1:]) if whole else (index[1:], ())
         of = (id(array), rest)
         if self.rows is None or self.of != of or not self.start <= start <= stop <= self.start + len(self.rows):
             self.rows = None
-            fitting = max(HELD // (array[(slice(0, 1), *rest)].size * itemsize), 1)
+            fitting = max(CACHED // (array[(slice(0, 1), *rest)].size * itemsize), 1)
             fitting -= fitting % per_chunk if fitting > per_chunk else 0
             begin = start - start % per_chunk if fitting >= per_chunk else start
             end = min(max(begin + fitting, stop), count)
             self.of, self.start, self.rows = of, begin, _decode(array[(slice(begin, end), *rest)])
             self.rows.flags.writeable = False
         chosen = start - self.start if isinstance(row, int) else slice(start - self.start, stop - self.start)
-        return self.rows[(chosen, *within)]  # a view: keeping it would keep all of these rows in memory
+        return self.rows[(chosen, *within)]  # a view, which keeps all of these rows in memory
 
 
-def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held, dtype: np.dtype | None) -> Tensor:
+def _array_tensor(future: ts.Future, folder: Path, name: str, cache: _RowCache, dtype: np.dtype | None) -> Tensor:
     try:
         array = future.result()
         if dtype is not None and array.dtype.numpy_dtype != dtype:
@@ -143,9 +140,9 @@ def _array_tensor(future: ts.Future, folder: Path, name: str, held: _Held, dtype
     except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
         raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
 
-    def read(index: tuple[int | slice, ...]) -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         try:
-            return held.read(array, index)
+            return cache.read(array, index)
         except Exception as error:
             raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
 
@@ -158,10 +155,10 @@ def write_orbax(
     root: tuple[str, ...] = (),
     chunks: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Write an Orbax PyTree checkpoint that Orbax and `read_orbax` restore; names are key paths with slashes.
+    """Write an Orbax PyTree checkpoint; names are key paths joined with slashes, below `root`.
 
-    An array is stored in one chunk, a large one in several slices of its first axis, or in the `chunks` of these
-    shapes, which need tensors that take any index.
+    Arrays are stored in one chunk, large ones in slices of the first axis, or in `chunks` of the given shapes, which
+    needs tensors that support any index.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context, tree = ts.Context(), {}

@@ -1,4 +1,4 @@
-"""safetensors files, read and written here: their NumPy library neither streams nor knows bfloat16 everywhere."""
+"""Read and write safetensors files, streaming and with bfloat16, which their NumPy library does not support."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     end = 8 + length
     for begin, size_of, name in sorted((b, math.prod(s) * d.itemsize, n) for n, (d, s, b) in entries.items()):
         if 8 + length + begin != end:
-            raise CheckpointError(f"{file} is damaged: {name} does not begin where the tensor before it ends")
+            raise CheckpointError(f"{file} is damaged: {name} does not start where the tensor before it ends")
         end += size_of
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes, its header says {end}; is the file truncated?")
@@ -48,16 +48,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_sharded(index: Path) -> dict[str, Tensor]:
-    """The tensors of the safetensors files that a `model.safetensors.index.json` lists. Raises CheckpointError."""
+    """The tensors of the shards listed in a `model.safetensors.index.json`. Raises CheckpointError."""
     try:
         listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = {name: read_safetensors(index.parent / name) for name in sorted(set(listed.values()))}
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise CheckpointError(f"{index} cannot be used: {error!r}; are all of its files there?") from error
+        raise CheckpointError(f"{index} cannot be read: {error!r}; are all of its files there?") from error
     found = [(name, shard) for shard, tensors in shards.items() for name in tensors]
     wrong = sorted({name for name, _ in set(found) ^ set(listed.items())})
     if wrong:
-        raise CheckpointError(f"{index} and its files do not agree on {wrong[:5]}; are they of one checkpoint?")
+        raise CheckpointError(f"{index} and its files disagree on {wrong[:5]}; do they belong to one checkpoint?")
     return {name: shards[shard][name] for name, shard in found}
 
 
@@ -69,19 +69,19 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int]:
-    """Dtype, shape and first byte of a tensor. Raises ValueError or TypeError for what the format does not know."""
+    """Dtype, shape and first byte of a tensor. Raises ValueError or TypeError for an invalid entry."""
     if dtype not in _CODES:
         raise ValueError(f"{name} has dtype {dtype}; known are {', '.join(_CODES)}")
     begin, end = data_offsets
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin)):
         raise ValueError(f"{name} has shape {shape} and offsets {data_offsets}; expected whole numbers")
     if end - begin != math.prod(shape) * _CODES[dtype].itemsize:
-        raise ValueError(f"{name} takes {end - begin} bytes, but {shape} {dtype} needs others")
+        raise ValueError(f"{name} has {end - begin} bytes, which do not fit {shape} {dtype}")
     return _CODES[dtype], tuple(shape), begin
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, one tensor at a time, in the order given; the same input gives the same bytes."""
+    """Write a safetensors file, one tensor at a time in the given order; deterministic."""
     codes = {dtype: code for code, dtype in _CODES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0

@@ -1,7 +1,8 @@
-"""A layout is a table: one `Rule` for each of our parameters, readable in both directions.
+"""A parameter layout as a declarative table: one invertible `Rule` for each parameter.
 
-Our JAX names, axes and sizes (`pi0.parameters`) are the common ground; a layout says where each of them lies in another
-checkpoint. Conversion from A to B is A's table backwards, then B's forwards, tensor by tensor and lazily.
+Names, axes and sizes of `pi0.parameters` ("our" parameters) are the canonical form; a rule maps one of them to a tensor
+("their" tensor) of another checkpoint. Converting A to B applies A's rules backwards, then B's forwards, tensor by
+tensor and lazily.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from convert.tensors import Index, Tensor, same_bytes
+from pi0.assets import Assets
 from pi0.config import KINDS, ModelConfig
 from pi0.parameters import LayoutError, Parameter, axes_of, axis_sizes, compare_shapes, lora_of, parameters, scope_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where our parameter `ours` lies in another layout.
+    """Maps our parameter `ours` to the tensor `theirs` of another layout.
 
-    `theirs` is the tensor's name there; `{l}` in it means one tensor for each layer. `axes` are the axes of that
-    tensor: a letter of ours; a digit, for the index at which ours lies along an axis that several of ours share; or
-    `(n h)`, for axes that are flattened into one.
+    Attributes:
+        ours: the name in `pi0.parameters`.
+        theirs: the tensor's name; `{l}` in it stands for the layer, where layers are not stacked.
+        axes: the axes of their tensor, separated by spaces: an axis letter of `pi0.parameters`, `(n h)` for axes
+            flattened into one, or a digit, our parameter's index along an axis that stacks several parameters.
     """
 
     ours: str
@@ -33,12 +38,12 @@ class Rule:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The axes of their tensor, each as the letters (or the digit) in it."""
+        """The axes of their tensor, each as a tuple of letters or of one digit."""
         return [tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\S+", self.axes)]
 
 
 def _row(index: Index, name: str, sliced: bool) -> int | slice | None:
-    """What of its first axis a table's tensor is asked for; None for all of it."""
+    """The part of the first axis that `index` selects; None for all of it."""
     if len(index) > 1 or (index and not sliced):
         raise IndexError(f"{name} cannot be read by {index}")
     return index[0] if index else None
@@ -50,14 +55,19 @@ def _is_index(group: tuple[str, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A named table of rules. Rules for parameters that a model does not have are passed over.
+    """A named table of rules. Rules for parameters that a model does not have are ignored.
 
-    `kinds` are those it has a place for; `format` is that of its files, "orbax", "safetensors" or "npz", which is only
-    read; `root` the keys around an Orbax tree. `spellings` are
-    patterns of other names for its tensors, each with its replacement: they are read, not written, and a tensor that
-    is there under several names must be the same in all. `unused` are tensors that no model of ours has (`ours` says
-    where they would be) and none uses: they may be there, in that shape; the strict loaders of such a layout want
-    them, so they are written, as zeros.
+    Attributes:
+        kinds: the model families that it can hold.
+        format: its file format: "orbax", "safetensors" or "npz" (read only).
+        root: the key path around an Orbax tree.
+        spellings: regular expressions of alternative tensor names, each with its replacement, accepted when reading. A
+            tensor that is stored under several names must be identical in all of them.
+        unused: tensors that no model of ours has and the original's strict loader expects: optional when reading,
+            written as zeros. Their `ours` gives the scope of their axes.
+        write_sidecars: writes the sidecar files that the original's loader needs, given the folder, the assets and
+            the dtype of the weights.
+        config_folder: where our `config.json` is written, relative to the checkpoint's folder.
     """
 
     name: str
@@ -67,38 +77,45 @@ class Layout:
     root: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     unused: tuple[Rule, ...] = ()
+    write_sidecars: Callable[[Path, Assets, np.dtype], None] | None = None
+    config_folder: str = "assets"
+
+    @property
+    def writable(self) -> bool:
+        """Whether checkpoints can be written in this layout."""
+        return self.format != "npz"
 
     @property
     def has_lora(self) -> bool:
-        """Whether low-rank updates have a place in it."""
+        """Whether it can hold low-rank updates."""
         return any(".lora." in rule.ours for rule in self.rules)
 
     def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
-        """The rules of one kind of model: exactly one for each of our parameters. Raises LayoutError otherwise."""
+        """The rules for one model family, exactly one per parameter. Raises LayoutError otherwise."""
         if kind not in self.kinds:
-            raise LayoutError(f"the layout {self.name} has no place for {kind}; it is one of {', '.join(self.kinds)}")
+            raise LayoutError(f"the layout {self.name} cannot hold {kind}; it holds {', '.join(self.kinds)}")
         wanted = axes_of(kind, lora)
         if lora and not self.has_lora:
-            raise LayoutError(f"the layout {self.name} has no place for LoRA; merge it: --lora merge")
+            raise LayoutError(f"the layout {self.name} cannot hold LoRA; merge it: --lora merge")
         rules = [rule for rule in self.rules if rule.ours in wanted]
         names = [rule.ours for rule in rules]
         wrong = sorted({n for n in names if names.count(n) > 1} | (wanted.keys() - set(names)))
         if wrong:
-            raise LayoutError(f"the layout {self.name} has not exactly one rule for {wrong}")
+            raise LayoutError(f"the layout {self.name} needs exactly one rule for each of {wrong}")
         return rules
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Every tensor of this layout and its shape, in a fixed order; nothing is allocated."""
+        """All tensors of this layout with their shapes, in a fixed order. Nothing is allocated."""
         return _shapes(self.rules_for(config.kind, lora_of(config)), config)
 
     def spell(self, name: str) -> str:
-        """The name that this layout writes for a tensor found as `name`."""
+        """The canonical spelling of a tensor name."""
         for pattern, written in self.spellings:
             name = re.sub(pattern, written, name)
         return name
 
     def unused_tensors(self, config: ModelConfig, dtype: np.dtype) -> dict[str, Tensor]:
-        """Zeros for the tensors that its own models have and never use."""
+        """Zeros for the `unused` tensors."""
         shapes = _shapes((rule for rule in self.unused if axis_sizes(config).get(scope_of(rule.ours))), config)
 
         def zeros(shape: tuple[int, ...]) -> Tensor:
@@ -107,7 +124,7 @@ class Layout:
         return {name: zeros(shape) for name, shape in shapes.items()}
 
     def check(self, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise LayoutError unless `found` has exactly this layout's tensors, in these shapes."""
+        """Raise LayoutError unless `found` has exactly this layout's tensors with the shapes of `config`."""
         shapes, spelled = self.shapes(config), {name: self.spell(name) for name in found}
         known = shapes | _shapes(self.unused, config)
         expected = {name: shape for name, shape in shapes.items() if name not in spelled.values()}
@@ -115,14 +132,14 @@ class Layout:
         compare_shapes(expected, found, f"a {config.kind} checkpoint in the layout {self.name}")
 
     def respelled(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by the names that this layout writes."""
+        """The tensors of a checkpoint by their canonical spelling."""
         names: dict[str, list[str]] = {}
         for name in source:
             names.setdefault(self.spell(name), []).append(name)
         return {name: _one_of({n: source[n] for n in found}) for name, found in names.items()}
 
     def to_ours(self, config: ModelConfig, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters, read lazily from a checkpoint in this layout. Raises LayoutError unless it fits exactly."""
+        """Our parameters, read lazily from tensors in this layout. Raises LayoutError unless they fit exactly."""
         self.check(config, {name: tensor.shape for name, tensor in source.items()})
         source = self.respelled(source)
         table, sizes = parameters(config), axis_sizes(config)
@@ -132,7 +149,7 @@ class Layout:
         }
 
     def from_ours(self, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This layout's tensors, read lazily from our parameters. Raises LayoutError unless those are complete."""
+        """This layout's tensors, read lazily from our parameters. Raises LayoutError unless they fit exactly."""
         table = parameters(config)
         compare_shapes({n: p.shape for n, p in table.items()}, {n: t.shape for n, t in ours.items()}, "our parameters")
         sizes = axis_sizes(config)
@@ -147,7 +164,7 @@ class Layout:
 
 
 def _shapes(rules: Iterable[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of some rules and its shape; of parts that the model does not have, none."""
+    """The tensors of some rules with their shapes, without those of parts that the model does not have."""
     sizes = axis_sizes(config)
     shapes: dict[str, list[int]] = {}
     for rule in rules:
@@ -163,7 +180,7 @@ def _shapes(rules: Iterable[Rule], config: ModelConfig) -> dict[str, tuple[int, 
 
 
 def _one_of(copies: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that is stored under all of these names; LayoutError names two that differ, once they are read."""
+    """The tensor stored under all of these names. Reading it raises LayoutError where two copies differ."""
     (first, tensor), *others = copies.items()
     if not others:
         return tensor
@@ -173,7 +190,7 @@ def _one_of(copies: Mapping[str, Tensor]) -> Tensor:
         for name, other in others:
             copy = other.read(index)
             if not same_bytes(copy, array):
-                raise LayoutError(f"{first} and {name} are one tensor in this layout, but their values differ")
+                raise LayoutError(f"{first} and {name} are the same tensor in this layout, but their values differ")
         return array
 
     return dataclasses.replace(tensor, read=read)
@@ -193,7 +210,7 @@ def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: 
         raise LayoutError(f"{rule.theirs}: layers have different dtypes {sorted(str(d) for d in dtypes)}")
 
     def one(name: str, row: int | slice | None) -> np.ndarray:
-        """Their tensor `name`, as ours; only a part of our first axis where `row` is given."""
+        """Their tensor `name` in our axes; only `row` of our first axis where it is given."""
         index: Index = tuple(
             int(g[0]) if _is_index(g) else row if row is not None and g == (first,) else slice(None)
             for g in rule.groups
@@ -225,14 +242,14 @@ def _theirs_from(
     if len(dtypes) > 1:
         raise LayoutError(f"{name}: its parts have different dtypes {sorted(str(d) for d in dtypes)}")
     dtype = dtypes.pop()
-    # Where their first axis is that of all our parameters in it, a part of it is a part of those.
+    # Sliceable if their first axis is the first axis of all our parameters in it.
     sliced = all(
         layer is None and rule.groups[0] == table[rule.ours].axes[:1] and ours[rule.ours].sliced
         for rule, layer in parts
     )
 
     def part(rule: Rule, row: int | slice | None) -> np.ndarray:
-        """Our parameter with their order and flattening of axes, digits left out."""
+        """Our parameter with their order and flattening of axes, without index axes."""
         axes = table[rule.ours].axes[1:] if isinstance(row, int) else table[rule.ours].axes
         array = ours[rule.ours].read(() if row is None else (row,))
         groups = [[a for a in g if a in axes] for g in rule.groups if not _is_index(g)]
@@ -257,7 +274,7 @@ def _theirs_from(
 
 
 def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
-    """The size of every axis letter that follows from their shapes. Raises LayoutError where two shapes disagree."""
+    """The sizes of axis letters by scope, inferred from shapes. Raises LayoutError where two shapes disagree."""
     sizes: dict[str, dict[str, tuple[int, str]]] = {}
     for rule in rules:
         scope = sizes.setdefault(scope_of(rule.ours), {})
@@ -276,4 +293,4 @@ def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> 
 def _unify(scope: dict[str, tuple[int, str]], letter: str, size: int, name: str) -> None:
     known = scope.setdefault(letter, (size, name))
     if known[0] != size:
-        raise LayoutError(f"{name} says {size} for the axis {letter}, but {known[1]} says {known[0]}")
+        raise LayoutError(f"{name}: size {size} of the axis {letter}, but {known[0]} in {known[1]}")

@@ -38,7 +38,7 @@ _VISION = (
 
 
 def _gemma(ours: str, n: str) -> tuple[Rule, ...]:
-    """The rules of one expert; `n` is openpi's suffix of its modules."""
+    """The rules of one expert; `n` is the suffix of its modules in openpi."""
     llm, layers = "PaliGemma/llm", "PaliGemma/llm/layers"
     norms = (("attention_norm", "pre_attention_norm"), ("mlp_norm", "pre_ffw_norm"))
     return (

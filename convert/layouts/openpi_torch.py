@@ -1,13 +1,17 @@
-"""openpi's PyTorch layout: transformers' names of PaliGemma and Gemma, and openpi's of its projections.
+"""openpi's PyTorch layout: transformers' names for PaliGemma and Gemma, openpi's for the projections.
 
-The token embedding is tied to `lm_head`: openpi's files hold it under that name, those of other tools under
-`embed_tokens` or both. The action expert's own `lm_head` is never used. LeRobot's first releases are openpi's files
-as they are, so they are read as this layout too. openpi has no π0-FAST in PyTorch.
+The token embedding is tied to `lm_head`: openpi stores it under that name, other tools under `embed_tokens` or both.
+The action expert's own `lm_head` is unused. LeRobot's first releases are openpi's files unchanged and are read as this
+layout too. openpi has no π0-FAST in PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from convert.layouts.layout import Layout, Rule
+from convert.sidecars import write_openpi
 
 _LAYER_NORMS = (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2"))
 _RMS_NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
@@ -24,12 +28,12 @@ _PROJECTIONS = (
 
 
 def linear_rules(ours: str, theirs: str, axes: str, bias: str) -> tuple[Rule, Rule]:
-    """A linear layer with a bias; `axes` are its weight's."""
+    """The rules of a linear layer with a bias; `axes` are those of its weight."""
     return Rule(f"{ours}.kernel", f"{theirs}.weight", axes), Rule(f"{ours}.bias", f"{theirs}.bias", bias)
 
 
 def vision_rules(tower: str) -> tuple[Rule, ...]:
-    """The rules of SigLIP, whose names begin with `tower`."""
+    """The rules of SigLIP, whose tensor names start with `tower`."""
     ours, layer = "vision.layers", f"{tower}.encoder.layers.{{l}}"
     return (
         *linear_rules("vision.patch_embedding", f"{tower}.embeddings.patch_embedding", "d c p q", "d"),
@@ -53,7 +57,7 @@ def vision_rules(tower: str) -> tuple[Rule, ...]:
 
 
 def gemma_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The rules of one Gemma, whose names begin with `theirs`."""
+    """The rules of one Gemma, whose tensor names start with `theirs`."""
     layer = f"{theirs}.layers.{{l}}"
     return (
         *(
@@ -75,10 +79,17 @@ def gemma_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def transformers_layout(name: str, prefix: str, tower: str, other_tower: str, kinds: tuple[str, ...]) -> Layout:
-    """The layout of models built from transformers' modules, whose names all begin with `prefix`.
+def transformers_layout(
+    name: str,
+    prefix: str,
+    tower: str,
+    other_tower: str,
+    kinds: tuple[str, ...],
+    write_sidecars: Callable[..., Any],
+) -> Layout:
+    """The layout of models built from transformers' modules; all tensor names start with `prefix`.
 
-    `tower` is the vision tower's path as this layout writes it, `other_tower` a pattern for the one it also reads.
+    `tower` is the vision tower's path, `other_tower` a regular expression for an alternative one that is read too.
     """
     paligemma = f"{prefix}paligemma_with_expert.paligemma"
     expert = f"{prefix}paligemma_with_expert.gemma_expert"
@@ -103,9 +114,10 @@ def transformers_layout(name: str, prefix: str, tower: str, other_tower: str, ki
             (rf"\.paligemma\.model\.{other_tower}\.", f".paligemma.model.{tower}."),
         ),
         unused=(Rule("action_expert.embedding", f"{expert}.lm_head.weight", "v d"),),
+        write_sidecars=write_sidecars,
     )
 
 
 LAYOUT = transformers_layout(
-    "openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)", ("pi0", "pi05")
+    "openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)", ("pi0", "pi05"), write_openpi
 )

@@ -1,7 +1,7 @@
-"""PaliGemma's own published weights: big_vision's npz, and Hugging Face's safetensors.
+"""PaliGemma's released weights: big_vision's npz and Hugging Face's safetensors.
 
-Its parameters are those of a π0-FAST; π0 and π0.5 have a new action expert besides (`open_checkpoint(fresh=...)`).
-Hugging Face's embedding has 64 more rows than big_vision's, which no token uses; they are cut where a model's
+PaliGemma has the parameters of π0-FAST; for π0 and π0.5 a new action expert is initialized (`open_checkpoint(fresh=)`).
+Hugging Face's embedding has 64 more rows than big_vision's, unused by any token; they are dropped where the model's
 vocabulary is smaller.
 """
 

@@ -1,13 +1,12 @@
-"""Our PyTorch layout: the names of `pi0_torch` modules.
+"""The layout of `pi0_torch`: the names of its modules' parameters.
 
-The same names as in JAX up to three mechanical differences: `kernel` is `weight` with inputs and outputs swapped,
-the stacked layer axis is `.{l}.`, and head axes are flat (not those of LoRA's factors, which are batched over heads).
+The JAX names up to three mechanical differences: `kernel` is `weight` with inputs and outputs swapped, the stacked
+layer axis is `.{l}.`, and head axes are flattened (except in LoRA's factors, which are batched over heads).
 """
 
 from __future__ import annotations
 
 from convert.layouts.layout import Layout, Rule
-from pi0.config import KINDS
 from pi0.families import FAMILIES
 from pi0.parameters import axes_of
 
@@ -17,7 +16,7 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     rest = [a for a in axes if a != "l"]
     if name == "vision.patch_embedding.kernel":
         return Rule(name, "vision.patch_embedding.weight", "d c p q")
-    if ".lora." in name:  # heads apart, as in JAX
+    if ".lora." in name:  # unflattened heads, as in JAX
         return Rule(name, theirs, " ".join(rest))
     heads = "(n h)" if "n" in rest else "(k h)"
     flat = " ".join(a for a in rest if a not in ("n", "k", "h")).split()
@@ -28,6 +27,11 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     return Rule(name, theirs, " ".join(flat))
 
 
-_AXES = {name: axes for kind in KINDS for name, axes in axes_of(kind, FAMILIES[kind].experts).items()}
+_AXES = {name: axes for k, family in FAMILIES.items() for name, axes in axes_of(k, family.experts).items()}
 
-LAYOUT = Layout("pi0_torch", tuple(_rule(name, axes) for name, axes in _AXES.items()), format="safetensors")
+LAYOUT = Layout(
+    "pi0_torch",
+    tuple(_rule(name, axes) for name, axes in _AXES.items()),
+    format="safetensors",
+    config_folder="",
+)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pi0.robots.normalize import MODES, NormStats
 from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
+from pi0.tokenizers.text import TextTokenizer
 
 Data = dict[str, Any]
 
@@ -29,14 +30,6 @@ class Step(Protocol):
     """A step: returns a new dict and does not modify its input. Invertible steps have `inverse` of the same form."""
 
     def __call__(self, data: Data) -> Data: ...
-
-
-class PromptTokenizer(Protocol):
-    """The tokenizer of TokenizePrompt: ids int32 [L] and mask bool [L] of a prompt, with the state [S] if given."""
-
-    def encode_prompt(
-        self, text: str, max_len: int, state: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +162,7 @@ class TokenizePrompt:
     as openpi does. Raises ValueError without a prompt.
     """
 
-    tokenizer: PromptTokenizer
+    tokenizer: TextTokenizer
     max_token_len: int
     state_in_prompt: bool
 

@@ -1,1 +1,1 @@
-"""Compare two checkpoints stage by stage, in either framework."""
+"""Numerical comparison of checkpoints, stage by stage, across frameworks."""

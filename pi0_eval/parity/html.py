@@ -1,4 +1,4 @@
-"""A parity report as one HTML file that opens anywhere: no script, nothing to load; `to_html`.
+"""Render a parity report as one self-contained HTML file, without scripts; `to_html`.
 
 Axes: B batch, T action horizon, A action dim.
 """
@@ -8,17 +8,14 @@ from __future__ import annotations
 import math
 import re
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi0 import __version__
+from pi0_eval.parity.report import Report, Row
 
-if TYPE_CHECKING:
-    from pi0_eval.parity.compare import Report, Row
-
-# The colours: class, background, text, what it says. Lightness falls from well inside to far outside, so that they
-# stand apart without hue too; a cell out of tolerance also has a cross and a frame.
+# Colors of cells: class, background, text, legend. Lightness decreases with the error, to be readable without hue; a
+# cell out of tolerance also has a cross and a frame.
 INSIDE = (
     ("in3", "#d3efcf", "#111", "1000 times inside or more"),
     ("in2", "#a9dca3", "#111", "100 times inside or more"),
@@ -30,7 +27,7 @@ OUTSIDE = (
     ("out1", "#9c1c2e", "#fff", "out, up to 100 times"),
     ("out2", "#4f0a1d", "#fff", "out, more than 100 times or not a number"),
 )
-PLOT = (220, 110)  # pixels of one plot of actions, axes' labels apart
+PLOT = (220, 110)  # width, height of a plot of actions in pixels, without labels
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem; margin: 2rem auto;
@@ -63,7 +60,7 @@ STYLE += "".join(f".{name} {{ background: {back}; color: {text}; }}\n" for name,
 
 
 def to_html(report: Report) -> str:
-    """The verdict, errors as a heat map, the actions of A and B over each other, and all numbers, in one document."""
+    """The verdict, a heat map of errors, plots of the actions of A and B, and a table of all errors."""
     failure = report.first_failure
     verdict, explanation = "PASSED", "Every stage is within tolerance."
     if failure is not None:
@@ -86,8 +83,8 @@ def to_html(report: Report) -> str:
 {rows}
 </tbody></table>
 <h2>Where they differ</h2>
-<p>Relative L2 error of B against A. The number in a cell is its power of ten; the colour is its distance from the
-stage's tolerance. Point at a cell for the exact number.</p>
+<p>Relative L2 error of B against A. The number in a cell is its power of ten; the color is its distance from the
+stage's tolerance. Hover over a cell for the exact number.</p>
 {_heat_map(report.rows)}
 {_plots(report.actions_a, report.actions_b)}
 <h2>All numbers</h2>
@@ -99,7 +96,7 @@ stage's tolerance. Point at a cell for the exact number.</p>
 
 
 def _heat_map(rows: list[Row]) -> str:
-    """A line for each stack with a cell for each layer, then a line for each single stage, then the legend."""
+    """A row per stack of layers with a cell per layer, then a row per other stage, then the legend."""
     stacks: dict[str, dict[int, Row]] = {}
     singles = []
     for row in rows:
@@ -122,9 +119,9 @@ def _heat_map(rows: list[Row]) -> str:
     parts.append(f"<tbody>\n{body}\n</tbody>")
     tables = "\n".join(f'<div class="wide"><table class="map">{part}</table></div>' for part in parts)
     legend = "".join(
-        f'<tr><td class="{name}{mark}">{cross}</td><th>{says}</th></tr>'
-        for colours, mark, cross in ((INSIDE, "", ""), (OUTSIDE, " out", "✗"))
-        for name, _, _, says in colours
+        f'<tr><td class="{name}{mark}">{cross}</td><th>{label}</th></tr>'
+        for colors, mark, cross in ((INSIDE, "", ""), (OUTSIDE, " out", "✗"))
+        for name, _, _, label in colors
     )
     return f'{tables}\n<table class="legend"><tbody>{legend}</tbody></table>'
 
@@ -133,12 +130,12 @@ def _cell(row: Row) -> str:
     exponent = _exponent(row.l2_error)
     title = escape(f"{row.stage}: {_numbers(row)}")
     if row.passed:
-        return f'<td class="{_colour(row)}" title="{title}">{exponent}</td>'
-    return f'<td class="{_colour(row)} out" title="{title}">{exponent} ✗</td>'
+        return f'<td class="{_color(row)}" title="{title}">{exponent}</td>'
+    return f'<td class="{_color(row)} out" title="{title}">{exponent} ✗</td>'
 
 
-def _colour(row: Row) -> str:
-    """By powers of ten between error and tolerance; what failed is never green, what passed never red."""
+def _color(row: Row) -> str:
+    """The class of a cell, by powers of ten between error and tolerance."""
     if row.passed:
         ratio = row.tolerance / row.l2_error if row.l2_error > 0 else math.inf
         return INSIDE[sum(ratio < bound for bound in (1000, 100, 10))][0]
@@ -159,7 +156,7 @@ def _numbers(row: Row) -> str:
 
 
 def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
-    """One plot for each action dim of the first row of actions [B, T, A]; nothing of models that wrote tokens."""
+    """One plot per action dim of the first row of actions [B, T, A]; nothing for models that sample tokens."""
     if a is None or b is None:
         return ""
     first, second = (np.asarray(x)[0].astype(np.float64) for x in (a, b))
@@ -170,8 +167,7 @@ def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
         for line in "ab"
     )
     return f"""<h2>Sampled actions</h2>
-<p>First row of the batch, over the horizon, as the model gives them (normalized); the labels are the lower and upper
-end of the axis.</p>
+<p>First row of the batch over the horizon, normalized; the labels are the limits of the vertical axis.</p>
 <p>{key}</p>
 <div class="plots">
 {plots}
@@ -179,13 +175,13 @@ end of the axis.</p>
 
 
 def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
-    """A [T] and B [T] over each other; values that are not finite leave gaps and are counted."""
+    """A [T] and B [T] in one plot; values that are not finite leave gaps and are counted."""
     width, height = PLOT
     both = np.concatenate([a, b])
     lost = int((~np.isfinite(both)).sum())
     finite = both[np.isfinite(both)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    # An axis of at least 1% of the values, so that rounding alone does not fill the plot.
+    # At least 1% of the values, so that rounding errors do not fill the plot.
     missing = max(0.01 * max(abs(low), abs(high)), 1e-6) - (high - low)
     if missing > 0:
         low, high = low - missing / 2, high + missing / 2
@@ -194,7 +190,7 @@ def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
         x = np.linspace(0, width, len(values)) if len(values) > 1 else np.array([width / 2])
         points = np.stack([x, height - (values - low) / (high - low) * height], axis=1)
         for run in _finite_runs(points):
-            if len(run) == 1:  # a line of one point would not be seen
+            if len(run) == 1:  # a single point would be invisible
                 run = run + np.array([[-2.0, 0.0], [2.0, 0.0]])
             lines.append(f'<polyline class="{line}" points="{" ".join(f"{u:.1f},{v:.1f}" for u, v in run)}"/>')
     with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -212,7 +208,7 @@ def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
 
 
 def _finite_runs(points: np.ndarray) -> list[np.ndarray]:
-    """The stretches of points [T, 2] without a value that is not finite."""
+    """Runs of points [T, 2] with finite values."""
     finite = np.isfinite(points).all(axis=1)
     cuts = np.flatnonzero(finite[1:] != finite[:-1]) + 1
     return [run for run in np.split(points, cuts) if np.isfinite(run).all()]

@@ -13,13 +13,14 @@ import pytest
 
 import pi0_jax
 import pi0_torch
-from convert import checkpoints, formats
+from convert import checkpoints
 from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from convert.conversion import convert
 from convert.conversion import main as convert_main
+from convert.formats import orbax
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, write_safetensors
-from convert.layouts import LAYOUTS, WRITTEN
+from convert.layouts.registry import LAYOUTS, WRITABLE
 from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
 from pi0.parameters import LayoutError, parameters
@@ -63,7 +64,7 @@ def stored(tmp_path_factory) -> dict[str, Path]:
 # ---- there and back
 
 
-@pytest.mark.parametrize("layout", WRITTEN)
+@pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize(
     ("variant", "dtype"), [("tiny", "bfloat16"), ("tiny_pi05", "float32"), ("tiny_pi0_fast", "float32")]
 )
@@ -92,7 +93,7 @@ def test_openpi_checkpoints_go_around_all_layouts(name: str, tmp_path):
 
 
 def test_openpi_has_no_pi0_fast_in_pytorch(tmp_path):
-    with pytest.raises(LayoutError, match="openpi_torch has no place for pi0_fast; it is one of pi0, pi05"):
+    with pytest.raises(LayoutError, match="openpi_torch cannot hold pi0_fast; it holds pi0, pi05"):
         convert(GoldenCase(FAST).checkpoint, tmp_path / "out", to="openpi_torch")
     assert not (tmp_path / "out").exists()
 
@@ -165,10 +166,15 @@ def test_we_read_what_the_safetensors_library_writes(tmp_path):
 # ---- large tensors, in slices
 
 
+def set_piece(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for module in ("convert.tensors", "convert.formats.orbax"):
+        monkeypatch.setattr(f"{module}.PIECE", size)
+
+
 def test_orbax_reads_what_we_write_in_slices(tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
-    monkeypatch.setattr(formats, "PIECE", 50)
+    set_piece(monkeypatch, 50)
     arrays = {name: np.arange(n * 5, dtype=np.float32).reshape(n, 5) for name, n in (("a", 7), ("b", 2), ("c", 8))}
     write_orbax(tmp_path / "params", {name: Tensor.of(array) for name, array in arrays.items()})
     restored = ocp.PyTreeCheckpointer().restore(tmp_path / "params")
@@ -182,8 +188,8 @@ def test_orbax_reads_what_we_write_in_slices(tmp_path, monkeypatch):
 def test_large_tensors_are_written_as_small_ones(layout: str, dtype, stored, tmp_path, monkeypatch):
     checkpoint = random_checkpoint(dtype=dtype)
     whole = write(checkpoint, tmp_path / "whole", layout)
-    monkeypatch.setattr(formats, "PIECE", 1000)
-    monkeypatch.setattr(formats, "HELD", 5000)
+    set_piece(monkeypatch, 1000)
+    monkeypatch.setattr(orbax, "CACHED", 5000)
     sliced = write(open_checkpoint(write(checkpoint, tmp_path / "jax", "openpi_jax")), tmp_path / "sliced", layout)
     assert_same(open_checkpoint(sliced).ours, checkpoint.ours)
     if (whole / "model.safetensors").exists():
@@ -194,8 +200,8 @@ def test_large_tensors_are_written_as_small_ones(layout: str, dtype, stored, tmp
 @pytest.mark.parametrize("chunk", [(7, 2, 5), (7, 2, 2), (3, 1, 5), (1, 2, 5), (2, 2, 3)])
 def test_any_part_of_any_chunks(chunk: tuple[int, ...], held: int, tmp_path, monkeypatch):
     """Slices that fit the chunks and that do not, read back and forth, of which none changes another."""
-    monkeypatch.setattr(formats, "PIECE", 8)
-    monkeypatch.setattr(formats, "HELD", held)
+    set_piece(monkeypatch, 8)
+    monkeypatch.setattr(orbax, "CACHED", held)
     array = np.arange(70, dtype=np.float32).reshape(7, 2, 5)
     write_orbax(tmp_path, {"a": Tensor.of(array), "b": Tensor.of(-array)}, chunks={"a": chunk, "b": chunk})
     stored = read_orbax(tmp_path)
@@ -211,8 +217,8 @@ def test_each_chunk_is_decoded_once(tmp_path, monkeypatch):
     """All layers in one chunk, as Orbax stores them: reading layer by layer decodes it once, not once for each."""
     array = np.arange(70, dtype=np.float32).reshape(7, 2, 5)
     write_orbax(tmp_path, {"a": Tensor.of(array)})
-    decode, calls = formats._decode, []
-    monkeypatch.setattr(formats, "_decode", lambda view: calls.append(view) or decode(view))
+    decode, calls = orbax._decode, []
+    monkeypatch.setattr(orbax, "_decode", lambda view: calls.append(view) or decode(view))
     tensor = read_orbax(tmp_path)["a"]
     for part in (0, 1):
         for layer in range(7):
@@ -490,6 +496,6 @@ def test_verification_reads_what_was_written(stored, tmp_path, monkeypatch):
         file.write_bytes(data)
 
     monkeypatch.setattr(checkpoints, "write_safetensors", corrupt)
-    with pytest.raises(CheckpointError, match="was not written as it was read"):
+    with pytest.raises(CheckpointError, match="differs from what was read"):
         convert(stored["pi0_jax"], tmp_path / "out", to="pi0_torch")
     assert not list(tmp_path.iterdir())

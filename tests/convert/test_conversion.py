@@ -11,7 +11,7 @@ import pytest
 
 from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from convert.conversion import convert, main
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.lora import merge_lora
 from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
@@ -60,10 +60,10 @@ def test_float32_of_bfloat16_is_exact(source, tmp_path):
 @pytest.mark.parametrize("action_dim", [4, 10])
 def test_action_dims_are_cut_or_padded(action_dim: int, source, tmp_path):
     said: list[str] = []
-    options = {"action_dim": action_dim, "action_horizon": 9, "say": said.append}
+    options = {"action_dim": action_dim, "action_horizon": 9, "log": said.append}
     result = convert(source, tmp_path / "out", to="pi0_torch", **options)
     assert (result.assets.model.action_dim, result.assets.model.action_horizon) == (action_dim, 9)
-    assert "7 -> " in said[0] and ("padded" if action_dim > 7 else "cut") in said[0] and "5 -> 9" in said[1]
+    assert "7 -> " in said[0] and ("padded" if action_dim > 7 else "truncated") in said[0] and "5 -> 9" in said[1]
     both = min(action_dim, 7)
     found, before = values(result), values(open_checkpoint(source))
     assert found["action_out_proj.kernel"].shape == (20, action_dim)
@@ -134,7 +134,7 @@ def test_merging_rounds_once(tmp_path):
 def test_pi0_fast_changes_as_the_others_do(tmp_path):
     """LoRA is merged; no parameter depends on the action dim."""
     source, said = write(random_checkpoint("tiny_pi0_fast_lora"), tmp_path / "lora"), []
-    result = convert(source, tmp_path / "out", to="lerobot", lora="merge", action_dim=9, say=said.append)
+    result = convert(source, tmp_path / "out", to="lerobot", lora="merge", action_dim=9, log=said.append)
     assert said[:2] == ["LoRA of paligemma merged in float32", "action_dim 7 -> 9: no parameter depends on it"]
     assert result.assets.model == get_variant("tiny_pi0_fast", action_dim=9)
 
@@ -196,7 +196,7 @@ def test_verification_is_asked_for_by_size(source, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.conversion.verify_equal", lambda a, b: calls.append(1))
     convert(source, tmp_path / "a", to="pi0_torch")
     convert(source, tmp_path / "b", to="pi0_torch", verify=False)
-    monkeypatch.setattr("convert.conversion.SMALL", 10)
+    monkeypatch.setattr("convert.conversion.VERIFIED_SIZE", 10)
     convert(source, tmp_path / "c", to="pi0_torch")
     assert len(calls) == 1
 

@@ -14,7 +14,7 @@ from convert.conversion import convert, main
 from convert.formats.npz import read_npz
 from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.inspection import inspect
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import CheckpointError, Tensor
 from pi0.parameters import LayoutError, parameters
 from pi0.variants import get_variant
@@ -58,7 +58,7 @@ def test_a_new_action_expert_on_paligemma(layout: str, paligemma, tmp_path):
         {n: t for n, t in opened.ours.items() if n not in expert}, {n: Tensor.of(x) for n, x in paligemma.items()}
     )
     said: list[str] = []
-    written = convert(source, tmp_path / "start", to="pi0_torch", config=PI0, fresh=7, say=said.append)
+    written = convert(source, tmp_path / "start", to="pi0_torch", config=PI0, fresh=7, log=said.append)
     assert any("newly initialized" in line for line in said)
     assert_same(written.ours, opened.ours)  # drawn from the seed, whenever it is read
     other = open_checkpoint(source, PI0, fresh=8)

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoints import Checkpoint, CheckpointError, write_checkpoint, write_orbax, write_safetensors
+from convert.checkpoints import Checkpoint, write_checkpoint
 from convert.conversion import convert
-from convert.layouts import LAYOUTS
-from convert.tensors import Tensor
+from convert.formats.orbax import write_orbax
+from convert.formats.safetensors import write_safetensors
+from convert.layouts.registry import LAYOUTS
+from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
 from pi0.parameters import LayoutError, parameters
 from pi0.storage import new_folder

@@ -11,7 +11,7 @@ import pytest
 from convert.checkpoints import Checkpoint, write_checkpoint
 from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.inspection import inspect, main
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.parameters import parameters

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from convert.checkpoints import detect, infer_config
-from convert.layouts import LAYOUTS
 from convert.layouts.layout import Layout, Rule
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
 from pi0.parameters import LayoutError, lora_of, parameters
@@ -155,7 +155,7 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
 def test_sizes_follow_from_shapes(config: ModelConfig):
     side = config.image_resolution[0]
     shapes = LAYOUTS["openpi_jax"].shapes(
-        ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side], "dtype": "bfloat16"})
+        ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side]}).with_runtime(dtype="bfloat16")
     )
     layout, kind, lora = detect(shapes)
     found = infer_config(layout, kind, shapes, lora)
@@ -177,10 +177,10 @@ def test_sizes_that_do_not_follow_are_asked_for(name: str):
 def test_a_layout_is_found_by_its_names(name: str, variant: str):
     config, layout = get_variant(variant), LAYOUTS[name]
     if config.kind not in layout.kinds:
-        with pytest.raises(LayoutError, match=f"{name} has no place for {config.kind}; it is one of "):
+        with pytest.raises(LayoutError, match=f"{name} cannot hold {config.kind}; it holds "):
             layout.shapes(config)
     elif lora_of(config) and not layout.has_lora:
-        with pytest.raises(LayoutError, match="no place for LoRA"):
+        with pytest.raises(LayoutError, match="cannot hold LoRA"):
             layout.shapes(config)
     else:
         found, kind, lora = detect(layout.shapes(config))

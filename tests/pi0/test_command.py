@@ -14,7 +14,7 @@ WRITING = {
     "convert.conversion": ["tests/golden/pi0/checkpoint", GS, "--to", "pi0_torch"],
     "pi0_eval.replay": ["x", "bundled://metaworld_v30", "--out", GS],
     "pi0_eval.scores": ["x", "--json", GS],
-    "pi0_eval.parity.compare": ["x", "y", "--html", GS],
+    "pi0_eval.parity.command": ["x", "y", "--html", GS],
     "pi0_eval.bench": ["--json", GS],
     "pi0_eval.demo": ["--workdir", GS],
     "pi0.datasets.statistics": [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 
 from pi0.plots import plot_latency
 from pi0.variants import get_variant
-from pi0_eval.bench import Case, Report, Result, benchmark, costs, main, roofline_ms
+from pi0_eval.bench import Case, Report, Result, benchmark, cases_of, costs, main, roofline_ms
 
-CASE = Case("bench", "jax", "fast", "", None, "float32", cameras=3, batch=1, steps=10, repeats=2)
+CASE = Case("bench", "jax", "sampler", "", None, "float32", cameras=3, batch=1, steps=10, repeats=2)
 RESULT = Result(
     CASE, "cpu", 9e3, 580.0, 600.0, 650.0, {"vision": 100.0, "prefix": 200.0, "step": 30.0}, 1e3, 3e11, 1e10
 )
@@ -35,7 +36,7 @@ def test_costs_of_one_product_each():
 
 def test_costs_of_a_token():
     """All layers, the output layer, and the cache: each read once."""
-    config = dataclasses.replace(get_variant("tiny_pi0_fast"), dtype="float32")
+    config = get_variant("tiny_pi0_fast", dtype="float32")
     gemma, seen = config.paligemma, config.prefix_len
     heads = gemma.num_heads * gemma.head_dim
     kept = 2 * gemma.num_kv_heads * gemma.head_dim
@@ -53,13 +54,13 @@ def test_roofline_is_arithmetic_or_memory():
 
 
 def test_report(tmp_path: Path):
-    slower = dataclasses.replace(RESULT, case=dataclasses.replace(CASE, path="plain"), stages_ms={}, flops=1e11)
+    slower = dataclasses.replace(RESULT, case=dataclasses.replace(CASE, path="model"), stages_ms={}, flops=1e11)
     report = Report([RESULT, slower])
     assert report.ceilings("float32") == (3e11, 1e10)
-    assert "jax fast" in report.table() and "300 GFLOP/s, 10 GB/s" in report.table()
+    assert "jax sampler" in report.table() and "300 GFLOP/s, 10 GB/s" in report.table()
     row = json.loads(report.to_json())[0]
     assert row["ratio"] == pytest.approx(600 / row["roofline_ms"])
-    plot_latency({"fast": (600.0, 330.0), "plain": (900.0, 330.0)}, tmp_path / "bench.png")
+    plot_latency({"sampler": (600.0, 330.0), "model": (900.0, 330.0)}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
@@ -70,6 +71,8 @@ def test_report(tmp_path: Path):
         (["--batch", "0"], "at least 1"),
         (["--model", "pi9"], "unknown model variant"),
         (["--model", "tiny_pi0_fast", "--steps", "1"], "the first is the prefix's"),
+        (["--framework", "jax", "--backend", "sdpa"], "--backend and --compile are for PyTorch's sampler"),
+        (["--path", "model", "--compile"], "--backend and --compile are for PyTorch's sampler"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -82,12 +85,30 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "tiny_pi0_fast"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("path", ["plain", "fast"])
+@pytest.mark.parametrize("path", ["model", "sampler"])
 def test_a_run(model: str, framework: str, path: str):
-    backend = "sdpa" if (framework, path) == ("torch", "fast") else ""
+    backend = "sdpa" if (framework, path) == ("torch", "sampler") and model == "tiny" else ""
     case = Case(model, framework, path, backend, None, "bfloat16", cameras=1, batch=2, steps=2, repeats=3)
     (result,) = benchmark([case]).results
     assert result.best_ms <= result.median_ms <= result.p99_ms
     assert result.peak_mib > 100 and result.flops > 1e9 and result.bandwidth > 1e8
-    assert bool(result.stages_ms) == (path == "fast" or model == "tiny_pi0_fast")
+    assert bool(result.stages_ms) == (path == "sampler" or model == "tiny_pi0_fast")
     assert (result.tokens_per_second is None) == (model == "tiny")
+
+
+def test_options_without_effect_make_no_cases():
+    """A backend makes a case of PyTorch's sampler alone."""
+    parsed = argparse.Namespace(
+        model=["tiny"],
+        framework=["jax", "torch"],
+        path=["model", "sampler"],
+        backend=["sdpa", "eager"],
+        compile=None,
+        dtype=["float32"],
+        cameras=[1],
+        batch=[1],
+        steps=2,
+        repeats=1,
+    )
+    names = [case.name for case in cases_of(parsed)]
+    assert names == ["jax model", "jax sampler", "torch model", "torch sampler sdpa", "torch sampler eager"]

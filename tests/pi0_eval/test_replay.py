@@ -58,6 +58,9 @@ class Rote(Policy):
         self.draws[observation.state.tobytes()] = draw + 1
         return np.stack([self.known[state.tobytes()] + np.float32(draw / 10) for state in observation.state])
 
+    def sample_with_subtask(self, observation, noise, subtask):
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize("every", [None, 2])
 def test_a_policy_that_knows_the_recording(every: int | None):
@@ -97,7 +100,7 @@ def test_figures_by_hand():
     assert figures["episodes"][1] == {"episode": 7, "task": "b", "frames": 1, "mae": [0, 1], "mse": [0, 2]}
     assert (figures["frames"], figures["chunks"], figures["failed_chunks"]) == (3, 4, 1)
     text = table(figures)
-    assert "within 25%" in text and "constant" in text and "1 of 4 chunks were no actions" in text
+    assert "within 25%" in text and "constant" in text and "1 of 4 chunks did not decode to actions" in text
 
 
 @pytest.mark.parametrize("options", [{"every": 6}, {"every": 0}, {"draws": 0}, {"batch_size": 0}])

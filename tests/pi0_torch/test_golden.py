@@ -6,7 +6,7 @@ import torch
 
 import pi0_torch
 from convert.checkpoints import open_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.lora import merge_lora
 from convert.tensors import Tensor
 from pi0_torch.loading import parameters_of, to_torch, with_parameters

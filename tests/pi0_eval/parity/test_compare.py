@@ -8,28 +8,19 @@ import numpy as np
 import pytest
 
 from convert.checkpoints import Checkpoint, write_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.parameters import Parameter, parameters
 from pi0.storage import new_folder
 from pi0.variants import SO400M, get_variant
-from pi0_eval.parity.compare import (
-    Inputs,
-    ParityError,
-    Results,
-    assert_parity,
-    compare,
-    errors,
-    exact_matmuls,
-    main,
-    run_jax,
-    run_torch,
-)
+from pi0_eval.parity.command import main
+from pi0_eval.parity.compare import assert_parity, compare, errors
+from pi0_eval.parity.frameworks import FRAMEWORKS as RUN
+from pi0_eval.parity.frameworks import Results, exact_matmuls
 from pi0_eval.parity.html import to_html
-
-RUN = {"jax": run_jax, "torch": run_torch}
+from pi0_eval.parity.inputs import Inputs, ParityError
 
 
 def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) -> np.ndarray:

@@ -12,15 +12,16 @@ import pytest
 import yaml
 
 from convert.checkpoints import Checkpoint, write_checkpoint
-from convert.layouts import LAYOUTS
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0 import __version__
 from pi0.assets import Assets
 from pi0.parameters import parameters
 from pi0.storage import new_folder
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Report, Row, main
+from pi0_eval.parity.command import main
 from pi0_eval.parity.html import to_html
+from pi0_eval.parity.report import Report, Row
 
 DOCS = Path(__file__).parents[3] / "docs"
 SINGLE = ("image tokens", "prefix tokens", "suffix tokens", "prefix out", "suffix out", "velocity", "loss")

@@ -1,0 +1,132 @@
+"""Run a checkpoint in JAX or PyTorch and collect the outputs of all stages.
+
+Axes: B batch, L layers, T action horizon, A action dim, D decoded tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from convert.checkpoints import Checkpoint
+from convert.layouts.registry import LAYOUTS
+from pi0.config import ModelConfig
+from pi0.observation import Observation
+from pi0_eval.parity.inputs import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What one model computed: `stages` by name, in order, and `gradients` of the mean loss by parameter name."""
+
+    stages: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """Compute float32 matrix products in full float32, not in TF32 or bfloat16, in every installed framework."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import jax
+
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        with contextlib.suppress(ImportError):
+            import torch
+
+            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+            for backend in backends:
+                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                backend.allow_tf32 = False
+        yield
+
+
+def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
+    """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pi0_jax.loading import Model, parameters_of, with_parameters
+
+    # By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes.
+    @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    def run(model: Model, observation: Observation, actions: Any, noise: Any, time: Any) -> Any:
+        def mean_loss(model: Model) -> tuple[jax.Array, dict[str, jax.Array]]:
+            stages: dict[str, jax.Array] = {}
+            return model.compute_loss(observation, actions, noise, time, stages=stages).mean(), stages
+
+        if gradients:
+            gradient, stages = jax.grad(mean_loss, has_aux=True)(model)
+        else:
+            gradient, stages = None, mean_loss(model)[1]
+        return stages, gradient, model.sample(observation.prompt_only(), noise, num_steps)
+
+    model = with_parameters(config, {name: jnp.asarray(t.read(())) for name, t in checkpoint.ours.items()})
+    stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
+    by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
+    return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
+
+
+def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
+    """All stages of a checkpoint in PyTorch; `num_steps` as in `model.sample`."""
+    import torch
+
+    from pi0_torch.loading import parameters_of, to_device, to_numpy, to_torch, with_parameters
+
+    tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("pi0_torch").items()}
+    model = with_parameters(config, tensors)
+    observation = to_device(inputs.observation)
+    actions, noise, time = map(torch.from_numpy, (inputs.actions, inputs.noise, inputs.time))
+    stages: dict[str, torch.Tensor] = {}
+    by_name: dict[str, np.ndarray] = {}
+    with torch.set_grad_enabled(gradients):
+        loss = model.compute_loss(observation, actions, noise, time, stages=stages)
+    if gradients:
+        names, params = zip(*model.named_parameters(), strict=True)
+        values = torch.autograd.grad(loss.mean(), params, materialize_grads=True)
+        theirs = parameters_of(dict(zip(names, values, strict=True)))
+        by_name = {n: tensor.read(()) for n, tensor in LAYOUTS["pi0_torch"].to_ours(config, theirs).items()}
+    sampled = model.sample(observation.prompt_only(), noise, num_steps)
+    return Results(_ordered({n: to_numpy(x) for n, x in stages.items()}, to_numpy(sampled)), by_name)
+
+
+FRAMEWORKS = {"jax": run_jax, "torch": run_torch}
+
+
+def _ordered(stages: dict[str, np.ndarray], sampled: np.ndarray) -> dict[str, np.ndarray]:
+    """The stages in order of computation, one entry per layer; of the prefix only unmasked tokens."""
+    valid = stages["prefix_valid"]
+
+    def layers(name: str, key: str, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        return {f"{name} {i}": x if mask is None else x[mask] for i, x in enumerate(stages[key])}
+
+    prefix = {
+        **layers("vision layer", "vision.layers"),
+        "image tokens": stages["image_tokens"],
+        "prefix tokens": stages["prefix_tokens"][valid],
+    }
+    if "logits" in stages:
+        return {
+            **prefix,
+            **layers("prefix layer", "prefix_layers", valid),
+            "pre-logits": stages["pre_logits"][valid],
+            "logits": stages["logits"][valid[:, -stages["logits"].shape[1] :]],
+            "loss": stages["loss"],
+            "tokens": sampled,
+        }
+    return {
+        **prefix,
+        "suffix tokens": stages["suffix_tokens"],
+        **layers("prefix layer", "prefix_layers", valid),
+        **layers("suffix layer", "suffix_layers"),
+        "prefix out": stages["prefix_out"][valid],
+        "suffix out": stages["suffix_out"],
+        "velocity": stages["velocity"],
+        "loss": stages["loss"],
+        "actions": sampled,
+    }
