@@ -36,10 +36,10 @@ class Episode:
 
 
 class Contents(NamedTuple):
-    """What a dataset has, without its rows.
+    """A dataset without its rows. `episodes` may be read lazily.
 
-    `features` has a table for each column, as LeRobot's `info.json`: {"dtype": "float32", or "image" for a camera,
-    "shape": [dims], "names": of the dimensions, optional}. `episodes` may be read lazily.
+    `features` describes columns as LeRobot's `info.json`: {"dtype": "float32", or "image" for a camera, "shape":
+    [dims], "names": of the dimensions, optional}.
     """
 
     fps: float
@@ -51,13 +51,13 @@ class Dataset(Protocol):
     """Random access by frame to recorded episodes, in the order chosen.
 
     A format inherits this class, implements `contents`, `read_columns` and `decode`, and overrides what differs.
-    `root` is a folder or an address of `pi0.fetch`, such as
-    `hf://datasets/lerobot/pusht`. What is read: `episodes` (default: all), `cameras` (default: all image columns), and
-    the columns of `states` and `actions`, the latter in chunks of `action_horizon` T. `image_size` (height, width)
-    resizes images as `resize_with_pad` does. `cache` is a folder that `pi0-cache` filled for that size, or "memory":
-    then each image is decoded only once. With `skip_damaged`, episodes whose files or numbers are damaged are left out
-    and listed in `skipped`; detecting images that cannot be decoded takes `pi0-check-data`. Recorded images of more
-    than `max_pixels` are refused before they are decoded. Threads may share a dataset.
+    `root` is a folder or an address of `pi0.fetch`, such as `hf://datasets/lerobot/pusht`. What is read: `episodes`
+    (default: all), `cameras` (default: all image columns), and the columns of `states` and `actions`, the latter in
+    chunks of `action_horizon` T. `image_size` (height, width) resizes images as `resize_with_pad` does. `cache` is a
+    folder that `pi0-cache` filled for that size, or "memory": then each image is decoded only once. With
+    `skip_damaged`, episodes whose files or numbers are damaged are left out and listed in `skipped`; detecting images
+    that cannot be decoded takes `pi0-check-data`. Recorded images of more than `max_pixels` are refused before they are
+    decoded. Threads may share a dataset.
 
     Attributes: `fps`, frames per second; `features`, as in `Contents`; `episodes`, those that are read, and
     `every_episode`; `starts` [E + 1], the first frame of each episode, and the number of frames; `cameras`, the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,7 @@ class Video:
             first = next(self._frames, None)
             if first is None or first.time < time + self._half:
                 break
-        self._frames = iter([]) if first is None else _chain(first, self._frames)
-
-
-def _chain(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest
+        self._frames = iter([]) if first is None else itertools.chain([first], self._frames)
 
 
 class EncodedImages:

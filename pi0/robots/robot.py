@@ -195,6 +195,11 @@ class Robot:
         return {f"image/{camera}": to_uint8(image, camera) for camera, image in images.items()} | masks
 
 
+def default_cameras(**cameras: str) -> Any:
+    """A dataclass field for `cameras` with this default."""
+    return dataclasses.field(default_factory=lambda: dict(cameras))
+
+
 def to_uint8(image: Any, where: str) -> np.ndarray:
     """An image [H, W, 3] or [3, H, W], uint8 or float in [0, 1], as uint8 [H, W, 3].
 

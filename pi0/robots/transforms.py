@@ -22,6 +22,7 @@ from PIL import Image
 
 from pi0.robots.normalize import MODES, NormStats
 from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
+from pi0.tokenizers.text import TextTokenizer
 
 Data = dict[str, Any]
 
@@ -34,14 +35,6 @@ class Step(Protocol):
     """A step: returns a new dict and does not modify its input. Invertible steps have `inverse` of the same form."""
 
     def __call__(self, data: Data) -> Data: ...
-
-
-class PromptTokenizer(Protocol):
-    """The tokenizer of TokenizePrompt: ids int32 [L] and mask bool [L] of a prompt, with the state [S] if given."""
-
-    def encode_prompt(
-        self, text: str, max_len: int, state: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +182,7 @@ class TokenizePrompt:
     as openpi does. Raises ValueError without a prompt, and without actions for one with a state that is too long.
     """
 
-    tokenizer: PromptTokenizer
+    tokenizer: TextTokenizer
     max_token_len: int
     state_in_prompt: bool
 

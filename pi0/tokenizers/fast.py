@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pi0.fetch import fetch
-from pi0.storage import local_path
+from pi0.storage import local_path, new_folder
 from pi0.tokenizers.text import require_sha256
 
 FAST = "hf://physical-intelligence/fast"
@@ -183,13 +181,9 @@ class FASTTokenizer:
         if folder.exists() and not (overwrite and {f.name for f in folder.iterdir()} <= set(files)):
             hint = "it has other files than a FAST tokenizer's" if overwrite else "--overwrite replaces it"
             raise FileExistsError(f"{folder} exists already: choose another folder ({hint})")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with new_folder(folder, overwrite) as temporary:
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
         self.source = str(folder)
 
     def reference(self) -> dict[str, str]:
