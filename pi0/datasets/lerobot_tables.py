@@ -81,7 +81,7 @@ def read_info(root: Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
     if not file.exists():
         raise DataError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
-    info = parse_json(file.read_bytes(), file)
+    info = parse_json(file.read_bytes(), file, "it")
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if not isinstance(version, str) or version not in VERSIONS:
         how = {"v2.0": "v21.convert_dataset_v20_to_v21", "v1.6": "v2.convert_dataset_v1_to_v2"}.get(str(version))
