@@ -24,6 +24,7 @@ class Pipeline:
 
     robot: Robot
     transforms: t.Transforms
+    tokenizer: TextTokenizer  # of the transforms: it counts the prompts that were too long
 
     @classmethod
     def from_assets(cls, assets: Assets) -> Pipeline:
@@ -57,7 +58,7 @@ class Pipeline:
             PROMPTS[family.prompt](assets, tokenizer, robot),
             t.PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
         ]
-        return cls(robot, t.Transforms(steps))
+        return cls(robot, t.Transforms(steps), tokenizer)
 
     @property
     def recipe(self) -> t.TokenizeRecipe | None:
