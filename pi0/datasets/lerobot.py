@@ -171,6 +171,8 @@ def _flat(column: pa.ChunkedArray, name: str, size: int = 1) -> np.ndarray:
         for frame in np.flatnonzero(lengths != size)[:1]:
             raise DataError(f"{name} has length {lengths[frame]}, info.json says {size}", frame=int(frame))
         values = pc.list_flatten(column)
+    elif size != 1:
+        raise DataError(f"{name} is {column.type}; info.json says {size} numbers in each row")
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
         raise DataError(f"{name} is {column.type}; expected {size} numbers in each row")
     return values.to_numpy(zero_copy_only=False)

@@ -138,7 +138,7 @@ def read_parquet(
         raise DataError("the file is missing", file)
     try:
         schema = pq.read_schema(file)
-        texts = [name for name in schema.names if pa.types.is_string(schema.field(name).type)]
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
         with pq.ParquetFile(file, read_dictionary=texts) as parquet:
             known, meta = schema.names, parquet.metadata
             missing = [column for column in columns or () if column not in known]
