@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pi0.reading import read_json
 from pi0.storage import write_text
 
 EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
@@ -113,11 +114,8 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
     Raises FileNotFoundError, or ValueError naming the file and the entry that is missing or wrong.
     """
     path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
+    content = read_json(path)
+    if not isinstance(content.get("norm_stats"), dict):
         raise ValueError(f'{path}: expected an object {{"norm_stats": {{...}}}}')
     return {key: _entry(f"{path}: {key!r}", entry) for key, entry in content["norm_stats"].items()}
 
