@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0 import __version__
-from pi0.config import ConfigError, ModelConfig, from_dict
+from pi0.config import ModelConfig, from_dict
 from pi0.fetch import fetch
 from pi0.reading import read_json
 from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats

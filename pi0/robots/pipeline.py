@@ -10,6 +10,7 @@ import numpy as np
 
 from pi0.assets import Assets, AssetsError
 from pi0.robots import transforms as t
+from pi0.robots.normalize import check_norm_stats
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
 from pi0.tokenizers.fast import FASTTokenizer
@@ -40,8 +41,10 @@ class Pipeline:
         assert assets.normalization is not None and assets.tokenizer is not None
         try:
             robot = make_robot(assets.robot, imports=False)
+            dims = {"state": robot.state_dim, "actions": robot.action_dim}
+            check_norm_stats(stats, assets.normalization, dims, model.action_dim)
         except ValueError as error:
-            raise AssetsError(str(error)) from error
+            raise AssetsError(f"assets {assets.asset_id!r} of robot {assets.robot!r:.80}: {error}") from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
