@@ -20,9 +20,7 @@ Model = Pi0 | Pi05 | Pi0Fast
 MODELS: dict[str, type[Pi0] | type[Pi05] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
-def load(
-    path: str | Path, *, dtype: Any = None, param_dtype: Any = None, config: ModelConfig | None = None
-) -> Model:
+def load(path: str | Path, *, dtype: Any = None, param_dtype: Any = None, config: ModelConfig | None = None) -> Model:
     """The model of a checkpoint: ours, or an openpi `params` folder of either style; `gs://` and `hf://` too.
 
     `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
@@ -40,7 +38,9 @@ def load_model(
     runtime = {"dtype": dtype, "attention": attention}
     model = checkpoint.assets.model.with_runtime(**{k: v for k, v in runtime.items() if v is not None})
     kept = None if param_dtype is None else canonical_dtype(param_dtype, "param_dtype")
-    params = {name: jnp.asarray(tensor.read(()), dtype=kept or tensor.dtype) for name, tensor in checkpoint.ours.items()}
+    params = {
+        name: jnp.asarray(tensor.read(()), dtype=kept or tensor.dtype) for name, tensor in checkpoint.ours.items()
+    }
     return with_parameters(model, params)
 
 
