@@ -299,8 +299,8 @@ def parse_json(text: bytes, file: Path, where: str) -> Any:
 
 def is_camera(feature: Mapping[str, Any]) -> bool:
     """Whether a feature is color images; depth maps are not."""
-    about = {**(feature.get("video_info") or {}), **(feature.get("info") or {}), **feature}
-    depth = any(about.get(key, False) for key in ("is_depth_map", "video.is_depth_map"))
+    places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
+    depth = any(place.get(key) for place in places for key in ("is_depth_map", "video.is_depth_map"))
     return feature["dtype"] in ("video", "image") and not depth
 
 
