@@ -135,7 +135,7 @@ def test_norm_stats_are_checked_at_load(change: dict, problem: str):
 
 def test_a_prompt_that_would_be_cut(tmp_path, caplog: pytest.LogCaptureFixture):
     """Where the state would be cut it is refused; a plain prompt is cut with a warning, as openpi does."""
-    item, long = DATASET[10], {"prompt": "open the drawer " * 20}
+    item, long = DATASET[10], {"prompt": "open the drawer " * 60}
     long = {key: value for key, value in item.items() if key != "task"} | long
     plain = Pipeline.from_assets(assets("tiny"))
     assert plain(long, actions=False)["tokenized_prompt_mask"].all() and "was cut" in caplog.text
