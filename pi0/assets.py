@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0 import __version__
-from pi0.config import ConfigError, ModelConfig, from_dict
+from pi0.config import ModelConfig, from_dict
 from pi0.fetch import fetch
 from pi0.reading import read_json
 from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats
@@ -143,7 +143,7 @@ def read_optional(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         path = below(folder, name)
         return read_json(path, error=AssetsError)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except AssetsError:
         raise
