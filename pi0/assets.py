@@ -7,6 +7,7 @@ norm stats are in `assets/<asset_id>/norm_stats.json`, as in openpi's checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -106,10 +107,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
-def fetch_norm_stats(checkpoint: str | Path, asset_id: str) -> dict[str, NormStats]:
-    """The norm stats of a base checkpoint's `asset_id`, to fine-tune it on a robot of its training data.
+def fetch_norm_stats(source: str | Path, asset_id: str) -> dict[str, NormStats]:
+    """The norm stats of `asset_id` that a base checkpoint has, or that `pi0-stats --out SOURCE` wrote.
 
-    `checkpoint` is any address of `pi0.fetch`; only the stats are downloaded: fetch_norm_stats(
-    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises as `fetch` and `load_norm_stats` do.
+    `source` is any address of `pi0.fetch`; only the stats are downloaded: fetch_norm_stats(
+    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises as `fetch` and `load_norm_stats` do, and
+    FileNotFoundError that names both places.
     """
-    return load_norm_stats(fetch(f"{str(checkpoint).rstrip('/')}/assets/{asset_id}/norm_stats.json"))
+    address = str(source).rstrip("/")
+    places = [f"{address}/assets/{asset_id}/norm_stats.json", f"{address}/{asset_id}/norm_stats.json"]
+    for place in places:
+        with contextlib.suppress(FileNotFoundError):
+            return load_norm_stats(fetch(place))
+    raise FileNotFoundError(f"there are no norm stats of {asset_id!r}: neither {places[0]} nor {places[1]}")
