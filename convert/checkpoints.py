@@ -58,11 +58,14 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The stored tensors of a checkpoint's file or folder `weights`; its sidecar files are in the folder `beside`."""
+    """The tensors stored in the file or folder `weights` of a checkpoint, by their names there.
+
+    `sidecars` is the folder of its sidecar files.
+    """
 
     folder: Path
     weights: Path
-    beside: Path
+    sidecars: Path
     tensors: dict[str, Tensor]
 
 
@@ -79,9 +82,9 @@ def read_tensors(
     for file, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
         if (folder / file).exists():
             return Stored(folder, folder / file, folder, read(folder / file))
-    for params, beside in ((folder / "params", folder), (folder, folder.parent)):
+    for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
-            return Stored(folder, params, beside, read_orbax(params, dtype))
+            return Stored(folder, params, sidecars, read_orbax(params, dtype))
     raise CheckpointError(f"{folder} contains neither model.safetensors (or its index) nor an Orbax params folder")
 
 
@@ -122,7 +125,7 @@ def open_checkpoint(
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
     assets = find_assets(stored, layout, kind, lora, config, asset_id)
-    norm_stats = norm_stats_files(stored.beside)
+    norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
         ours = layout.to_ours(assets.model, tensors)
@@ -145,11 +148,11 @@ def find_assets(
     asset_id: str | None = None,
 ) -> Assets:
     """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`."""
-    assets = Assets.load(stored.beside)
+    assets = Assets.load(stored.sidecars)
     if assets is None or asset_id not in (None, assets.asset_id):
         shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        model = config or (assets and assets.model) or read_model(stored.beside, kind)
-        return read_assets(stored.beside, model or infer_config(layout, kind, shapes, lora), asset_id)
+        model = config or (assets and assets.model) or read_model(stored.sidecars, kind)
+        return read_assets(stored.sidecars, model or infer_config(layout, kind, shapes, lora), asset_id)
     return assets if config is None else dataclasses.replace(assets, model=config)
 
 

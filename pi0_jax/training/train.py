@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ def train(config: RunConfig, workdir: str | Path, *, profile: bool = False) -> d
     last: dict[str, float] = {}
     with (
         jax.set_mesh(mesh),
+        closing(checkpoints),
         load(training, start=start) as batches,
         load(validation) if validation else nullcontext() as held_out,
         Metrics(
@@ -143,7 +144,6 @@ def train(config: RunConfig, workdir: str | Path, *, profile: bool = False) -> d
                 checkpoints.save(done, inference_params(state), state, assets, last)
             if stop:
                 break
-        checkpoints.close()
     if start < config.steps and stop:
         raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
