@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
