@@ -144,7 +144,7 @@ def read_optional(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         path = below(folder, name)
         return read_json(path, error=AssetsError)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except AssetsError:
         raise
