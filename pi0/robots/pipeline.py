@@ -42,12 +42,15 @@ class Pipeline:
         assert assets.normalization is not None and assets.tokenizer is not None
         try:
             robot = make_robot(assets.robot, imports=False)
+        except ValueError as error:
+            raise AssetsError(str(error)) from error
+        try:
             dims = {"state": robot.state_dim, "actions": robot.action_dim}
             check_norm_stats(stats, assets.normalization, dims, model.action_dim)
             if unknown := sorted(set(robot.cameras.values()) - set(model.image_keys)):
                 raise ValueError(f"its cameras are the model's {unknown}; the model has {list(model.image_keys)}")
         except ValueError as error:
-            raise AssetsError(f"assets {assets.asset_id!r} of robot {assets.robot!r:.80}: {error}") from error
+            raise AssetsError(f"assets {assets.asset_id!r} do not fit {type(robot).__name__}: {error}") from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
