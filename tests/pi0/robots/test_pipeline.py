@@ -117,7 +117,7 @@ def test_refusals(change: dict, named: str):
     [
         (
             {"robot": "droid"},
-            "assets 'metaworld' do not fit Droid: norm stats of 'state' have 4 dimensions, the robot has 8",
+            "assets 'metaworld' do not fit Droid: norm stats of 'state' have 4 dimensions",
         ),
         ({"norm_stats": {}}, "norm stats lack"),
         ({"normalization": "minmax"}, "unknown normalization mode"),
