@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import json
+import os
 import re
 import sys
 import textwrap
@@ -129,9 +131,21 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
 
 
-@exit_on_error("pi0")
 def main() -> None:
     """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
+    try:
+        _run_command()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # Interpreters whose JAX was interrupted while it compiled crash when they are finalized.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+
+
+@exit_on_error("pi0")
+def _run_command() -> None:
     name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
     arguments = sys.argv[1:]
     if not name:
