@@ -25,13 +25,18 @@ HEADER = 10_000  # bytes of an .npy header, as in NumPy
 
 def read_bytes(file: Path, *, limit: int, error: type[ValueError] = ValueError) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError, or `error` for any other file."""
-    if file.exists() and not file.is_file():  # a pipe or a device may have no end
-        raise error(f"{file} is not a regular file")
+    require_regular(file, error)
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise error(f"{file} has more than {limit:,} bytes, the most that is read of such a file")
     return content
+
+
+def require_regular(file: Path, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` for a pipe or a device, which may have no end, and for a folder."""
+    if file.exists() and not file.is_file():
+        raise error(f"{file} is not a regular file")
 
 
 def read_text(file: Path, *, limit: int = MAX_JSON, error: type[ValueError] = ValueError) -> str:
@@ -114,6 +119,7 @@ def read_npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool
 
 def read_npz(file: Path, *, limit: int = FREE_EXPANSION, error: type[ValueError] = ValueError) -> dict[str, np.ndarray]:
     """All arrays of an npz file, of at most `limit` bytes together; nothing is unpickled. Raises OSError or `error`."""
+    require_regular(file, error)
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {}

@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import CheckpointError, Index, Tensor, mapped
-from pi0.reading import read_npy_header, require_stored
+from pi0.reading import read_npy_header, require_regular, require_stored
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
     """The arrays of an npz file, memory-mapped unless compressed. Raises CheckpointError."""
     try:
+        require_regular(file)
         with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
             members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
             tensors = {m.filename.removesuffix(".npy"): _member(file, archive, stream, m) for m in members}

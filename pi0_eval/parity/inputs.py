@@ -9,6 +9,7 @@ import numpy as np
 
 from pi0.config import ModelConfig
 from pi0.observation import Observation, check_actions
+from pi0.reading import read_npz
 
 
 class ParityError(ValueError):
@@ -58,8 +59,7 @@ class Inputs:
     @classmethod
     def load(cls, file: Path, config: ModelConfig) -> Inputs:
         """Load an npz file with the keys of `Observation.to_dict`, `actions`, `noise`, `time`. Raises ParityError."""
-        with np.load(file) as arrays:
-            data = dict(arrays)
+        data = read_npz(file, error=ParityError)
         missing = sorted({"actions", "noise", "time"} - data.keys())
         if missing:
             raise ParityError(f"{file} lacks {missing}; it needs an observation's keys, actions, noise and time")
