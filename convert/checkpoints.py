@@ -61,11 +61,14 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The stored tensors of a checkpoint's file or folder `weights`; its sidecar files are in the folder `beside`."""
+    """The tensors stored in the file or folder `weights` of a checkpoint, by their names there.
+
+    `sidecars` is the folder of its sidecar files.
+    """
 
     folder: Path
     weights: Path
-    beside: Path
+    sidecars: Path
     tensors: dict[str, Tensor]
 
 
@@ -86,9 +89,9 @@ def read_tensors(
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
             return Stored(folder, file, folder, read(file))
-    for params, beside in ((folder / "params", folder), (folder, folder.parent)):
+    for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
-            return Stored(folder, params, beside, read_orbax(params, dtype))
+            return Stored(folder, params, sidecars, read_orbax(params, dtype))
     raise CheckpointError(f"{folder} contains neither model.safetensors (or its index) nor an Orbax params folder")
 
 
@@ -129,7 +132,7 @@ def open_checkpoint(
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
     assets = find_assets(stored, layout, kind, lora, config, asset_id)
-    norm_stats = norm_stats_files(stored.beside)
+    norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
         ours = layout.to_ours(assets.model, tensors)
@@ -155,12 +158,12 @@ def find_assets(
 
     Raises CheckpointError where a sidecar file is not the one that was written (`convert.checksums`).
     """
-    verify_sidecars(stored.beside)
-    assets = Assets.load(stored.beside)
+    verify_sidecars(stored.sidecars)
+    assets = Assets.load(stored.sidecars)
     if assets is None or asset_id not in (None, assets.asset_id):
         shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        model = config or (assets and assets.model) or read_model(stored.beside, kind)
-        return read_assets(stored.beside, model or infer_config(layout, kind, shapes, lora), asset_id)
+        model = config or (assets and assets.model) or read_model(stored.sidecars, kind)
+        return read_assets(stored.sidecars, model or infer_config(layout, kind, shapes, lora), asset_id)
     return assets if config is None else dataclasses.replace(assets, model=config)
 
 

@@ -87,7 +87,7 @@ def inspect(source: str | Path, *, layout: str | Layout | None = None, step: int
         lora_experts=lora,
         dtypes={group: dict(counts) for group, counts in dtypes.items()},
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        norm_stats=list(norm_stats_files(stored.beside)) or ([assets.asset_id] if assets and assets.asset_id else []),
+        norm_stats=list(norm_stats_files(stored.sidecars)) or ([assets.asset_id] if assets and assets.asset_id else []),
         step=assets.step if assets is not None else None,
         problems=problems,
     )

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.getoption(f"--run-{marker}"):
             skip = pytest.mark.skip(reason=f"marked {marker}: runs with --run-{marker}")
             for item in items:
-                if marker in item.keywords:
+                if item.get_closest_marker(marker):  # not in `keywords`, which has the names of folders too
                     item.add_marker(skip)
 
 

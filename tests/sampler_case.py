@@ -10,7 +10,7 @@ import numpy as np
 
 from pi0.config import ModelConfig
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs
+from pi0_eval.parity.inputs import Inputs
 
 TINY = get_variant("tiny")
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

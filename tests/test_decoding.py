@@ -20,7 +20,7 @@ from convert.tensors import Tensor
 from pi0.masks import block_mask
 from pi0.observation import Observation
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs
+from pi0_eval.parity.inputs import Inputs
 from tests.pi0_eval.parity.test_compare import random_parameters
 
 pytestmark = pytest.mark.usefixtures("highest_precision")

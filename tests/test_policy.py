@@ -270,7 +270,7 @@ def changed(**values: Any) -> dict[str, Any]:
         (changed(state=np.zeros(5)), r"state is \[5\]; expected \[4\]"),
         (changed(state=["a", "b", "c", "d"]), r"observation\.state is not an array of numbers"),
         (changed(task=None), "prompt"),
-        (changed(task=7), "prompt is 7"),
+        (changed(task=7), "task is 7"),
         ("go", "expected a dict of images"),
     ],
 )

@@ -17,7 +17,7 @@ from pi0.observation import Observation, ObservationError, check_actions
 from pi0.policy.subtasks import SubtaskSampler
 from pi0.robots.normalize import NormStats, load_norm_stats
 from pi0.robots.pipeline import Pipeline
-from pi0.robots.registry import ROBOTS
+from pi0.robots.registry import ROBOTS, make_robot
 from pi0.tokenizers.fast import FAST, FASTError, FASTTokenizer
 from pi0.tokenizers.text import PALIGEMMA, TextTokenizer
 
@@ -168,6 +168,8 @@ def fill_assets(
     if default_prompt is not None:
         named = {"name": reference} if isinstance(reference, str) else dict(reference)
         reference = named | {"default_prompt": default_prompt}
+    if robot is not None:
+        make_robot(reference)  # imports the package of the caller's robot; that of a checkpoint's is not imported
     changes["robot"] = reference
     if norm_stats is not None:
         changes["norm_stats"] = norm_stats if isinstance(norm_stats, dict) else load_norm_stats(fetch(norm_stats))

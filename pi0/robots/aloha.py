@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, default_cameras
 
 SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2)  # the joint directions in the data of the base models
 GRIPPERS = [6, 13]
@@ -26,12 +26,8 @@ class Aloha(Robot):
     the model's actions are relative to the state, the grippers never (openpi `aloha_policy.py`).
     """
 
-    cameras: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {
-            "cam_high": "base_0_rgb",
-            "cam_left_wrist": "left_wrist_0_rgb",
-            "cam_right_wrist": "right_wrist_0_rgb",
-        }
+    cameras: Mapping[str, str] = default_cameras(
+        cam_high="base_0_rgb", cam_left_wrist="left_wrist_0_rgb", cam_right_wrist="right_wrist_0_rgb"
     )
     delta: bool = True
     adapt_to_pi: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, default_cameras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Droid(Robot):
     {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "wrist_0_rgb"} (openpi `droid_policy.py`).
     """
 
-    cameras: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"exterior_image_1_left": "base_0_rgb", "wrist_image_left": "left_wrist_0_rgb"}
+    cameras: Mapping[str, str] = default_cameras(
+        exterior_image_1_left="base_0_rgb", wrist_image_left="left_wrist_0_rgb"
     )
 
     state_dim, action_dim = 8, 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, default_cameras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,7 @@ class Libero(Robot):
     did for its π0 and π0-FAST LIBERO checkpoints, but not for π0.5's (openpi `LeRobotLiberoDataConfig`).
     """
 
-    cameras: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}
-    )
+    cameras: Mapping[str, str] = default_cameras(image="base_0_rgb", wrist_image="left_wrist_0_rgb")
 
     state_dim, action_dim = 8, 7
     delta_dims = (6, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, default_cameras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,6 @@ class MetaWorld(Robot):
     state [4]: hand x, y, z in metres, gripper opening; actions [T, 4]: dx, dy, dz, gripper, each in [-1, 1].
     """
 
-    cameras: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"corner": "base_0_rgb", "wrist": "left_wrist_0_rgb"}
-    )
+    cameras: Mapping[str, str] = default_cameras(corner="base_0_rgb", wrist="left_wrist_0_rgb")
 
     state_dim, action_dim = 4, 4

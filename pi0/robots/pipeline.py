@@ -9,21 +9,10 @@ from typing import Any
 import numpy as np
 
 from pi0.assets import Assets, AssetsError
+from pi0.robots import transforms as t
+from pi0.robots.normalize import check_norm_stats
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
-from pi0.robots.transforms import (
-    CameraMasks,
-    DefaultPrompt,
-    DeltaActions,
-    Normalize,
-    PadDims,
-    ResizeImages,
-    Step,
-    TokenizeFASTPrompt,
-    TokenizePrompt,
-    TokenizeRecipe,
-    Transforms,
-)
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
 from pi0.tokenizers.text import TextTokenizer
@@ -34,7 +23,8 @@ class Pipeline:
     """A robot's adapter and the transforms between it and a model."""
 
     robot: Robot
-    transforms: Transforms
+    transforms: t.Transforms
+    tokenizer: TextTokenizer  # of the transforms: it counts the prompts that were too long
 
     @classmethod
     def from_assets(cls, assets: Assets) -> Pipeline:
@@ -52,26 +42,28 @@ class Pipeline:
         assert assets.normalization is not None and assets.tokenizer is not None
         try:
             robot = make_robot(assets.robot, imports=False)
+            dims = {"state": robot.state_dim, "actions": robot.action_dim}
+            check_norm_stats(stats, assets.normalization, dims, model.action_dim)
         except ValueError as error:
-            raise AssetsError(str(error)) from error
+            raise AssetsError(f"assets {assets.asset_id!r} of robot {assets.robot!r:.80}: {error}") from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-        steps: list[Step] = [] if robot.delta_mask is None else [DeltaActions(robot.delta_mask)]
-        steps += [Normalize(stats, assets.normalization)]
-        steps += [] if robot.default_prompt is None else [DefaultPrompt(robot.default_prompt)]
+        steps: list[t.Step] = [] if robot.delta_mask is None else [t.DeltaActions(robot.delta_mask)]
+        steps += [t.Normalize(stats, assets.normalization)]
+        steps += [] if robot.default_prompt is None else [t.DefaultPrompt(robot.default_prompt)]
         steps += [
-            CameraMasks(model.image_keys, dummy=not family.masked_cameras),
-            ResizeImages(*model.image_resolution),
+            t.CameraMasks(model.image_keys, dummy=not family.masked_cameras),
+            t.ResizeImages(*model.image_resolution),
             PROMPTS[family.prompt](assets, tokenizer, robot),
-            PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
+            t.PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
         ]
-        return cls(robot, Transforms(steps))
+        return cls(robot, t.Transforms(steps), tokenizer)
 
     @property
-    def recipe(self) -> TokenizeRecipe | None:
+    def recipe(self) -> t.TokenizeRecipe | None:
         """The tokenization step of π0.5's recipe, where the model was trained with it."""
-        return next((step for step in self.transforms.steps if isinstance(step, TokenizeRecipe)), None)
+        return next((step for step in self.transforms.steps if isinstance(step, t.TokenizeRecipe)), None)
 
     def __call__(self, item: Mapping[str, Any], *, actions: bool = True) -> dict[str, Any]:
         """A recorded or live frame as one row of the model's inputs, with normalized `actions` [T, A] if any.
@@ -105,33 +97,27 @@ class Pipeline:
         return self.robot.from_model(self.transforms.inverse(data))["action"]
 
 
-def _text_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
-    return TokenizePrompt(text, assets.model.max_token_len, state_in_prompt=False)
-
-
-def _state_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
+def _state_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> t.Step:
     model = assets.model
     if not assets.subtasks and (assets.training or {}).get("recipe") is None:
-        return TokenizePrompt(text, model.max_token_len, state_in_prompt=assets.state_in_prompt)
-    recipe = RecipeTokenizer(text, None if assets.action_tokenizer is None else _fast_tokenizer(assets, text))
-    return TokenizeRecipe(recipe, model.max_token_len, model.action_horizon, assets.subtasks)
+        return t.TokenizePrompt(text, model.max_token_len, state_in_prompt=assets.state_in_prompt)
+    recipe = RecipeTokenizer(text, None if assets.action_tokenizer is None else _fast(assets, text))
+    return t.TokenizeRecipe(recipe, model.max_token_len, model.action_horizon, assets.subtasks)
 
 
-def _fast_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> Step:
+def _fast_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> t.Step:
     model = assets.model
-    return TokenizeFASTPrompt(
-        _fast_tokenizer(assets, text), model.max_token_len, model.action_horizon, robot.action_dim
-    )
+    return t.TokenizeFASTPrompt(_fast(assets, text), model.max_token_len, model.action_horizon, robot.action_dim)
 
 
-def _fast_tokenizer(assets: Assets, text: TextTokenizer) -> FASTPromptTokenizer:
+def _fast(assets: Assets, text: TextTokenizer) -> FASTPromptTokenizer:
     assert assets.action_tokenizer is not None
     return FASTPromptTokenizer(text, FASTTokenizer.from_reference(assets.action_tokenizer), assets.model.vocab_size)
 
 
 # The tokenization step of each prompt format (`Family.prompt`).
-PROMPTS: dict[str, Callable[[Assets, TextTokenizer, Robot], Step]] = {
-    "text": _text_prompt,
+PROMPTS: dict[str, Callable[[Assets, TextTokenizer, Robot], t.Step]] = {
+    "text": lambda assets, text, _: t.TokenizePrompt(text, assets.model.max_token_len, state_in_prompt=False),
     "state": _state_prompt,
     "fast": _fast_prompt,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, default_cameras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,12 +17,8 @@ class RoboFactory(Robot):
     others take the left wrist (OpenMARL's data processing for π0).
     """
 
-    cameras: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {
-            "head_camera": "base_0_rgb",
-            "global_camera": "left_wrist_0_rgb",
-            "wrist_camera": "right_wrist_0_rgb",
-        }
+    cameras: Mapping[str, str] = default_cameras(
+        head_camera="base_0_rgb", global_camera="left_wrist_0_rgb", wrist_camera="right_wrist_0_rgb"
     )
 
     state_dim, action_dim = 8, 8

@@ -79,12 +79,5 @@ def train() -> bytes:
     return model.getvalue()
 
 
-def main() -> None:
-    partial = MODEL.with_suffix(".partial")
-    partial.write_bytes(train())
-    partial.replace(MODEL)
-    print(f"{MODEL.name}: {VOCAB_SIZE} pieces, {MODEL.stat().st_size} bytes")
-
-
 if __name__ == "__main__":
-    main()
+    MODEL.write_bytes(train())

@@ -14,7 +14,7 @@ import numpy as np
 from pi0 import __version__
 from pi0_eval.parity.report import Report, Row
 
-# Colours of cells: class, background, text, legend. Lightness decreases with the error, to be readable without hue; a
+# Colors of cells: class, background, text, legend. Lightness decreases with the error, to be readable without hue; a
 # cell out of tolerance also has a cross and a frame.
 INSIDE = (
     ("in3", "#d3efcf", "#111", "1000 times inside or more"),
@@ -83,7 +83,7 @@ def to_html(report: Report) -> str:
 {rows}
 </tbody></table>
 <h2>Where they differ</h2>
-<p>Relative L2 error of B against A. The number in a cell is its power of ten; the colour is its distance from the
+<p>Relative L2 error of B against A. The number in a cell is its power of ten; the color is its distance from the
 stage's tolerance. Hover over a cell for the exact number.</p>
 {_heat_map(report.rows)}
 {_plots(report.actions_a, report.actions_b)}
@@ -119,9 +119,9 @@ def _heat_map(rows: list[Row]) -> str:
     parts.append(f"<tbody>\n{body}\n</tbody>")
     tables = "\n".join(f'<div class="wide"><table class="map">{part}</table></div>' for part in parts)
     legend = "".join(
-        f'<tr><td class="{name}{mark}">{cross}</td><th>{says}</th></tr>'
-        for colours, mark, cross in ((INSIDE, "", ""), (OUTSIDE, " out", "✗"))
-        for name, _, _, says in colours
+        f'<tr><td class="{name}{mark}">{cross}</td><th>{label}</th></tr>'
+        for colors, mark, cross in ((INSIDE, "", ""), (OUTSIDE, " out", "✗"))
+        for name, _, _, label in colors
     )
     return f'{tables}\n<table class="legend"><tbody>{legend}</tbody></table>'
 
@@ -130,11 +130,11 @@ def _cell(row: Row) -> str:
     exponent = _exponent(row.l2_error)
     title = escape(f"{row.stage}: {_numbers(row)}")
     if row.passed:
-        return f'<td class="{_colour(row)}" title="{title}">{exponent}</td>'
-    return f'<td class="{_colour(row)} out" title="{title}">{exponent} ✗</td>'
+        return f'<td class="{_color(row)}" title="{title}">{exponent}</td>'
+    return f'<td class="{_color(row)} out" title="{title}">{exponent} ✗</td>'
 
 
-def _colour(row: Row) -> str:
+def _color(row: Row) -> str:
     """The class of a cell, by powers of ten between error and tolerance."""
     if row.passed:
         ratio = row.tolerance / row.l2_error if row.l2_error > 0 else math.inf

@@ -21,7 +21,7 @@ import pi0_jax
 from pi0.config import ModelConfig
 from pi0.policy.buckets import compact
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs
+from pi0_eval.parity.inputs import Inputs
 from pi0_jax.loading import abstract_model, make_model
 from pi0_jax.sampler import Sampler
 from tests.golden_case import GoldenCase

@@ -15,7 +15,7 @@ import pi0_torch.sampler
 from pi0.config import ModelConfig
 from pi0.policy.buckets import compact
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs
+from pi0_eval.parity.inputs import Inputs
 from pi0_torch.attention import ATTENTION
 from pi0_torch.loading import make_model
 from pi0_torch.sampler import Sampler

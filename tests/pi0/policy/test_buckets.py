@@ -7,7 +7,7 @@ import pytest
 
 from pi0.policy.buckets import compact, placeholder, text_lengths
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs
+from pi0_eval.parity.inputs import Inputs
 
 CONFIG = get_variant("tiny")  # 8 text tokens
 

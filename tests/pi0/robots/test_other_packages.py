@@ -15,6 +15,7 @@ from pi0.datasets.cache import build_cache
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import dataset_statistics
+from pi0.policy.policy import fill_assets
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
@@ -114,7 +115,8 @@ def test_a_checkpoint_imports_no_module(root: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(AssetsError, match="code of the package 'own_package': import it first"):
         pipeline_of(dataset, TwoCameras(), "own_package:TwoCameras")
     assert "own_package" not in sys.modules
-    assert isinstance(make_robot("own_package:TwoCameras"), TwoCameras)  # named by the user
+    fill_assets(Assets(get_variant("tiny"), {}, "own", "zscore", {}), robot="own_package:TwoCameras")  # the caller's
+    assert isinstance(make_robot("own_package:TwoCameras", imports=False), TwoCameras)
     pipeline_of(dataset, TwoCameras(), {"name": "own_package:TwoCameras", "default_prompt": "go"})
     monkeypatch.setitem(vars(sys.modules["own_package"]), "__getattr__", lambda _: pytest.fail("code was run"))
     with pytest.raises(AssetsError, match="cannot be imported"):

@@ -12,7 +12,7 @@ from pi0_jax.training.metrics import PROFILED, Trace, Window
 class Waited:
     """All that a window asks of a loader."""
 
-    waited = 0.0
+    waited, read, truncated = 0.0, 0, 0
 
 
 def test_a_window_counts_its_steps_and_not_what_it_is_paused_for(monkeypatch: pytest.MonkeyPatch):

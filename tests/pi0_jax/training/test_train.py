@@ -19,7 +19,8 @@ from convert.checkpoints import open_checkpoint
 from pi0.experiments import read_config
 from pi0.run_config import RunConfig
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import Inputs, assert_parity
+from pi0_eval.parity.compare import assert_parity
+from pi0_eval.parity.inputs import Inputs
 from pi0_jax.loading import parameters_of, unflatten
 from pi0_jax.training.command import main
 from pi0_jax.training.optimizer import make_optimizer, make_schedule

@@ -9,7 +9,9 @@ import pytest
 from convert.checkpoints import open_checkpoint
 from convert.conversion import convert
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import FLOAT32_TOLERANCE, Inputs, errors, exact_matmuls, run_jax, run_torch
+from pi0_eval.parity.compare import FLOAT32_TOLERANCE, errors
+from pi0_eval.parity.frameworks import exact_matmuls, run_jax, run_torch
+from pi0_eval.parity.inputs import Inputs
 from pi0_jax.loading import abstract_model, flatten, parameters_of, unflatten
 from pi0_jax.training.optimizer import make_schedule
 from pi0_jax.training.train import train
