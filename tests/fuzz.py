@@ -52,6 +52,7 @@ from pi0.datasets.statistics import dataset_statistics  # noqa: E402
 from pi0.fetch import fetch  # noqa: E402
 from pi0.parameters import parameters  # noqa: E402
 from pi0.policy.policy import fill_assets  # noqa: E402
+from pi0.reading import naming, read_json  # noqa: E402
 from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats  # noqa: E402
 from pi0.robots.pipeline import Pipeline  # noqa: E402
 from pi0.robots.registry import make_robot  # noqa: E402
@@ -66,7 +67,7 @@ LIMIT_S, LIMIT_BYTES = 20.0, 2 << 30
 DEEP = "\0deep\0"  # replaced by a deep nest in the text of a file
 ROBOT = "metaworld"
 PI0 = get_variant("tiny", action_dim=8, max_token_len=24)
-FAST = get_variant("tiny_pi0_fast", action_dim=8, max_token_len=64, vocab_size=1280)
+FAST = get_variant("tiny_pi0_fast", image_keys=PI0.image_keys, action_dim=8, max_token_len=64, vocab_size=1280)
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**40, 2**63, 10**400, 0.5, float("nan"), float("inf"), -1e308, "", "x", "3",
     "../../outside", "/etc/passwd", "/dev/zero", "a/../../b", "\0", "\ud800", "x" * 100_000, [], {}, [[]], [None],
@@ -136,7 +137,8 @@ def read_checkpoint(folder: Path, out: Path) -> None:
     overrides = {"robot": ROBOT, "tokenizer": BUNDLED} if checkpoint.assets.robot is None else {}
     if checkpoint.assets.model.family.action_tokens and not checkpoint.assets.action_tokenizer:
         overrides["action_tokenizer"] = "bundled://fast_tokenizer"
-    pipeline = Pipeline.from_assets(fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides))
+    with naming(checkpoint.folder):  # as a policy's `from_pretrained`
+        pipeline = Pipeline.from_assets(fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides))
     image = np.zeros((30, 40, 3), np.uint8)
     frame = {key: image for key in pipeline.robot.cameras} | {"state": np.ones(4), "prompt": "open the drawer"}
     pipeline(frame, actions=False)
@@ -167,8 +169,6 @@ def read_fast(folder: Path, out: Path) -> None:
 
 
 def read_run_config(folder: Path, out: Path) -> None:
-    from pi0.reading import read_json
-
     try:
         RunConfig.from_dict(read_json(folder / "config.json"))
     except ValueError as error:  # the command names the experiment; here the file stands for it
@@ -334,6 +334,8 @@ CHANGES = {
 def change(folder: Path, rng: random.Random) -> str:
     """Change one file of a folder; returns what was done. Files with a structure are preferred."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+    if not files:
+        return "nothing is left"
     known = [f for f in files if any(f.name.endswith(end) for end in CHANGES)]
     file = rng.choice(known) if known and rng.random() < 0.85 else rng.choice(files)
     how = rng.random()
@@ -439,14 +441,17 @@ class Fuzzer:
         box = self._root / str(number)
         case, report = box / "case", box / "report"
         case.mkdir(parents=True)
+        report.write_text(json.dumps(("", "not made", "")))
         shutil.copytree(self._root / "valid" / name, case / "input")
         (case / "recording").symlink_to(self._root / "recording")
         (case / "canary").write_text("untouched")
         begin, late = time.perf_counter(), False
         pid = os.fork()
         if not pid:
-            child(kind, case, report, rng)
-            os._exit(0)
+            try:
+                child(kind, case, report, rng)
+            finally:
+                os._exit(0)
         ended = 0
         while not ended:
             ended, status, usage = os.wait4(pid, os.WNOHANG)
@@ -474,7 +479,8 @@ def fuzz(seed: int, count: int, first: int = 0, log: Callable[[str], None] = lam
         for number in range(first, first + count):
             outcomes.append(fuzzer(number))
             if outcomes[-1].fault:
-                log(f"{outcomes[-1]}\n{outcomes[-1].detail}")
+                o = outcomes[-1]
+                log(f"{o.number}: {o.done}: {o.result}\n{o.detail}\n")
         return outcomes
 
 
