@@ -30,6 +30,7 @@ from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
+from pi0.reading import naming
 from pi0.storage import below, require_below
 from pi0.variants import get_variant
 
@@ -124,6 +125,18 @@ def open_checkpoint(
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
+    with naming(stored.folder):
+        return _validated(stored, config, layout, asset_id, fresh, dtype)
+
+
+def _validated(
+    stored: Stored,
+    config: ModelConfig | None,
+    layout: str | Layout | None,
+    asset_id: str | None,
+    fresh: int | None,
+    dtype: np.dtype | None,
+) -> Checkpoint:
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layouts = LAYOUTS.values() if layout is None else [find_layout(layout)]

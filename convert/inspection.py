@@ -17,6 +17,7 @@ from convert.sidecars import norm_stats_files
 from pi0.command import exit_on_error, make_parser
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError
+from pi0.reading import naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def inspect(source: str | Path, *, layout: str | Layout | None = None, step: int
     """Describe a checkpoint without reading its weights; see `open_checkpoint`. Raises CheckpointError, LayoutError."""
     stored = read_tensors(source, step=step)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-    layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
+    with naming(stored.folder):
+        layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
     assets, problems = None, []
     try:
         assets = find_assets(stored, layout, kind, lora)

@@ -13,6 +13,8 @@ from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0.policy.policy import fill_assets
+from pi0.reading import naming
+from pi0.robots.pipeline import Pipeline
 from pi0_jax.loading import load_model
 from pi0_jax.sampler import Sampler
 
@@ -53,7 +55,9 @@ class Policy(pi0.policy.policy.Policy):
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id)
-        assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
+        with naming(checkpoint.folder):
+            assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
+            Pipeline.from_assets(assets)  # before the weights are read
         model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
         if use_sampler:
