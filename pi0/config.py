@@ -53,6 +53,14 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def canonical_dtype(dtype: Any, name: str = "dtype") -> str:
+    """ "float32" or "bfloat16", given by name or as a dtype of NumPy, JAX or PyTorch. Raises ConfigError, with `name`."""
+    found = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
+    found = str(found).removeprefix("torch.")
+    _require(found in DTYPES, f"{name} is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return found
+
+
 def _require_positive(config: Any, name: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -169,7 +177,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "runtime")
-        for name, known in (("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
+        object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
+        for name, known in (("remat", REMATS), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             _require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
         _require(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pi0.config import DTYPES, ConfigError, ModelConfig, from_dict
+from pi0.config import ConfigError, ModelConfig, canonical_dtype, from_dict
 from pi0.tokenizers.text import PALIGEMMA
 
 MAX_BFLOAT16_B2 = 0.99  # a second moment changes by 1 − b2 of itself, and bfloat16 has 8 bits of precision: 1/256
@@ -142,10 +142,9 @@ class OptimizerConfig:
     moments_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        dtype = self.moments_dtype
-        _require(dtype in DTYPES, f"optimizer.moments_dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "moments_dtype", canonical_dtype(self.moments_dtype, "optimizer.moments_dtype"))
         _require(
-            dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
+            self.moments_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
             f"optimizer.b2 is {self.b2}; with moments_dtype bfloat16 it must be at most {MAX_BFLOAT16_B2}",
         )
 
@@ -233,8 +232,8 @@ class RunConfig:
             0 <= self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be less than the {self.steps} steps",
         )
-        dtype, decay = self.frozen_dtype, self.ema_decay
-        _require(dtype in DTYPES, f"frozen_dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "frozen_dtype", canonical_dtype(self.frozen_dtype, "frozen_dtype"))
+        decay = self.ema_decay
         _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be from 0 to below 1, or None")
         self._check_recipe()
         _ = self.freeze_pattern
