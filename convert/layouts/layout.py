@@ -125,9 +125,10 @@ class Layout:
 
     def spell(self, name: str, tied_output: bool = True) -> str:
         """The canonical spelling of a tensor name."""
-        if not tied_output and any(rule.theirs == name for rule in self.untied):
-            return name
+        apart = () if tied_output else [rule.theirs for rule in self.untied]
         for pattern, written in self.spellings:
+            if name in apart:
+                break
             name = re.sub(pattern, written, name)
         return name
 
@@ -302,8 +303,8 @@ def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> 
         if name not in found or len(found[name]) != len(rule.groups):
             raise LayoutError(f"{name}: expected a tensor with axes [{rule.axes}], found {found.get(name, 'none')}")
         for group, size in zip(rule.groups, found[name], strict=True):
-            if len(group) == 1 and not _is_index(group):
-                _unify(scope, group[0], size, name)
+            if not _is_index(group):
+                _unify(scope, " ".join(group), size, name)  # flat axes by all of their letters
     return {scope: {a: size for a, (size, _) in letters.items()} for scope, letters in sizes.items()}
 
 

@@ -7,7 +7,7 @@ write no text in LeRobot and do not use `lm_head`; in π0-FAST both count.
 from __future__ import annotations
 
 from convert.layouts.openpi_torch import transformers_layout
-from convert.lerobot import check_lerobot, write_lerobot
+from convert.lerobot_export import check_lerobot, write_lerobot
 from pi0.config import KINDS
 
 LAYOUT = transformers_layout("lerobot", "model.", KINDS, write_lerobot, check_lerobot, untied=True)

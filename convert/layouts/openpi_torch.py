@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.layouts.layout import Layout, Rule
-from convert.sidecars import check_openpi, write_openpi
+from convert.sidecars import check_openpi_torch, write_openpi
 
 _LAYER_NORMS = (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2"))
 _RMS_NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
@@ -112,6 +112,10 @@ def transformers_layout(
         kinds=kinds,
         format="safetensors",
         spellings=(
+            # of transformers before 4.52, and LeRobot 0.3
+            (r"\.paligemma\.language_model\.(lm_head\.)", r".paligemma.\1"),
+            (r"\.paligemma\.language_model\.model\.", ".paligemma.model.language_model."),
+            (r"\.paligemma\.(vision_tower|multi_modal_projector)\.", r".paligemma.model.\1."),
             (r"\.paligemma\.model\.language_model\.embed_tokens\.weight$", ".paligemma.lm_head.weight"),
             (r"\.paligemma\.model\.vision_tower\.(?!vision_model\.)", f".paligemma.model.{tower}."),
         ),
@@ -127,4 +131,4 @@ def transformers_layout(
     )
 
 
-LAYOUT = transformers_layout("openpi_torch", "", ("pi0", "pi05"), write_openpi, check_openpi)
+LAYOUT = transformers_layout("openpi_torch", "", ("pi0", "pi05"), write_openpi, check_openpi_torch)

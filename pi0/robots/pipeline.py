@@ -42,7 +42,8 @@ class Pipeline:
         try:
             robot = make_robot(assets.robot, imports=False)
             dims = {"state": robot.state_dim, "actions": robot.action_dim}
-            check_norm_stats(stats, assets.normalization, dims, model.action_dim)
+            padded = {"state": model.state_size, "actions": model.action_dim}
+            check_norm_stats(stats, assets.normalization, dims, padded)
         except ValueError as error:
             raise AssetsError(f"assets {assets.asset_id!r} of robot {assets.robot!r:.80}: {error}") from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
@@ -55,7 +56,7 @@ class Pipeline:
             t.CameraMasks(model.image_keys, dummy=not family.masked_cameras),
             t.ResizeImages(*model.image_resolution),
             PROMPTS[family.prompt](assets, tokenizer, robot),
-            t.PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
+            t.PadDims(model.action_dim, robot.action_dim, family.action_tokens, model.state_dim),
         ]
         return cls(robot, t.Transforms(steps))
 
@@ -111,7 +112,8 @@ def _fast_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> t.Step:
 
 def _fast(assets: Assets, text: TextTokenizer) -> FASTPromptTokenizer:
     assert assets.action_tokenizer is not None
-    return FASTPromptTokenizer(text, FASTTokenizer.from_reference(assets.action_tokenizer), assets.model.vocab_size)
+    fast, model = FASTTokenizer.from_reference(assets.action_tokenizer), assets.model
+    return FASTPromptTokenizer(text, fast, model.vocab_size, model.format)
 
 
 # The tokenization step of each prompt format (`Family.prompt`).

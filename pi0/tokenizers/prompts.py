@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pi0.families import TEXT_FORMATS, TextFormat
 from pi0.tokenizers.fast import FASTError, FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer, one_line, state_bins
 
@@ -18,12 +19,18 @@ class FASTPromptTokenizer:
     FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's, as for
     PaliGemma, whose last pieces occur in no prompt). `text.encoded` and `text.truncated` count prompts.
 
-    Raises ValueError if the FAST tokens do not fit into the model's vocabulary.
+    `text_format` is the checkpoint's. Raises ValueError if the FAST tokens do not fit into the model's vocabulary.
     Source: `FASTTokenizer` in openpi's models/tokenizer.py.
     """
 
-    def __init__(self, text: TextTokenizer, fast: FASTTokenizer, vocab_size: int | None = None):
-        self.text, self.fast = text, fast
+    def __init__(
+        self,
+        text: TextTokenizer,
+        fast: FASTTokenizer,
+        vocab_size: int | None = None,
+        text_format: TextFormat = TEXT_FORMATS["openpi"],
+    ):
+        self.text, self.fast, self.format = text, fast, text_format
         self.vocab_size = text.vocab_size if vocab_size is None else vocab_size
         self._start, self._end = text.encode("Action: "), text.encode("|")
         taken = text.vocab_size
@@ -40,23 +47,27 @@ class FASTPromptTokenizer:
     ) -> dict[str, np.ndarray]:
         """`<bos>Task: {text}, State: {bins};\\n`, and with actions [T, A] `Action: {FAST tokens}|<eos>`.
 
-        The text is stripped and lower-cased, its underscores become spaces; state [S] and actions are normalized.
+        The text is stripped and lower-cased, its underscores become spaces; state [S] and actions are normalized. In
+        LeRobot's format its case is kept, newlines become spaces too, and a `<bos>` precedes the actions.
 
         Returns `tokenized_prompt` int32 [max_len], padded with 0 or cut; `tokenized_prompt_mask` bool [max_len], True
         for tokens; `token_ar_mask` int32 and `token_loss_mask` bool [max_len], 1 and True for the target tokens.
         Raises ValueError for a bad state or bad actions.
         """
         bins = " ".join(map(str, state_bins(state)))
-        text = text.lower().strip().replace("_", " ")
+        text = text.lower().strip().replace("_", " ") if self.format.lowercase else one_line(text)
         prefix = self.text.encode(f"Task: {text}, State: {bins};\n", add_bos=True)
+        start = [self.text.bos_id] * self.format.bos_after_prompt
         answer = [] if actions is None else [*self._start, *self.action_ids(actions)]
-        ids, mask = self.text.pad(prefix + answer, max_len)
-        in_answer = mask & (np.arange(max_len) >= len(prefix))
+        ids, mask = self.text.pad([*prefix, *start, *answer], max_len)
+        places, first = np.arange(max_len), len(prefix) + len(start)
+        # In training, LeRobot's <bos> is the first of the tokens that are attended to only from themselves on.
+        causal = len(prefix) if actions is not None else first
         return {
             "tokenized_prompt": ids,
             "tokenized_prompt_mask": mask,
-            "token_ar_mask": in_answer.astype(np.int32),
-            "token_loss_mask": in_answer,
+            "token_ar_mask": (mask & (places >= causal)).astype(np.int32),
+            "token_loss_mask": mask & (places >= first),
         }
 
     def action_ids(self, actions: np.ndarray) -> list[int]:
