@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from pi0.families import TEXT_FORMATS, TextFormat
 from pi0.tokenizers.fast import FASTError, FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer, one_line, state_bins
+
+logger = logging.getLogger(__name__)
 
 SKIPPED_IDS = 128  # the last ids of PaliGemma's vocabulary, which are not FAST tokens
 
@@ -19,7 +22,8 @@ class FASTPromptTokenizer:
     FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's, as for
     PaliGemma, whose last pieces occur in no prompt). `text.encoded` and `text.truncated` count prompts.
 
-    `text_format` is the checkpoint's. Raises ValueError if the FAST tokens do not fit into the model's vocabulary.
+    `text_format` is the checkpoint's. Raises ValueError if the FAST tokens do not fit into the model's vocabulary; in
+    LeRobot's format that is logged, since LeRobot does not check it.
     Source: `FASTTokenizer` in openpi's models/tokenizer.py.
     """
 
@@ -31,16 +35,20 @@ class FASTPromptTokenizer:
         text_format: TextFormat = TEXT_FORMATS["openpi"],
     ):
         self.text, self.fast, self.format = text, fast, text_format
-        self.vocab_size = text.vocab_size if vocab_size is None else vocab_size
+        # LeRobot counts from the end of the text tokenizer's vocabulary, which is PaliGemma's.
+        self.vocab_size = text.vocab_size if vocab_size is None or text_format.bos_after_prompt else vocab_size
         self._start, self._end = text.encode("Action: "), text.encode("|")
         taken = text.vocab_size
         if self.vocab_size == text.vocab_size:
             taken = 1 + max(text.encode("Task: , State: -0123456789;\nAction: |"))
         if self.vocab_size - SKIPPED_IDS - fast.vocab_size < taken:
-            raise ValueError(
-                f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {self.vocab_size} above {taken} ids of "
-                f"text; the model's vocab_size must be at least {text.vocab_size + SKIPPED_IDS + fast.vocab_size}"
+            problem = (
+                f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {self.vocab_size} above {taken} ids of text"
             )
+            if not text_format.bos_after_prompt:
+                least = text.vocab_size + SKIPPED_IDS + fast.vocab_size
+                raise ValueError(f"{problem}; the model's vocab_size must be at least {least}")
+            logger.warning("%s: some are text too, as LeRobot has them. Are these the policy's tokenizers?", problem)
 
     def encode_prompt(
         self, text: str, max_len: int, state: np.ndarray, actions: np.ndarray | None = None
@@ -73,6 +81,8 @@ class FASTPromptTokenizer:
     def action_ids(self, actions: np.ndarray) -> list[int]:
         """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`."""
         ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
+        if min(ids) < 0:
+            raise ValueError(f"a FAST token has the id {min(ids)} in a vocabulary of {self.vocab_size}: it is too small")
         return [*ids, *self._end, self.text.eos_id]
 
     def extract_actions(
