@@ -236,7 +236,7 @@ def _sized(
     said: ModelConfig | None,
     head_dims: tuple[int, int] | None,
 ) -> ModelConfig:
-    """The model config of a file, `said`, with the sizes of the shapes, from which the rest follows where it is None."""
+    """The model config of a file, `said`, with sizes from shapes; where it is None, all that shapes say."""
     if said is not None and head_dims is None:
         head_dims = said.paligemma.head_dim, said.vision.head_dim
     found = infer_config(layout, kind, shapes, lora, head_dims)
@@ -336,11 +336,11 @@ def infer_config(
         """Heads and head dim of flat heads."""
         flat = {letter: s[f"{letter} h"] for letter in "nk" if f"{letter} h" in s}
         if head_dim is None or any(size % head_dim for size in flat.values()):
-            why = "" if head_dim is None else f"; {scope} has heads of {list(flat.values())} in all, not of {head_dim} each"
+            total = "" if head_dim is None else f" ({scope} has {list(flat.values())} in all, not of {head_dim} each)"
             raise LayoutError(
-                f"the layout {layout.name} does not distinguish heads and head dim, and no config.json says "
-                f"them{why}: pass --model (config= in Python), for instance --model {kind}, or --head-dims (head_dims=) "
-                "of the language model and the vision tower, 256 and 72 in released models"
+                f"the layout {layout.name} does not distinguish heads and head dim, and no config.json says them{total}: "
+                f"pass --model (config= in Python), for instance --model {kind}, or --head-dims (head_dims=), those of "
+                "the language model and of the vision tower, 256,72 in released models"
             )
         return {letter: size // head_dim for letter, size in flat.items()} | {"h": head_dim}
 

@@ -24,8 +24,8 @@ from pi0.parameters import LayoutError
 class Inspection:
     """A description of a checkpoint.
 
-    `config` is None where it does not follow from the shapes. `notes` say what is read otherwise than stored. `problems` is empty for a valid checkpoint. `dtypes`
-    counts tensors by dtype for each part of the model; `parameters` is their total number.
+    `config` is None where it does not follow from the shapes. `notes` say what is read otherwise than stored.
+    `problems` is empty for a valid checkpoint. `dtypes` counts tensors by dtype for each part of the model; `parameters` is their total number.
     """
 
     folder: Path
@@ -78,7 +78,8 @@ def inspect(
     stored = read_tensors(source, step=step)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
-    assets, notes, problems = None, [], []
+    assets, problems = None, []
+    notes: list[str] = []
     try:
         assets, tensors, notes = find_assets(stored, layout, kind, lora, head_dims=head_dims)
         layout.check(assets.model, {name: tensor.shape for name, tensor in tensors.items()})

@@ -223,8 +223,8 @@ def read_processor(folder: Path, name: str, model: ModelConfig) -> list[Processo
     missing = [step for step in order if step not in found and step not in (*OPTIONAL, "action_tokenizer_processor")]
     if found != [step for step in order if step in found] or missing:
         raise PolicySettingError(
-            f"{path} has the steps {found}; a policy of {model.family.title} has {list(order)}, in this order. Save the "
-            "policy's own processors with LeRobot"
+            f"{path} has the steps {found}; a policy of {model.family.title} has {list(order)}, in this order. Save "
+            "the policy's own processors with LeRobot"
         )
     return steps
 
@@ -234,8 +234,8 @@ def _step(path: Path, entry: Mapping[str, Any], known: Mapping[str, dict[str, An
     name, config = entry.get("registry_name", entry.get("class")), entry.get("config") or {}
     if name not in known:
         raise PolicySettingError(
-            f"{path} has the step {name!r}, which is unknown here; known are {', '.join(known)}. Remove it from the file "
-            "if it changes nothing, or do what it does before `infer`"
+            f"{path} has the step {name!r}, which is unknown here; known are {', '.join(known)}. Remove it from the "
+            "file if it changes nothing, or do what it does before `infer`"
         )
     for setting, value in config.items():
         if setting not in known[name]:
@@ -275,9 +275,7 @@ def read_lerobot_assets(folder: Path, model: ModelConfig, buffers: Mapping[str, 
     features = normalizer.config.get("features") or {}
     modes = _modes(path, normalizer)
     dims = {key: features[name]["shape"][0] for key, name in _KEYS.items() if name in features}
-    stats = {
-        key: _norm_stats(path, found.get(name), name, modes[key], dims.get(key)) for key, name in _KEYS.items()
-    }
+    stats = {key: _norm_stats(path, found.get(name), name, modes[key], dims.get(key)) for key, name in _KEYS.items()}
     known = {key: one for key, one in stats.items() if one is not None}
     text, actions = _tokenizers(path, values, before)
     return Assets(

@@ -67,8 +67,8 @@ def check_lerobot(assets: Assets) -> list[str]:
 def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
     """Write LeRobot's `config.json` and processors. Raises LayoutError for a normalization that LeRobot lacks.
 
-    The modes of openpi become those of LeRobot with openpi's epsilon, which LeRobot adds to fewer terms: a difference of
-    1e-6 of a unit.
+    The modes of openpi become those of LeRobot with openpi's epsilon, which LeRobot adds to fewer terms: a difference
+    of 1e-6 of a unit.
     """
     model, stats = assets.model, assets.norm_stats
     norm_map, eps = _norm_map(assets)

@@ -26,9 +26,10 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 FLOAT32 = np.dtype(np.float32)
 # Settings that are read, or that only say what was trained and how; all others must be off.
 KNOWN = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules", "bias"),
     *("lora_dropout", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"),
+    *("inference_mode",),
 }
 INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # which leave the base as it is
 
@@ -39,7 +40,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         values = read_json(below(folder, CONFIG), error=CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{folder} has {ADAPTER} and no {CONFIG}: {error}") from error
-    wrong = {name: value for name, value in values.items() if name not in KNOWN and value not in (None, False, "", [], {})}
+    off = (None, False, "", [], {})
+    wrong = {name: value for name, value in values.items() if name not in KNOWN and value not in off}
     if values.get("peft_type") != "LORA":
         wrong["peft_type"] = values.get("peft_type")
     if values.get("init_lora_weights", True) not in INITIAL:
@@ -65,9 +67,10 @@ def base_of(folder: Path) -> str:
 
 
 def merge_adapter(folder: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the base with the adapter's, read lazily, and a note. Raises CheckpointError for what has no place.
+    """The tensors of the base with the adapter's, read lazily, and a note.
 
-    Sums are float32, and so is the result: in a narrower base, small updates would be lost.
+    Sums are float32, and so is the result: in a narrower base, small updates would be lost. Raises CheckpointError for
+    tensors that have no place in the base.
     """
     values, stored = adapter_config(folder), read_safetensors(below(folder, ADAPTER))
     tensors = dict(base)

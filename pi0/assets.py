@@ -38,8 +38,8 @@ class Assets:
     """A model's config, and the config of the pipeline between a robot and the model.
 
     Attributes:
-        norm_stats: of "state" and "actions"; their folder is `asset_id`, and `normalization` the mode they are used in, or
-            {"state": mode, "actions": mode, "eps": LeRobot's epsilon}.
+        norm_stats: of "state" and "actions"; their folder is `asset_id`, and `normalization` the mode they are used in,
+            or {"state": mode, "actions": mode, "eps": LeRobot's epsilon}.
         tokenizer: `TextTokenizer.reference()`; `save` copies a local file.
         action_tokenizer: `FASTTokenizer.reference()` of π0-FAST; `save` copies its files.
         subtasks: whether π0.5 generates a subtask before its actions.

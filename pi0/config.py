@@ -277,8 +277,8 @@ class ModelConfig:
         _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
         _require(
             self.family.action_tokens or (self.tied_output and self.text_format == "openpi"),
-            f"tied_output is {self.tied_output} and text_format {self.text_format}; only pi0_fast has other values than "
-            "true and openpi",
+            f"tied_output is {self.tied_output} and text_format {self.text_format}; only pi0_fast has others than true "
+            "and openpi",
         )
 
     @property

@@ -14,8 +14,8 @@ from pi0.reading import read_json
 from pi0.storage import write_text
 
 EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
-# LeRobot's modes, with its epsilon, an option: "mean_std" adds it to the divisor of what goes in, not of what comes out;
-# the others replace a range of zero by it.
+# LeRobot's modes, with its epsilon, an option: "mean_std" adds it to the divisor of what goes in, and not to the factor
+# of what comes out; the others replace a range of zero by it.
 LEROBOT_MODES = {
     "MEAN_STD": "mean_std",
     "MIN_MAX": "min_max",
@@ -41,8 +41,8 @@ PADDING = 1e-6  # |mean| and std, at most, of dimensions that are padding
 class NormStats:
     """Statistics of D dimensions over many frames: each field float64 [D], in the units of the data.
 
-    All but `mean` and `std` are optional, where the mode does not use them. Raises ValueError for lengths that differ or
-    NaN.
+    All but `mean` and `std` are optional, where the mode does not use them. Raises ValueError for lengths that differ,
+    or NaN.
     """
 
     mean: np.ndarray
@@ -93,8 +93,8 @@ class NormStats:
         """Normalize x [..., D'] to float64 [..., D'] by `mode`, one of MODES.
 
         "zscore": (x - mean) / (std + EPSILON); "quantile": 2 (x - q01) / (q99 - q01 + EPSILON) - 1; "quantile01":
-        (x - q01) / (q99 - q01); and LeRobot's, with its `eps`. Dimensions beyond the stats pass through, stats beyond the data are ignored (openpi
-        `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero range.
+        (x - q01) / (q99 - q01); and LeRobot's, with its `eps`. Dimensions beyond the stats pass through, stats beyond
+        the data are ignored (openpi `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero range.
         """
         offset, scale, shift = self._affine(mode, np.shape(x)[-1], eps)
         out = np.array(x, np.float64)

@@ -42,9 +42,8 @@ class FASTPromptTokenizer:
         if self.vocab_size == text.vocab_size:
             taken = 1 + max(text.encode("Task: , State: -0123456789;\nAction: |"))
         if self.vocab_size - SKIPPED_IDS - fast.vocab_size < taken:
-            problem = (
-                f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {self.vocab_size} above {taken} ids of text"
-            )
+            size = self.vocab_size
+            problem = f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {size} above {taken} ids of text"
             if not text_format.bos_after_prompt:
                 least = text.vocab_size + SKIPPED_IDS + fast.vocab_size
                 raise ValueError(f"{problem}; the model's vocab_size must be at least {least}")
@@ -82,7 +81,9 @@ class FASTPromptTokenizer:
         """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`."""
         ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
         if min(ids) < 0:
-            raise ValueError(f"a FAST token has the id {min(ids)} in a vocabulary of {self.vocab_size}: it is too small")
+            raise ValueError(
+                f"a FAST token has the id {min(ids)} in a vocabulary of {self.vocab_size}: it is too small"
+            )
         return [*ids, *self._end, self.text.eos_id]
 
     def extract_actions(
