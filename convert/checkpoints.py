@@ -338,7 +338,7 @@ def infer_config(
         if head_dim is None or any(size % head_dim for size in flat.values()):
             total = "" if head_dim is None else f" ({scope} has {list(flat.values())} in all, not of {head_dim} each)"
             raise LayoutError(
-                f"the layout {layout.name} does not distinguish heads and head dim, and no config.json says them{total}: "
+                f"the layout {layout.name} does not distinguish heads and head dim, and no config.json says it{total}: "
                 f"pass --model (config= in Python), for instance --model {kind}, or --head-dims (head_dims=), those of "
                 "the language model and of the vision tower, 256,72 in released models"
             )

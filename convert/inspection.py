@@ -25,7 +25,8 @@ class Inspection:
     """A description of a checkpoint.
 
     `config` is None where it does not follow from the shapes. `notes` say what is read otherwise than stored.
-    `problems` is empty for a valid checkpoint. `dtypes` counts tensors by dtype for each part of the model; `parameters` is their total number.
+    `problems` is empty for a valid checkpoint. `dtypes` counts tensors by dtype for each part of the model;
+    `parameters` is their total number.
     """
 
     folder: Path

@@ -40,7 +40,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         values = read_json(below(folder, CONFIG), error=CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{folder} has {ADAPTER} and no {CONFIG}: {error}") from error
-    off = (None, False, "", [], {})
+    off: tuple[Any, ...] = (None, False, "", [], {})
     wrong = {name: value for name, value in values.items() if name not in KNOWN and value not in off}
     if values.get("peft_type") != "LORA":
         wrong["peft_type"] = values.get("peft_type")

@@ -45,11 +45,11 @@ class Policy(pi0.policy.policy.Policy):
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`; `config`, `dtype` and
-        `param_dtype` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled programs are kept in the user's
-        own cache. `attention` is how the model computes it, see `RuntimeConfig`; the sampler has its own.
-        Raises what they do, and ValueError for both together.
+        `param_dtype` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`;
+        `overrides` what the checkpoint itself does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`,
+        ... (see `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled
+        programs are kept in the user's own cache. `attention` is how the model computes it, see `RuntimeConfig`; the
+        sampler has its own. Raises what they do, and ValueError for both together.
         """
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")

@@ -43,10 +43,11 @@ class Policy(pi0.policy.policy.Policy):
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`; `config`, `dtype`,
-        `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`.
-        Raises what they do, and ValueError for these two without `use_sampler`.
+        `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of
+        `Policy`; `overrides` what the checkpoint itself does not say, or says otherwise: `robot`, `default_prompt`,
+        `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up
+        now, with its `attention` and `compile`. Raises what they do, and ValueError for these two without
+        `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")

@@ -156,9 +156,10 @@ def fill_assets(
 
     `robot` as `make_robot` takes it, with `default_prompt` for observations without one; `norm_stats`, or the address
     of their file; `normalization`, a mode or one each of state and actions (default: that of the family's released
-    models); the addresses of the tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and whether π0.5's prompt has the
-    state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the asset ids of all norm stats of
-    the checkpoint, to name in an error. Raises AssetsError where robot or norm stats are still missing.
+    models); the addresses of the tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and
+    whether π0.5's prompt has the state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the
+    asset ids of all norm stats of the checkpoint, to name in an error. Raises AssetsError where robot or norm stats are
+    still missing.
     """
     changes: dict[str, Any] = {}
     reference = robot or assets.robot

@@ -92,9 +92,10 @@ class NormStats:
     def apply(self, x: np.ndarray, mode: str, eps: float = LEROBOT_EPSILON) -> np.ndarray:
         """Normalize x [..., D'] to float64 [..., D'] by `mode`, one of MODES.
 
-        "zscore": (x - mean) / (std + EPSILON); "quantile": 2 (x - q01) / (q99 - q01 + EPSILON) - 1; "quantile01":
-        (x - q01) / (q99 - q01); and LeRobot's, with its `eps`. Dimensions beyond the stats pass through, stats beyond
-        the data are ignored (openpi `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero range.
+        "zscore": (x - mean) / (std + EPSILON); "quantile": 2 (x - q01) / (q99 - q01 + EPSILON) - 1; "quantile01": (x -
+        q01) / (q99 - q01); and LeRobot's, with its `eps`. Dimensions beyond the stats pass through, stats beyond the
+        data are ignored (openpi `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero
+        range.
         """
         offset, scale, shift = self._affine(mode, np.shape(x)[-1], eps)
         out = np.array(x, np.float64)
