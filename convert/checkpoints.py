@@ -17,6 +17,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from convert.checksums import verify_sidecars
 from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, read_sharded, write_safetensors
@@ -27,11 +28,12 @@ from convert.lerobot import BUFFERS, inert_settings
 from convert.peft import ADAPTER, base_of, merge_adapter
 from convert.sidecars import norm_stats_files, read_assets, read_model
 from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
-from pi0.assets import Assets, read_optional
+from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
+from pi0.storage import below, require_below
 from pi0.variants import get_variant
 
 logger = logging.getLogger(__name__)
@@ -92,11 +94,15 @@ def read_tensors(
     folder = _step_folder(path, step)
     if not ema:
         return Stored(folder, folder / "train_state", folder, _trained(folder))
-    for file, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
-        if (folder / file).exists():
-            tensors = read(folder / file)
+    for name, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
+        if (file := folder / name).exists():
+            try:
+                require_below(folder, file)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            tensors = read(file)
             buffers = {name: tensors.pop(name) for name in list(tensors) if BUFFERS.fullmatch(name)}
-            return Stored(folder, folder / file, folder, tensors, buffers)
+            return Stored(folder, file, folder, tensors, buffers)
     if (folder / ADAPTER).exists():
         base = read_tensors(base_of(folder))
         tensors, note = merge_adapter(folder, base.tensors)
@@ -176,8 +182,10 @@ def find_assets(
 ) -> tuple[Assets, dict[str, Tensor], list[str]]:
     """The assets of stored weights, from our sidecar files or those of openpi or LeRobot; see `open_checkpoint`.
 
-    Returns the tensors that count too, and notes on those that do not.
+    Returns the tensors that count too, and notes on those that do not. Raises CheckpointError where a sidecar file is
+    not the one that was written (`convert.checksums`).
     """
+    verify_sidecars(stored.sidecars)
     tensors, tied_output, notes = _used(layout, kind, stored.tensors)
     notes = [*stored.notes, *notes]
     assets = Assets.load(stored.sidecars)
@@ -388,5 +396,6 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout)
     assets.save(folder / "assets", config_folder=folder / target.config_folder)
     for asset_id, file in checkpoint.norm_stats.items():
         if asset_id != assets.asset_id:
-            (folder / "assets" / asset_id).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / "assets" / asset_id / file.name)
+            copy = below(folder / "assets", check_asset_id(asset_id)) / NORM_STATS
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)

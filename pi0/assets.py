@@ -7,6 +7,7 @@ norm stats are in `assets/<asset_id>/norm_stats.json`, as in openpi's checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -144,7 +145,7 @@ def read_optional(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         path = below(folder, name)
         return read_json(path, error=AssetsError)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except AssetsError:
         raise
@@ -152,10 +153,16 @@ def read_optional(folder: Path, name: str) -> dict[str, Any] | None:
         raise AssetsError(str(error)) from error
 
 
-def fetch_norm_stats(checkpoint: str | Path, asset_id: str) -> dict[str, NormStats]:
-    """The norm stats of a base checkpoint's `asset_id`, to fine-tune it on a robot of its training data.
+def fetch_norm_stats(source: str | Path, asset_id: str) -> dict[str, NormStats]:
+    """The norm stats of `asset_id` that a base checkpoint has, or that `pi0-stats --out SOURCE` wrote.
 
-    `checkpoint` is any address of `pi0.fetch`; only the stats are downloaded: fetch_norm_stats(
-    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises as `fetch` and `load_norm_stats` do.
+    `source` is any address of `pi0.fetch`; only the stats are downloaded: fetch_norm_stats(
+    "gs://openpi-assets/checkpoints/pi0_base", "trossen"). Raises as `fetch` and `load_norm_stats` do, and
+    FileNotFoundError that names both places.
     """
-    return load_norm_stats(fetch(f"{str(checkpoint).rstrip('/')}/assets/{check_asset_id(asset_id)}/{NORM_STATS}"))
+    address, stats = str(source).rstrip("/"), f"{check_asset_id(asset_id)}/{NORM_STATS}"
+    places = [f"{address}/assets/{stats}", f"{address}/{stats}"]
+    for place in places:
+        with contextlib.suppress(FileNotFoundError):
+            return load_norm_stats(fetch(place))
+    raise FileNotFoundError(f"there are no norm stats of {asset_id!r}: neither {places[0]} nor {places[1]}")

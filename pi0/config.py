@@ -55,7 +55,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def canonical_dtype(dtype: Any, name: str = "dtype") -> str:
-    """ "float32" or "bfloat16", given by name or as a dtype of NumPy, JAX or PyTorch. Raises ConfigError, with `name`."""
+    """The name of a dtype that is given by name or as one of NumPy, JAX or PyTorch. Raises ConfigError, with `name`."""
     found = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
     found = str(found).removeprefix("torch.")
     _require(found in DTYPES, f"{name} is {dtype!r}; it must be one of {', '.join(DTYPES)}")

@@ -80,8 +80,7 @@ def parse_json(
             raise error(f"{where} nests more than {depth} objects and lists, the most that is read")
         level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
     if not isinstance(value, expected):
-        known = {dict: "an object", list: "a list"}.get(expected, expected.__name__)
-        raise error(f"{where} holds {type(value).__name__}; expected {known}")
+        raise error(f"{where} holds {type(value).__name__}; expected {'an object' if expected is dict else expected}")
     return value
 
 

@@ -63,7 +63,8 @@ class DataConfig:
         root: the dataset: a folder, or an address of `pi0.fetch`.
         format: of the dataset: "lerobot", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
-        norm_stats_from: a checkpoint whose norm stats of `asset_id` are used; "": compute them from training episodes.
+        norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
+            compute them from training episodes.
         tokenizer: the text tokenizer.
         action_tokenizer: the FAST tokenizer, of π0-FAST and of recipes.
         state_in_prompt: whether π0.5's prompt contains the state (openpi `discrete_state_input`).

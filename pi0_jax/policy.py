@@ -47,18 +47,20 @@ class Policy(pi0.policy.policy.Policy):
         `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`; `config`, `dtype` and
         `param_dtype` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`;
         `overrides` what the checkpoint itself does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`,
-        ... (see `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled
-        programs are kept in the user's own cache. `attention` is how the model computes it, see `RuntimeConfig`; the
-        sampler has its own. Raises what they do, and ValueError for both together.
+        ... (see `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now, and `model`
+        is None: its memory is free again; compiled programs are kept in the user's own cache. `attention` is how the
+        model computes it, see `RuntimeConfig`; the sampler has its own. Raises what they do, and ValueError for both
+        together.
         """
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id, head_dims=head_dims)
         assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
-        model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
-        sampler = Sampler(model, num_steps=num_steps, subtasks=assets.subtasks) if use_sampler else None
+        model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
-        return cls(model, assets, num_steps=num_steps, sampler=sampler, **options)
+        if use_sampler:
+            options["sampler"], model = Sampler(model, num_steps=num_steps, subtasks=assets.subtasks), None
+        return cls(model, assets, num_steps=num_steps, **options)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""

@@ -209,6 +209,8 @@ def write_orbax(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (folder / "_METADATA").write_text(json.dumps(metadata))
+    (folder / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handler, "metrics": {}}))
+    (folder / "_CHECKPOINT_METADATA").write_text(
+        json.dumps({"item_handlers": handler, "metrics": {}}), encoding="utf-8"
+    )

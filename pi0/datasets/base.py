@@ -159,8 +159,13 @@ class Dataset(Protocol):
         Cameras uint8 [H, W, 3], read-only where they come from a cache; states float32 [D]; actions float32 [T, D],
         which repeat the last action past the episode's end, where `action_is_pad` bool [T] is true; `timestamp` in
         seconds; `episode_index` and `frame_index`; and `task`, `subtask` and `index` where the dataset has them. Raises
-        IndexError beyond the frames, and DataError for a damaged one.
+        IndexError beyond the frames, and DataError for a damaged one, or where all episodes are left out as damaged.
         """
+        if self.skipped and not self.episodes:
+            first = self.skipped[0]
+            raise DataError(
+                f"all episodes are damaged; the first: {first.problem}", first.file, first.episode, first.frame
+            )
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
         i = int(i)
@@ -294,8 +299,8 @@ def parse_json(text: bytes, file: Path, where: str) -> Any:
 
 def is_camera(feature: Mapping[str, Any]) -> bool:
     """Whether a feature is color images; depth maps are not."""
-    about = {**(feature.get("video_info") or {}), **(feature.get("info") or {}), **feature}
-    depth = any(about.get(key, False) for key in ("is_depth_map", "video.is_depth_map"))
+    places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
+    depth = any(place.get(key) for place in places for key in ("is_depth_map", "video.is_depth_map"))
     return feature["dtype"] in ("video", "image") and not depth
 
 

@@ -6,12 +6,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pi0.datasets.errors import DataError
 
 MAX_PIXELS = 2**26  # of an image or a video's frame, 8192 x 8192: default of the arguments `max_pixels`
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs programs to read others, as EPS
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs programs to read others, as EPS
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")  # 8 bits per channel
 
 
@@ -32,7 +32,9 @@ def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
     except DataError as error:
         raise DataError(error.problem, file) from error
     except Exception as error:  # Pillow raises errors of almost any type for damaged bytes
-        raise DataError(f"cannot be decoded: {error}", file) from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(FORMATS)}, or damaged" if unknown else error
+        raise DataError(f"cannot be decoded: {reason}", file) from error
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -24,7 +24,7 @@ from pi0.datasets.lerobot_tables import (
     texts_of,
     vector_size,
 )
-from pi0.datasets.video import EncodedImages, Video
+from pi0.datasets.video import MAX_GROUP, EncodedImages, Video
 
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 SUBTASKS = ("subtask_index", "subtask", "language_persistent")  # the first that a dataset has
@@ -49,8 +49,10 @@ class LeRobotDataset(Dataset):
 
     Cameras are named in full, as `observation.images.<name>`. `tasks` and `subtasks` have one text per number;
     `decoded` counts the video frames decoded so far, those between a keyframe and the requested frame included.
+    `max_bytes` limits the images in a row group of a file, which is read as a whole: a subclass may raise it.
     """
 
+    max_bytes = MAX_GROUP
     subtasks: dict[int, str]
     decoded: int
     _files: OpenFiles
@@ -88,7 +90,10 @@ class LeRobotDataset(Dataset):
         try:
             segment = episode.segment(camera)
             if segment is None:
-                images, damaged = self._open(EncodedImages, episode.file, camera, self.max_pixels), frame
+                images, damaged = (
+                    self._open(EncodedImages, episode.file, camera, self.max_pixels, self.max_bytes),
+                    frame,
+                )
                 return images.frame(self._first_rows[episode.index] + frame)
             video = self._open(Video, segment.file, self.fps, self.max_pixels)
             video.check(segment.start, segment.end, episode.length)
@@ -171,6 +176,8 @@ def _flat(column: pa.ChunkedArray, name: str, size: int = 1) -> np.ndarray:
         for frame in np.flatnonzero(lengths != size)[:1]:
             raise DataError(f"{name} has length {lengths[frame]}, info.json says {size}", frame=int(frame))
         values = pc.list_flatten(column)
+    elif size != 1:
+        raise DataError(f"{name} is {column.type}; info.json says {size} numbers in each row")
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
         raise DataError(f"{name} is {column.type}; expected {size} numbers in each row")
     return values.to_numpy(zero_copy_only=False)

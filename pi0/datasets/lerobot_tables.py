@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import string
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pi0.datasets.base import Episode, parse_json, read_jsonl
 from pi0.datasets.errors import DataError
+from pi0.reading import MAX_JSON, read_bytes
 from pi0.storage import below
 
 MAX_VALUES = 2**28  # in the columns read of one Parquet file: default of `read_parquet`
@@ -81,7 +83,7 @@ def read_info(root: Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
     if not file.exists():
         raise DataError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
-    info = parse_json(file.read_bytes(), file, "it")
+    info = parse_json(read_bytes(file, limit=MAX_JSON, error=DataError), file, "it")
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if not isinstance(version, str) or version not in VERSIONS:
         how = {"v2.0": "v21.convert_dataset_v20_to_v21", "v1.6": "v2.convert_dataset_v1_to_v2"}.get(str(version))
@@ -136,7 +138,7 @@ def read_parquet(
         raise DataError("the file is missing", file)
     try:
         schema = pq.read_schema(file)
-        texts = [name for name in schema.names if pa.types.is_string(schema.field(name).type)]
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
         with pq.ParquetFile(file, read_dictionary=texts) as parquet:
             known, meta = schema.names, parquet.metadata
             missing = [column for column in columns or () if column not in known]
@@ -161,6 +163,9 @@ def texts_of(column: pa.ChunkedArray) -> list[Any]:
     return [None if i is None else values[i] for i in encoded.indices.to_pylist()]
 
 
+_below = functools.lru_cache(2**16)(below)  # which resolves links: slow, and many episodes share a file
+
+
 def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path:
     """The path below `root` of a template in info.json. Raises DataError.
 
@@ -177,7 +182,7 @@ def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path
             if name not in fields or conversion or not re.fullmatch(form, spec or "", re.ASCII):
                 raise ValueError(f"{{{name}{conversion and '!'}{spec and ':'}{spec}}} is not one of {sorted(fields)}")
             parts.append(format(fields[name], spec or ""))
-        return below(root, "".join(parts))
+        return _below(root, "".join(parts))
     except ValueError as error:
         raise DataError(f"{key} {info[key]!r:.200}: {error}", file) from error
 

@@ -64,6 +64,9 @@ class Robot:
         """
         item = _flatten(item)
         self._refuse_two(item)
+        keys = self.state_keys(item)
+        if (state := self._vectors(item, keys)).ndim != 1:
+            raise ValueError(f"{self._name}: {' + '.join(keys)} is {list(state.shape)}; expected one vector")
         data = self.numbers(item) | self._images(item)
         prompts = [item[key] for key in ("prompt", "task") if item.get(key) is not None]
         return data | ({"prompt": prompts[0]} if prompts else {})
