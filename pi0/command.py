@@ -131,6 +131,23 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
 
 
+def add_head_dims(parser: argparse.ArgumentParser) -> None:
+    """The argument `--head-dims`."""
+    parser.add_argument(
+        "--head-dims",
+        type=_head_dims,
+        metavar="LANGUAGE,VISION",
+        help="head dims of the language model and the vision tower, where no file says them: layouts with flat heads "
+        "do not distinguish them from the number of heads (released models: 256,72)",
+    )
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    """Two whole numbers. Raises ValueError, which argparse reports."""
+    language, vision = (int(part) for part in text.split(","))
+    return language, vision
+
+
 def main() -> None:
     """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
     try:

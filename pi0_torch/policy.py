@@ -29,6 +29,7 @@ class Policy(pi0.policy.policy.Policy):
         *,
         asset_id: str | None = None,
         config: ModelConfig | None = None,
+        head_dims: tuple[int, int] | None = None,
         dtype: Any = None,
         param_dtype: Any = None,
         device: str | torch.device = "cpu",
@@ -43,16 +44,17 @@ class Policy(pi0.policy.policy.Policy):
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
-        `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`, and
-        `model` is None: its memory is free again. Raises what they do, and ValueError for these two without
+        `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`; `config`, `dtype`,
+        `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of
+        `Policy`; `overrides` what the checkpoint itself does not say, or says otherwise: `robot`, `default_prompt`,
+        `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up
+        now, with its `attention` and `compile`, and `model` is None: its memory is free again. Raises what they do, and
+        ValueError for these two without
         `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
-        checkpoint = open_checkpoint(source, config, asset_id=asset_id)
+        checkpoint = open_checkpoint(source, config, asset_id=asset_id, head_dims=head_dims)
         with naming(checkpoint.folder):
             assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
             Pipeline.from_assets(assets)  # before the weights are read

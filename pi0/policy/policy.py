@@ -147,7 +147,7 @@ def fill_assets(
     robot: str | Mapping[str, Any] | None = None,
     default_prompt: str | None = None,
     norm_stats: str | Path | dict[str, NormStats] | None = None,
-    normalization: str | None = None,
+    normalization: str | dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     action_tokenizer: str | Path | None = None,
     state_in_prompt: bool | None = None,
@@ -155,10 +155,11 @@ def fill_assets(
     """A checkpoint's assets with overrides, and with what it does not say, as those of openpi and LeRobot do not.
 
     `robot` as `make_robot` takes it, with `default_prompt` for observations without one; `norm_stats`, or the address
-    of their file; `normalization`, one of `MODES` (default: that of the family's released models); the addresses of the
-    tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and whether π0.5's prompt has the
-    state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the asset ids of all norm stats of
-    the checkpoint, to name in an error. Raises AssetsError where robot or norm stats are still missing.
+    of their file; `normalization`, a mode or one each of state and actions (default: that of the family's released
+    models); the addresses of the tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and
+    whether π0.5's prompt has the state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the
+    asset ids of all norm stats of the checkpoint, to name in an error. Raises AssetsError where robot or norm stats are
+    still missing.
     """
     changes: dict[str, Any] = {}
     reference = robot or assets.robot
