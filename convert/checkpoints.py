@@ -148,7 +148,7 @@ def open_checkpoint(
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     with naming(stored.folder):
-        return _validated(stored, config, layout, asset_id, fresh, dtype)
+        return _validated(stored, config, layout, asset_id, fresh, dtype, head_dims)
 
 
 def _validated(
@@ -158,6 +158,7 @@ def _validated(
     asset_id: str | None,
     fresh: int | None,
     dtype: np.dtype | None,
+    head_dims: tuple[int, int] | None,
 ) -> Checkpoint:
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
