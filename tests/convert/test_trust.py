@@ -87,10 +87,13 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, monkeypatch) -> Non
 
 def test_folders_with_characters_that_have_a_meaning_in_addresses(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
-    for name in ("with space", "run#3", "why?", "50%", "a|b", "lr%201e-4", "back\\slash", "ü"):
+    for name in ("with space", "run#3", "why?", "50%", "a|b", "lr%201e-4", "ü"):
         convert(source, tmp_path / name / "checkpoint", to="openpi_jax")
         assert open_checkpoint(tmp_path / name / "checkpoint").ours["paligemma.embedding"].read(()).all()
     assert not (tmp_path / "lr 1e-4").exists()
+    with pytest.raises(CheckpointError, match="has a backslash in its path"):  # which tensorstore takes for a slash
+        convert(source, tmp_path / "back\\slash" / "checkpoint", to="openpi_jax")
+    assert not (tmp_path / "back").exists() and not list((tmp_path / "back\\slash").iterdir())
 
 
 def test_run_folders_of_lerobot(tmp_path: Path) -> None:
@@ -110,10 +113,9 @@ def test_links_that_leave_a_checkpoint(name: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, AssetsError), match=r"is a link to .*elsewhere"):
         open_checkpoint(folder)
     (folder / name).unlink()
-    (folder / name).symlink_to("elsewhere")
     (tmp_path / "elsewhere").rename(folder / "elsewhere")
-    if name != "assets":  # an asset id may not go through a link either, but within the folder it may
-        open_checkpoint(folder)
+    (folder / name).symlink_to(folder / "elsewhere")
+    open_checkpoint(folder)
 
 
 def test_links_in_orbax_folders(tmp_path: Path) -> None:
