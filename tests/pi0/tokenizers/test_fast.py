@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
