@@ -22,6 +22,7 @@ from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
 from pi0.command import add_checkpoint, add_head_dims, exit_on_error, make_parser, output_path
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError, lora_of, parameters
+from pi0.reading import naming
 from pi0.storage import local_path, new_folder, require_replaceable
 from pi0.variants import read_variant
 
@@ -96,6 +97,7 @@ def convert(
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= VERIFIED_SIZE
     size = sum(tensor.size for tensor in checkpoint.ours.values())
     with (
+        naming(checkpoint.folder),
         new_folder(target, overwrite, **replace) as folder,
         tqdm(total=size, unit="B", unit_scale=True, desc="converting", delay=2) as bar,
     ):

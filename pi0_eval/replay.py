@@ -24,7 +24,9 @@ from pi0.datasets.statistics import frame_numbers
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
-from pi0.storage import new_folder
+from pi0.storage import new_folder, require_replaceable
+
+FILES: dict[str, Any] = {"marker": ("replay.json",), "files": ("episode_*.png",)}  # of the folder it writes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,8 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="chunks at a time (default 16)")
     parser.add_argument("--threshold", type=float, default=0.1, help="of `within`: fraction of the recorded range")
     args = parser.parse_args(arguments)
-    if args.out is not None and args.out.exists() and not args.overwrite:  # fail before the work, not after it
-        raise FileExistsError(f"{args.out} exists already; choose another name or pass --overwrite")
+    if args.out is not None:  # fail before the work, not after it
+        require_replaceable(args.out, args.overwrite, **FILES)
     policy = load_policy(args)
     dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes, format=args.format)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
@@ -195,7 +197,7 @@ def write_folder(
     """Write figures and plots, all or nothing. Raises FileExistsError."""
     from pi0.plots import plot_actions  # matplotlib is an extra, and slow to import
 
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, **FILES) as folder:
         (folder / "replay.json").write_text(json.dumps(figures, indent=2) + "\n")
         for e in episodes:
             title = f"episode {e.episode}: {e.task}"

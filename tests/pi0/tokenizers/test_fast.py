@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,41 @@ def test_published() -> None:
     answer = generated(prompts)
     assert max(answer) <= 257152 - 129
     np.testing.assert_array_equal(prompts.extract_actions(answer, T, A)[0], fast.decode(fast.encode(CHUNK), T, A)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "x" * 999}},
+            "normalizer is 'Replace'",
+        ),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}}}, "pre_tokenizer is 'Split'"),
+        ({"decoder": {"type": "Sequence", "decoders": []}}, "decoder is 'Sequence'"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is 'TemplateProcessing'"),
+        ({"padding": {"strategy": {"Fixed": 2**40}}}, "padding is"),
+        ({"truncation": {"max_length": 3}}, "truncation is"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "model is 'WordPiece'"),
+        ({"model": {"type": "BPE", "vocab": {"x" * 10_001: 0}, "merges": []}}, "a token has 10001 characters"),
+        ({"added_tokens": [{"content": "y" * 10_001, "id": 1}]}, "a token has 10001 characters"),
+        ({"model": None}, "no table of tokens"),
+    ],
+)
+def test_components_that_may_take_forever(change: dict, said: str, folder: Path, tmp_path: Path) -> None:
+    """A file of a stranger may have regular expressions and normalizers that never end; FAST's has none."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=rf"copy is not a FAST tokenizer: .*tokenizer\.json: {said}"):
+        FASTTokenizer(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"time_horizon": 2**40}, {"action_dim": -1}, {"scale": 1e999}, {"min_token": 2**60}, {"vocab_size": "9"}]
+)
+def test_numbers_of_strangers(change: dict, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / "processor_config.json").read_text())
+    (copy / "processor_config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=rf"copy is not a FAST tokenizer: .*{next(iter(change))}"):
+        FASTTokenizer(copy)
