@@ -85,6 +85,10 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         begin = time.perf_counter()
+        # A process that starts inherits what is blocked: an interrupt would end it before it can ignore that.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        self._batches.start_prefetch()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         batch = next(self._batches)
         self.waited += time.perf_counter() - begin
         return batch
