@@ -21,13 +21,14 @@ from convert.formats.safetensors import read_safetensors, read_sharded, write_sa
 from convert.fresh import source_config, with_fresh
 from convert.layouts.layout import Layout, infer_sizes
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
-from convert.sidecars import norm_stats_files, read_assets, read_model
+from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
 from convert.tensors import CheckpointError, Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
+from pi0.presets import FIELDS, get_preset
 from pi0.variants import get_variant
 
 
@@ -98,14 +99,17 @@ def open_checkpoint(
     asset_id: str | None = None,
     fresh: int | None = None,
     dtype: np.dtype | None = None,
+    preset: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
     Args:
         source: a local path, `gs://` or `hf://` address of a folder with an Orbax `params` folder, that folder itself,
-            a folder with `model.safetensors` or shards of it, an `.npz` file, or a training run's folder.
+            a folder with `model.safetensors` or shards of it, an `.npz` file, or the folder of a training run, ours
+            (`checkpoints/<step>`) or openpi's (`<step>`).
         config: the model config. Default: that of our, openpi's or LeRobot's `config.json`; without one, sizes follow
-            from shapes, and the rest (horizon, text length, cameras) is that of the released models.
+            from shapes, and the rest (horizon, text length, cameras) is that of the released models, which is noted in
+            `Assets.assumed`.
         layout: the layout of the source, by name or as "module:NAME". Default: detected from the tensors' names.
         step: the step of a training run (default: the newest).
         ema: whether to read the moving average of a training run's parameters, or the trained parameters.
@@ -113,6 +117,7 @@ def open_checkpoint(
         fresh: the seed with which parts that `config` has and the source lacks as a whole are initialized: an action
             expert (for PaliGemma's weights) or LoRA. Without it, such parts are missing tensors.
         dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
+        preset: the name of the openpi config it was trained with (`pi0.presets`), which says what no file does.
 
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
@@ -124,7 +129,7 @@ def open_checkpoint(
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
-    assets = find_assets(stored, layout, kind, lora, config, asset_id)
+    assets = find_assets(stored, layout, kind, lora, config, asset_id, preset)
     norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
@@ -146,26 +151,55 @@ def find_assets(
     lora: tuple[str, ...],
     config: ModelConfig | None = None,
     asset_id: str | None = None,
+    preset: str | None = None,
 ) -> Assets:
     """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`."""
+    said = None if preset is None else get_preset(preset)
+    if said is not None and asset_id is None and norm_stats_files(stored.sidecars):
+        asset_id = said.asset_id
     assets = Assets.load(stored.sidecars)
     if assets is None or asset_id not in (None, assets.asset_id):
-        shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        model = config or (assets and assets.model) or read_model(stored.sidecars, kind)
-        return read_assets(stored.sidecars, model or infer_config(layout, kind, shapes, lora), asset_id)
-    return assets if config is None else dataclasses.replace(assets, model=config)
+        if assets is not None:
+            model, assumed = assets.model, assets.assumed
+        elif (found := config or read_model(stored.sidecars, kind)) is not None:
+            model, assumed = found, unsaid_fields(stored.sidecars)
+        else:
+            shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
+            model, assumed = infer_config(layout, kind, shapes, lora), unknown_fields(kind)
+        assets = dataclasses.replace(read_assets(stored.sidecars, config or model, asset_id), assumed=assumed)
+        assets = dataclasses.replace(assets, step=_step_of(stored.sidecars))
+    if config is not None:  # says all; a preset changes what it says
+        assets = dataclasses.replace(assets, model=config, assumed=() if said is None else FIELDS)
+    return assets if said is None else said.apply(assets, str(preset))
+
+
+def unknown_fields(kind: str) -> tuple[str, ...]:
+    """The fields of a model config that do not follow from the shapes of a checkpoint."""
+    return tuple(name for name in FIELDS if name != "action_dim" or not FAMILIES[kind].projections)
+
+
+def _step_of(folder: Path) -> int | None:
+    """The training step of a folder that Orbax's checkpoint manager wrote, which has it for a name; None for others."""
+    return int(folder.name) if folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").exists() else None
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
     """The checkpoint folder of a training run; any other folder is returned unchanged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
-    steps = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
+    ours = folder / "checkpoints"
+    root = ours if ours.is_dir() else folder
+    steps = sorted(int(f.name) for f in root.glob("*") if f.name.isdigit() and (root == ours or _is_step(f)))
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
     if not steps:
         return folder
-    return folder / "checkpoints" / str(steps[-1] if step is None else step)
+    return root / str(steps[-1] if step is None else step)
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether a folder is a step of an openpi run, which are named by their step alone."""
+    return (folder / "params" / "_METADATA").exists()
 
 
 def _trained(folder: Path) -> dict[str, Tensor]:
@@ -176,7 +210,13 @@ def _trained(folder: Path) -> dict[str, Tensor]:
         )
     state = read_orbax(folder / "train_state")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
-    return read_orbax(folder / "params") | trained
+    if all(name.endswith("/value") for name in trained):  # openpi's; without a moving average it has none
+        trained = {name.removesuffix("/value"): tensor for name, tensor in trained.items()}
+    params = read_orbax(folder / "params")
+    unknown = sorted(trained.keys() - params.keys())
+    if unknown:
+        raise CheckpointError(f"{folder}: train_state has parameters that params has not: {', '.join(unknown[:5])}")
+    return params | trained
 
 
 def detect(

@@ -40,6 +40,7 @@ class Assets:
         robot: a name for `make_robot`, or {"name": name, **options}.
         step: the training step.
         training: the config of the experiment.
+        assumed: the fields of `model` that no file of the checkpoint says; they are those of released models.
     """
 
     model: ModelConfig
@@ -53,6 +54,7 @@ class Assets:
     action_tokenizer: dict[str, Any] | None = None
     subtasks: bool = False
     state_in_prompt: bool = True
+    assumed: tuple[str, ...] = ()
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -86,6 +88,7 @@ class Assets:
             values["model"] = ModelConfig.from_dict(values["model"])
         except ConfigError as error:
             raise AssetsError(f"{path}: {error}") from error
+        values["assumed"] = tuple(values.get("assumed", ()))
         if values.get("asset_id") is not None:
             values["norm_stats"] = load_norm_stats(below(folder / "assets", values["asset_id"]) / "norm_stats.json")
         if values.get("action_tokenizer") is not None:

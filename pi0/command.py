@@ -123,3 +123,9 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     """The arguments `checkpoint` (or `name`) and `--asset-id`."""
     parser.add_argument(name, help="the folder of a checkpoint or of a training run, gs:// or hf://")
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
+
+
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The argument `--preset`."""
+    text = "the openpi config that the checkpoint was trained with, such as pi05_droid: says horizon, cameras, robot, …"
+    parser.add_argument("--preset", metavar="NAME", help=text)

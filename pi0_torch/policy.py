@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Policy(pi0.policy.policy.Policy):
         *,
         asset_id: str | None = None,
         config: ModelConfig | None = None,
+        preset: str | None = None,
         dtype: str | None = None,
         param_dtype: str | None = None,
         device: str | torch.device = "cpu",
@@ -41,16 +43,18 @@ class Policy(pi0.policy.policy.Policy):
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
-        `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
+        `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
+        checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
         `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
+        does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With
         `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`.
         Raises what they do, and ValueError for these two without `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
-        checkpoint = open_checkpoint(source, config, asset_id=asset_id)
+        checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset)
         assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
+        checkpoint = dataclasses.replace(checkpoint, assets=assets)
         model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
         how: dict[str, Any] = {"subtasks": assets.subtasks, "attention": attention, "compile": compile}
         sampler = Sampler(model, num_steps=num_steps, **how) if use_sampler else None
