@@ -118,9 +118,7 @@ def _changed(
         wider = [name for name, tensor in ours.items() if tensor.dtype != checkpoint.ours[name].dtype]
         if wider and dtype is None:
             stored = checkpoint.ours[wider[0]].dtype
-            log(
-                f"{len(wider)} merged kernels are float32, not {stored}, which would round the updates: --dtype {stored}"
-            )
+            log(f"{len(wider)} merged kernels are float32: {stored}, as stored, would round the updates (--dtype does)")
     if action_dim is not None and action_dim != model.action_dim:
         how = f"projections {'padded with zeros' if action_dim > model.action_dim else 'truncated'}"
         if model.action_expert is None:

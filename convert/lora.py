@@ -15,9 +15,9 @@ from pi0.parameters import Parameter, lora_of, parameters
 def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and parameters (lazily) of the equivalent model without LoRA: kernel + a·b × scale.
 
-    Product, sum and result are float32, whatever the kernel's dtype: in openpi's runs it is bfloat16, and rounding to it
-    would lose most of a small update. Cast the result to round it once. As in the forward pass (openpi `lora.py`), the
-    update of attention's output projection sums over heads in both factors, and the MLP's updates are not scaled.
+    Product, sum and result are float32, whatever the kernel's dtype: in openpi's runs it is bfloat16, and rounding to
+    it would lose most of a small update. Cast the result to round it once. As in the forward pass (openpi `lora.py`),
+    the update of attention's output projection sums over heads in both factors, and the MLP's updates are not scaled.
     """
     experts = lora_of(config)
     table = parameters(config)

@@ -1,4 +1,4 @@
-"""What openpi's configs say of its checkpoints, and no file or tensor does: robot, cameras, horizon, prompt, norm stats.
+"""What openpi's configs say of its checkpoints, and no file or tensor does: robot, cameras, horizon, prompt, asset id.
 
 A preset has the name of the config (openpi `training/config.py`, `misc/roboarena_config.py`, `misc/polaris_config.py`
 at 15a9616) and completes a checkpoint that was trained with it: `Policy.from_pretrained(source, preset="pi05_droid")`.
@@ -7,7 +7,7 @@ at 15a9616) and completes a checkpoint that was trained with it: `Policy.from_pr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from pi0.assets import Assets
@@ -20,7 +20,7 @@ FIELDS = ("action_horizon", "action_dim", "max_token_len", "image_keys")  # of M
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 FAST_CAMERAS = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
 
-Robot = Mapping[str, Any]
+Robot = dict[str, Any]
 WRISTS = ["cam_left_wrist", "cam_right_wrist"]
 ALOHA: Robot = {"name": "aloha", "optional_cameras": WRISTS}
 DROID: Robot = {"name": "droid"}

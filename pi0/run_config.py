@@ -125,7 +125,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer and its learning rate, which decays after a linear warmup; the defaults are openpi's AdamW and cosine.
+    """An optimizer and its learning rate, which decays after a linear warmup; the defaults are openpi's.
 
     Attributes:
         name: "adamw", or "sgd" with momentum, without clipping or weight decay, as openpi has it.
@@ -184,7 +184,7 @@ class OptimizerConfig:
         for field in others:
             _require(
                 getattr(self, field) == defaults[field],
-                f"optimizer.{field} is {getattr(self, field)!r}, which {self.name} with a {self.schedule} schedule has not",
+                f"optimizer.{field} is {getattr(self, field)!r}; {self.name} with a {self.schedule} schedule has none",
             )
 
 

@@ -46,12 +46,12 @@ class Policy(pi0.policy.policy.Policy):
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
-        checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled programs are kept in the user's
-        own cache. `attention` is how the model computes it, see `RuntimeConfig`; the sampler has its own.
-        Raises what they do, and ValueError for both together.
+        checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those
+        of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the
+        checkpoint itself does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see
+        `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled programs
+        are kept in the user's own cache. `attention` is how the model computes it, see `RuntimeConfig`; the sampler has
+        its own. Raises what they do, and ValueError for both together.
         """
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")

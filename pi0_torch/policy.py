@@ -44,11 +44,11 @@ class Policy(pi0.policy.policy.Policy):
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
         `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
-        checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`.
-        Raises what they do, and ValueError for these two without `use_sampler`.
+        checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device`
+        are those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the
+        checkpoint itself does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see
+        `fill_assets`). With `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its
+        `attention` and `compile`. Raises what they do, and ValueError for these two without `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")

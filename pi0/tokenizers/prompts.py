@@ -69,8 +69,8 @@ class FASTPromptTokenizer:
     ) -> tuple[np.ndarray, bool]:
         """The chunk float64 [T, A] in generated tokens [N], after "Action: " to "|", `<eos>` or a second one; and True.
 
-        Tokens of text among them are skipped, as openpi does, if what remains is exactly one chunk. Raises FASTError for
-        anything else; with `fallback` the result is zeros and False instead, which is openpi's answer.
+        Tokens of text among them are skipped, as openpi does, if what remains is exactly one chunk. Raises FASTError
+        for anything else; with `fallback` the result is zeros and False instead, which is openpi's answer.
         """
         try:
             return self.fast.decode(self._answer([int(t) for t in tokens]), time_horizon, action_dim)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with clipping by global norm, or SGD; linear warmup, then cosine or inverse square root decay."""
+"""The optimizer, AdamW with clipping or SGD, and its schedule: warmup, then cosine or inverse square root decay."""
 
 from __future__ import annotations
 

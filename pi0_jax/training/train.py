@@ -248,8 +248,8 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars.
 
-    `param_norm` is the global norm of all parameters that train; `kernel_norm` is what openpi logs as `param_norm`: that
-    of kernels and LoRA alone, frozen ones too, without embeddings, norms and biases.
+    `param_norm` is the global norm of all parameters that train; `kernel_norm` is what openpi logs as `param_norm`:
+    that of kernels and LoRA alone, frozen ones too, without embeddings, norms and biases.
     """
 
     def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
