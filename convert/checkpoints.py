@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from convert.checksums import verify_sidecars
 from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, read_sharded, write_safetensors
@@ -23,12 +25,13 @@ from convert.layouts.layout import Layout, infer_sizes
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
 from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
 from convert.tensors import CheckpointError, Tensor
-from pi0.assets import Assets
+from pi0.assets import NORM_STATS, Assets, check_asset_id
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
+from pi0.storage import below, require_below
 from pi0.variants import get_variant
 
 
@@ -80,9 +83,13 @@ def read_tensors(
     folder = _step_folder(path, step)
     if not ema:
         return Stored(folder, folder / "train_state", folder, _trained(folder))
-    for file, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
-        if (folder / file).exists():
-            return Stored(folder, folder / file, folder, read(folder / file))
+    for name, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
+        if (file := folder / name).exists():
+            try:
+                require_below(folder, file)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            return Stored(folder, file, folder, read(file))
     for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
             return Stored(folder, params, sidecars, read_orbax(params, dtype))
@@ -153,7 +160,11 @@ def find_assets(
     asset_id: str | None = None,
     preset: str | None = None,
 ) -> Assets:
-    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`."""
+    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`.
+
+    Raises CheckpointError where a sidecar file is not the one that was written (`convert.checksums`).
+    """
+    verify_sidecars(stored.sidecars)
     said = None if preset is None else get_preset(preset)
     if said is not None and asset_id is None and norm_stats_files(stored.sidecars):
         asset_id = said.asset_id
@@ -166,8 +177,9 @@ def find_assets(
         else:
             shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
             model, assumed = infer_config(layout, kind, shapes, lora), unknown_fields(kind)
-        assets = dataclasses.replace(read_assets(stored.sidecars, config or model, asset_id), assumed=assumed)
-        assets = dataclasses.replace(assets, step=_step_of(stored.sidecars))
+        assets = read_assets(stored.sidecars, config or model, asset_id)
+        step = _step_of(stored.sidecars) if assets.step is None else assets.step
+        assets = dataclasses.replace(assets, assumed=assumed, step=step)
     if config is not None:  # says all; a preset changes what it says
         assets = dataclasses.replace(assets, model=config, assumed=() if said is None else FIELDS)
     return assets if said is None else said.apply(assets, str(preset))
@@ -189,12 +201,15 @@ def _step_folder(folder: Path, step: int | None) -> Path:
         raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
     ours = folder / "checkpoints"
     root = ours if ours.is_dir() else folder
-    steps = sorted(int(f.name) for f in root.glob("*") if f.name.isdigit() and (root == ours or _is_step(f)))
+    found = [f for f in root.glob("*") if re.fullmatch("[0-9]{1,18}", f.name) and (root == ours or _is_step(f))]
+    steps = {int(f.name): f for f in found}
     if step is not None and step not in steps:
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
     if not steps:
         return folder
-    return root / str(steps[-1] if step is None else step)
+    chosen = steps[max(steps) if step is None else step]
+    theirs = chosen / "pretrained_model"  # of LeRobot's training runs, whose steps are named 020000
+    return theirs if theirs.is_dir() else chosen
 
 
 def _is_step(folder: Path) -> bool:
@@ -310,5 +325,6 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout)
     assets.save(folder / "assets", config_folder=folder / target.config_folder)
     for asset_id, file in checkpoint.norm_stats.items():
         if asset_id != assets.asset_id:
-            (folder / "assets" / asset_id).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / "assets" / asset_id / file.name)
+            copy = below(folder / "assets", check_asset_id(asset_id)) / NORM_STATS
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)

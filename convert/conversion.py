@@ -7,12 +7,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from convert.checksums import CHECKSUMS, is_sidecar, sign
 from convert.layouts.layout import Layout
 from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
@@ -22,10 +24,13 @@ from pi0.command import add_checkpoint, add_preset, exit_on_error, make_parser, 
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError, lora_of, parameters
 from pi0.presets import describe_assumed
-from pi0.storage import local_path, new_folder
+from pi0.storage import local_path, new_folder, require_replaceable
 from pi0.variants import read_variant
 
 DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# What a folder that is replaced has at least one file of, and what else it may have.
+MARKER = ("model.safetensors", "model.safetensors.index.json", "params")
+FILES = ("model-*.safetensors", "config.json", "assets", "policy_p*processor*", CHECKSUMS)
 VERIFIED_SIZE = 1_000_000_000  # parameters up to which conversions are verified by default
 
 
@@ -58,7 +63,7 @@ def convert(
         lora: "keep" or "merge".
         action_dim: pads the state and action projections with zeros, or truncates them.
         action_horizon: replaces the config's; no parameter depends on it.
-        overwrite: replace `target` if it exists.
+        overwrite: replace `target` if it exists, is a checkpoint and not the source.
         verify: read back what was written and compare it byte by byte. Default: for models up to a billion parameters.
         log: called with a line for each change to the model.
 
@@ -68,6 +73,9 @@ def convert(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     target, target_layout, target_dtype = local_path(target), find_layout(to), DTYPES[dtype]
+    sources = [Path(source).expanduser()] if "://" not in str(source) else []
+    replace: dict[str, Any] = {"marker": MARKER, "files": FILES, "sources": sources}
+    require_replaceable(target, overwrite, **replace)
     checkpoint = open_checkpoint(
         source,
         config,
@@ -88,11 +96,12 @@ def convert(
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= VERIFIED_SIZE
     size = sum(tensor.size for tensor in checkpoint.ours.values())
     with (
-        new_folder(target, overwrite) as folder,
+        new_folder(target, overwrite, **replace) as folder,
         tqdm(total=size, unit="B", unit_scale=True, desc="converting", delay=2) as bar,
     ):
         checked = {name: _checked(name, tensor, bar.update) for name, tensor in checkpoint.ours.items()}
         write_checkpoint(dataclasses.replace(checkpoint, ours=checked), folder, target_layout)
+        sign(folder, is_sidecar)
         if verify:
             verify_equal(checkpoint, open_checkpoint(folder, checkpoint.assets.model, layout=target_layout))
     written = open_checkpoint(target, checkpoint.assets.model, layout=target_layout)

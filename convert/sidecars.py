@@ -17,16 +17,18 @@ import numpy as np
 
 from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.tensors import Tensor
-from pi0.assets import Assets, read_json
-from pi0.config import ModelConfig
+from pi0.assets import NORM_STATS, Assets, AssetsError, read_optional
+from pi0.config import ConfigError, ModelConfig
 from pi0.parameters import LayoutError
 from pi0.robots.normalize import EPSILON, NormStats, load_norm_stats
+from pi0.storage import below, require_below
 from pi0.tokenizers.text import PALIGEMMA
 from pi0.variants import GEMMA_2B, GEMMA_300M, SO400M, get_variant
 
 GEMMAS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M}
 Step = tuple[str, dict[str, Any]]  # of a LeRobot processor: registered name, config
 
+PREPROCESSOR = "policy_preprocessor.json"
 FAST = "physical-intelligence/fast"
 LEROBOT_MODES = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
 LEROBOT_ASSET = "lerobot"  # the asset id of norm stats from its processors
@@ -42,7 +44,7 @@ def read_model(folder: Path, kind: str) -> ModelConfig | None:
 
     Raises LayoutError for a config of another model family than that of the weights, `kind`, or with unknown values.
     """
-    path, values = folder / "config.json", read_json(folder / "config.json")
+    path, values = folder / "config.json", read_optional(folder, "config.json")
     if values is None or "paligemma_variant" not in values:
         return None
     if values.get("type", kind) != kind:
@@ -65,18 +67,26 @@ def read_model(folder: Path, kind: str) -> ModelConfig | None:
         ).with_runtime(num_steps=values.get("num_inference_steps", model.runtime.num_steps))
     except KeyError as error:
         raise LayoutError(f"{path} cannot be used: missing or unknown {error}") from error
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise LayoutError(f"{path} cannot be used: {error}") from error
 
 
 def unsaid_fields(folder: Path) -> tuple[str, ...]:
     """The fields of a model config that the `config.json` read by `read_model` does not have: openpi's, two."""
-    values = read_json(folder / "config.json") or {}
+    values = read_optional(folder, "config.json") or {}
     return () if "paligemma_variant" not in values or "type" in values else ("max_token_len", "image_keys")
 
 
 def norm_stats_files(folder: Path) -> dict[str, Path]:
-    """All norm stats files of a checkpoint, by asset id, which may contain slashes."""
+    """All norm stats files of a checkpoint, by asset id, which may contain slashes. Raises AssetsError for links."""
     root = folder / "assets"
-    return {str(path.parent.relative_to(root)): path for path in sorted(root.rglob("norm_stats.json"))}
+    found = {path.parent.relative_to(root).as_posix(): path for path in sorted(root.rglob(NORM_STATS))}
+    for path in found.values():
+        try:
+            require_below(folder, path)
+        except ValueError as error:
+            raise AssetsError(str(error)) from error
+    return found
 
 
 def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -> Assets:
@@ -90,9 +100,16 @@ def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -
     if asset_id is not None and asset_id in files:
         return Assets(model, load_norm_stats(files[asset_id]), asset_id, model.family.normalization)
     tokenizer = {"kind": "sentencepiece", "source": PALIGEMMA}
-    processor = read_json(folder / "policy_preprocessor.json")
+    processor = read_optional(folder, PREPROCESSOR)
     if processor is not None and asset_id in (None, LEROBOT_ASSET):
-        stats, mode = _lerobot_stats(folder, processor)
+        try:
+            stats, mode = _lerobot_stats(folder, processor)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise LayoutError(f"{folder / PREPROCESSOR} cannot be used: {error!r}") from error
+        except LayoutError:
+            raise
+        except ValueError as error:
+            raise LayoutError(f"{folder / PREPROCESSOR} cannot be used: {error}") from error
         return Assets(model, stats, LEROBOT_ASSET if stats else None, mode, tokenizer)
     if asset_id is not None:
         raise LayoutError(f"{folder} has no norm stats {asset_id!r}; it has {', '.join(files) or 'none'}")
@@ -101,15 +118,17 @@ def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -
 
 def _lerobot_stats(folder: Path, processor: dict[str, Any]) -> tuple[dict[str, NormStats] | None, str | None]:
     """The norm stats of a LeRobot preprocessor and their normalization mode; None where it has none."""
-    (step,) = [s for s in processor["steps"] if s.get("registry_name") == "normalizer_processor"] or [{}]
+    step, *others = [s for s in processor["steps"] if s.get("registry_name") == "normalizer_processor"] or [{}]
+    if others:
+        raise LayoutError(f"{folder / PREPROCESSOR} has {1 + len(others)} normalizers; one is supported")
     if "state_file" not in step:
         return None, None
     modes = {step["config"]["norm_map"].get(name) for name in ("STATE", "ACTION")}
     if len(modes) > 1 or not modes <= LEROBOT_MODES.keys():
         raise LayoutError(f"{folder}: normalization {sorted(map(str, modes))}; known are {', '.join(LEROBOT_MODES)}")
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in read_safetensors(folder / step["state_file"]).items():
-        feature, field = name.rsplit(".", 1)
+    for name, tensor in read_safetensors(below(folder, step["state_file"])).items():
+        feature, _, field = name.rpartition(".")
         if field in NormStats.__dataclass_fields__:
             found.setdefault(feature, {})[field] = np.array(tensor.read(()))
     if not {_STATE, _ACTION} <= found.keys():
@@ -227,4 +246,4 @@ def _write_processor(folder: Path, name: str, steps: list[Step], stats: Mapping[
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pi0 import __version__
-from pi0.plugins import MissingExtraError
+from pi0.plugins import missing_extra
 from pi0.storage import local_path
 
 COMMANDS = {
@@ -34,33 +35,14 @@ COMMANDS = {
 INTERRUPTED = 130
 
 
-def main() -> None:
-    """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
-    arguments = sys.argv[1:]
-    if not name:
-        listed = "\n".join(f"  pi0 {command:<14}{text}" for command, text in COMMANDS.items())
-        parser = make_parser("pi0", "π0, π0.5 and π0-FAST robot policies in JAX and PyTorch.", f"commands:\n{listed}")
-        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="pi0 COMMAND --help lists them")
-        args = parser.parse_args(arguments)
-        name, arguments = args.command, args.arguments
-    load_command(name)(arguments)
-
-
-def load_command(name: str) -> Callable[[list[str]], None]:
-    """A command's function, of the entry points `pi0.commands`. Exits with 1 where its extra is not installed."""
-    (found,) = entry_points(group="pi0.commands", name=name)
-    return exit_on_error(f"pi0-{name}")(found.load)()
-
-
 def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a command: what is wrong with its input ends it with one line and an exit code, not a traceback.
 
-    `errors` are raised beside ValueError and OSError; one with an attribute `exit_code` says its own.
+    `errors` are raised beside ValueError, OSError and the ImportError of a package that an extra installs; one with an
+    attribute `exit_code` says its own.
     """
 
-    caught: tuple[type[Exception], ...] = (ValueError, OSError, MissingExtraError, *errors)
+    caught: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *errors)
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
@@ -71,7 +53,10 @@ def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callabl
                 print(f"{prog}: interrupted", file=sys.stderr)
                 sys.exit(INTERRUPTED)
             except caught as error:
-                print(f"{prog}: {error}", file=sys.stderr)
+                message = missing_extra(error) if isinstance(error, ImportError) else error
+                if message is None:
+                    raise
+                print(f"{prog}: {message}", file=sys.stderr)
                 sys.exit(getattr(error, "exit_code", code))
 
         return run
@@ -79,11 +64,30 @@ def exit_on_error(prog: str, *errors: type[Exception], code: int = 1) -> Callabl
     return decorate
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and that names an unknown argument before a missing one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        fields = " and --config.FIELD=VALUE" if "--config" in known else ""
+        for argument in args[: args.index("--")] if "--" in args else args:
+            option = argument.partition("=")[0]
+            if not re.match(r"--?[A-Za-z]", option) or (fields and option.startswith("--config.")):
+                continue
+            if option != "-h" and not any(name.startswith(option) for name in known):
+                raise ValueError(f"unknown argument {argument}; known are {', '.join(known)}{fields}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help explains them all\n")
+
+
 def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A command's parser; the epilog keeps its lines."""
     formatter = argparse.RawDescriptionHelpFormatter
     text = textwrap.fill(description, 100)
-    parser = argparse.ArgumentParser(prog=prog, description=text, epilog=epilog, formatter_class=formatter)
+    parser = Parser(prog=prog, description=text, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     return parser
 
@@ -129,3 +133,22 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     """The argument `--preset`."""
     text = "the openpi config that the checkpoint was trained with, such as pi05_droid: says horizon, cameras, robot, …"
     parser.add_argument("--preset", metavar="NAME", help=text)
+
+
+@exit_on_error("pi0")
+def main() -> None:
+    """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
+    arguments = sys.argv[1:]
+    if not name:
+        listed = "\n".join(f"  pi0 {command:<14}{text}" for command, text in COMMANDS.items())
+        parser = make_parser("pi0", "π0, π0.5 and π0-FAST robot policies in JAX and PyTorch.", f"commands:\n{listed}")
+        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="pi0 COMMAND --help explains it")
+        name, arguments = parser.parse_args(arguments[:1]).command, arguments[1:]
+    load_command(name)(arguments)
+
+
+def load_command(name: str) -> Callable[[list[str]], None]:
+    """A command's function, of the entry points `pi0.commands`."""
+    (found,) = entry_points(group="pi0.commands", name=name)
+    return exit_on_error(f"pi0-{name}")(found.load)()

@@ -21,6 +21,27 @@ T = typing.TypeVar("T")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("plain", "xla", "cudnn")
 REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  # the latter two as in JAX
+# The largest sizes that are accepted, far above those of any model: a config that comes with a checkpoint must not make
+# this machine allocate what no model needs. To use larger ones, change this table before the config is made.
+LIMITS = {
+    "width": 2**16,
+    "depth": 2**10,
+    "mlp_dim": 2**20,
+    "num_heads": 2**10,
+    "num_kv_heads": 2**10,
+    "head_dim": 2**12,
+    "lora_rank": 2**12,
+    "patch_size": 2**10,
+    "vocab_size": 2**24,
+    "action_dim": 2**10,
+    "action_horizon": 2**12,
+    "max_token_len": 2**14,
+    "image_resolution": 2**12,
+    "image_keys": 2**6,
+    "image tokens": 2**16,
+    "num_steps": 2**12,
+    "max_decoding_steps": 2**14,
+}
 
 
 class ConfigError(ValueError):
@@ -32,6 +53,14 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def canonical_dtype(dtype: Any, name: str = "dtype") -> str:
+    """The name of a dtype that is given by name or as one of NumPy, JAX or PyTorch. Raises ConfigError, with `name`."""
+    found = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
+    found = str(found).removeprefix("torch.")
+    _require(found in DTYPES, f"{name} is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return found
+
+
 def _require_positive(config: Any, name: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -40,6 +69,12 @@ def _require_positive(config: Any, name: str) -> None:
                 isinstance(value, int) and not isinstance(value, bool) and value > 0,
                 f"{name}.{field.name} is {value!r}; it must be a positive whole number",
             )
+            _require_limit(f"{name}.{field.name}", value, field.name)
+
+
+def _require_limit(name: str, value: int, limit: str) -> None:
+    most = LIMITS[limit]
+    _require(value <= most, f"{name} is {value}; at most {most} are accepted (pi0.config.LIMITS)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +122,7 @@ class GemmaConfig:
             self.lora_rank is None or (type(self.lora_rank) is int and self.lora_rank > 0),
             f"lora_rank is {self.lora_rank!r}; it must be a positive whole number, or None for no LoRA",
         )
+        _require_limit("lora_rank", self.lora_rank or 0, "lora_rank")
         _require(
             self.lora_alpha is None or (type(self.lora_alpha) in (int, float) and self.lora_rank is not None),
             f"lora_alpha is {self.lora_alpha!r} and lora_rank {self.lora_rank}; alpha is a number, and needs a rank",
@@ -141,7 +177,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "runtime")
-        for name, known in (("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
+        object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
+        for name, known in (("remat", REMATS), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             _require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
         _require(
@@ -198,12 +235,15 @@ class ModelConfig:
             and all(isinstance(r, int) and r > 0 and r % patch == 0 for r in self.image_resolution),
             f"image_resolution {self.image_resolution} must be (height, width), multiples of the patch size {patch}",
         )
+        _require_limit("image_resolution", max(self.image_resolution), "image_resolution")
         _require(
             isinstance(self.image_keys, tuple)
             and all(isinstance(key, str) for key in self.image_keys)
             and len(set(self.image_keys)) == len(self.image_keys) > 0,
             f"image_keys {self.image_keys} must be one or more different camera names",
         )
+        _require_limit("the number of image_keys", len(self.image_keys), "image_keys")
+        _require_limit("the number of image tokens", len(self.image_keys) * self.image_tokens, "image tokens")
 
     @property
     def family(self) -> Family:
@@ -253,7 +293,7 @@ def from_dict(cls: type[T], values: Any, name: str = "") -> T:
 
     Raises ConfigError for unknown, missing and mistyped fields. It gives their dotted names, which begin with `name`.
     """
-    _require(isinstance(values, Mapping), f"{name or 'the config'} is {values!r}; it must be {_describe(cls)}")
+    _require(isinstance(values, Mapping), f"{name or 'the config'} is {values!r:.200}; it must be {_describe(cls)}")
     fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)  # type: ignore[arg-type]
     defaults = (dataclasses.MISSING, dataclasses.MISSING)
     needed = {n for n, f in fields.items() if (f.default, f.default_factory) == defaults}
@@ -281,7 +321,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return float(value)
         if cls is Any or (isinstance(value, cls) and (cls is bool or type(value) is not bool)):
             return value
-    raise ConfigError(f"{name} is {value!r}; it must be {' or '.join(map(_describe, options_of(hint)))}")
+    raise ConfigError(f"{name} is {value!r:.200}; it must be {' or '.join(map(_describe, options_of(hint)))}")
 
 
 def _describe(option: Any) -> str:

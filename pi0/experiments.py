@@ -31,10 +31,6 @@ def parse_arguments(
     """A command's arguments and the config that its `--config` and `--config.FIELD=VALUE` give. Raises ConfigError."""
     parser.add_argument("--config", required=True, metavar="NAME[:ARG]", help=HELP)
     args, rest = parser.parse_known_args(arguments)
-    known = [option for option in parser._option_string_actions if option.startswith("--")]
-    for argument in rest:
-        if argument.startswith("-") and not argument.startswith("--config."):
-            raise ConfigError(f"unknown argument {argument}; known are {', '.join(known)} and --config.FIELD=VALUE")
     return args, read_config(args.config, rest)
 
 

@@ -109,6 +109,21 @@ def check_actions(actions: Any, config: ModelConfig, batch: int | None = None, n
     return _array({name: actions}, name, shape, "float")
 
 
+def to_numpy(value: Any) -> np.ndarray:
+    """An array of any framework, or numbers, as a NumPy array; bfloat16, which NumPy does not have, as float32.
+
+    Tensors of PyTorch are detached, and copied from their device. Raises ValueError for what is no array.
+    """
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        array = np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"not an array: {error}") from error
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
 def _camera(data: Mapping[str, Any], key: str, batch: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     name, mask_name = f"image/{key}", f"image_mask/{key}"
     shape = (batch, *config.image_resolution, 3)
@@ -180,11 +195,9 @@ def _array(data: Mapping[str, Any], name: str, shape: tuple[int | None, ...], ki
     if name not in data:
         raise ObservationError(f"{name}: missing; expected {wanted}; the keys given are {sorted(data)}")
     try:
-        array = np.asarray(data[name])
+        array = to_numpy(data[name])
     except ValueError as error:  # nested lists of different lengths
         raise ObservationError(f"{name}: {error}; expected {wanted}") from error
-    if array.dtype.name == "bfloat16":  # of ml_dtypes: NumPy does not count it as a float
-        array = array.astype(np.float32)
     fits = array.ndim == len(shape) and all(s is None or s == a for s, a in zip(shape, array.shape, strict=True))
     if not fits:
         raise ObservationError(f"{name}: shape {list(array.shape)}; expected {wanted}")

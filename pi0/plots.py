@@ -20,7 +20,7 @@ _COLORS = ("#4c72b0", "#dd8452", "#55a868")
 
 def plot_loss(metrics_file: Path, target: Path) -> None:
     """Training and validation loss by step, from `metrics.jsonl`, to a PNG."""
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").split("\n") if line]
     figure, axis = _subplots(figsize=(7, 4))
     for name, color, style in (("loss", _COLORS[0], "-"), ("validation_loss", _COLORS[1], "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]

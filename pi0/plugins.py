@@ -13,6 +13,22 @@ class MissingExtraError(ImportError):
     """An optional package is missing; the message names the extra to install."""
 
 
+# The extra that installs a package, by the package's name.
+EXTRAS = {
+    **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
+    **{"torch": "torch", "av": "data", "pyarrow": "data", "matplotlib": "plots", "wandb": "wandb"},
+}
+
+
+def missing_extra(error: ImportError) -> str | None:
+    """What to install for a package that could not be imported, as a message; None where it is of no extra."""
+    if isinstance(error, MissingExtraError):
+        return str(error)
+    package = (error.name or "").partition(".")[0]
+    missing = isinstance(error, ModuleNotFoundError) and package in EXTRAS
+    return f"this needs {package}: pip install 'pi0[{EXTRAS[package]}]'" if missing else None
+
+
 def require_extra(extra: str, *modules: str) -> None:
     """Raise MissingExtraError unless all of the modules, which this extra installs, can be imported."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pi0.config import DTYPES, ConfigError, ModelConfig, from_dict
+from pi0.config import ConfigError, ModelConfig, canonical_dtype, from_dict
 from pi0.tokenizers.text import PALIGEMMA
 
 MAX_BFLOAT16_B2 = 0.99  # a second moment changes by 1 − b2 of itself, and bfloat16 has 8 bits of precision: 1/256
@@ -69,7 +69,8 @@ class DataConfig:
         root: the dataset: a folder, or an address of `pi0.fetch`.
         format: of the dataset: "lerobot", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
-        norm_stats_from: a checkpoint whose norm stats of `asset_id` are used; "": compute them from training episodes.
+        norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
+            compute them from training episodes.
         tokenizer: the text tokenizer.
         action_tokenizer: the FAST tokenizer, of π0-FAST and of recipes.
         state_in_prompt: whether π0.5's prompt contains the state (openpi `discrete_state_input`).
@@ -160,7 +161,6 @@ class OptimizerConfig:
     moments_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        dtype = self.moments_dtype
         for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, field)
             _require(value in known, f"optimizer.{field} is {value!r}; it must be one of {', '.join(known)}")
@@ -170,9 +170,9 @@ class OptimizerConfig:
             self.decay_steps is None or self.decay_steps > self.warmup_steps,
             f"optimizer.decay_steps is {self.decay_steps}; it must be more than the {self.warmup_steps} of warmup",
         )
-        _require(dtype in DTYPES, f"optimizer.moments_dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "moments_dtype", canonical_dtype(self.moments_dtype, "optimizer.moments_dtype"))
         _require(
-            dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
+            self.moments_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
             f"optimizer.b2 is {self.b2}; with moments_dtype bfloat16 it must be at most {MAX_BFLOAT16_B2}",
         )
 
@@ -271,8 +271,8 @@ class RunConfig:
             0 <= self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be less than the {self.steps} steps",
         )
-        dtype, decay = self.frozen_dtype, self.ema_decay
-        _require(dtype in DTYPES, f"frozen_dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "frozen_dtype", canonical_dtype(self.frozen_dtype, "frozen_dtype"))
+        decay = self.ema_decay
         _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be from 0 to below 1, or None")
         self._check_recipe()
         _ = self.freeze_pattern

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from pi0.config import ConfigError, GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig
+from pi0.reading import read_json
 
 
 def get_variant(name: str, **changes: Any) -> ModelConfig:
@@ -22,7 +22,11 @@ def read_variant(name: str) -> ModelConfig:
     """A variant by its name, or the config in a JSON file. Raises ConfigError, or OSError for a missing file."""
     if not name.endswith(".json"):
         return get_variant(name)
-    return ModelConfig.from_dict(json.loads(Path(name).read_text()))
+    values = read_json(Path(name), error=ConfigError)
+    try:
+        return ModelConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 SO400M = VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14)

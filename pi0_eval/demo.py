@@ -19,6 +19,7 @@ from pi0.datasets.registry import open_dataset
 from pi0.fetch import cache_dir, fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
+from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
 from pi0.run_config import RunConfig
 from pi0.storage import write_text
@@ -26,6 +27,7 @@ from pi0_eval.parity.compare import compare
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.replay import action_names, replay
+from pi0_jax.training.preemption import Preempted
 
 DRAWS = 8  # of noise: the error of a single one can be 1.5 times the mean
 FAST_VOCABULARY = 640  # the model's 1280 less the bundled tokenizer's 512 pieces and the 128 skipped tokens
@@ -190,7 +192,7 @@ def summarize(figures: dict[str, float], workdir: Path) -> None:
     )
 
 
-@exit_on_error("pi0-demo", RuntimeError)
+@exit_on_error("pi0-demo", RuntimeError, FloatingPointError, Preempted)
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-demo`."""
     parser = make_parser(
@@ -205,6 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument("--keep", action="store_true", help="resume from the checkpoints in the folder")
     args = parser.parse_args(arguments)
+    require_extra("jax", "jax", "flax", "grain", "optax", "orbax")  # before the last run is deleted
+    require_extra("torch", "torch")
     if args.workdir.exists() and not args.keep:
         if not (args.workdir / "metrics.jsonl").exists() and any(args.workdir.iterdir()):
             raise ValueError(f"{args.workdir} is not a run's folder; choose another --workdir")

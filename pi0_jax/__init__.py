@@ -5,15 +5,11 @@ Names are imported on first use: models alone need neither the checkpoint code n
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from pi0.observation import Observation
-
 if TYPE_CHECKING:
+    from pi0.observation import Observation
     from pi0_jax.loading import load
     from pi0_jax.models.pi0 import Pi0
     from pi0_jax.models.pi0_fast import Pi0Fast
@@ -22,6 +18,7 @@ if TYPE_CHECKING:
     from pi0_jax.sampler import Sampler
 
 _WHERE = {
+    "Observation": "models",
     "Pi0": "models.pi0",
     "Pi05": "models.pi05",
     "Pi0Fast": "models.pi0_fast",
@@ -29,12 +26,6 @@ _WHERE = {
     "Sampler": "sampler",
     "load": "loading",
 }
-
-jax.tree_util.register_dataclass(
-    Observation,
-    data_fields=[field.name for field in dataclasses.fields(Observation)],
-    meta_fields=[],
-)
 
 __all__ = ["Observation", "Pi0", "Pi0Fast", "Pi05", "Policy", "Sampler", "load"]
 

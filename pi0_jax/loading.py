@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from pi0.config import ModelConfig
+from pi0.config import ModelConfig, canonical_dtype
 from pi0.parameters import compare_shapes
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
@@ -20,27 +20,26 @@ Model = Pi0 | Pi05 | Pi0Fast
 MODELS: dict[str, type[Pi0] | type[Pi05] | type[Pi0Fast]] = {"pi0": Pi0, "pi05": Pi05, "pi0_fast": Pi0Fast}
 
 
-def load(
-    path: str | Path, *, dtype: str | None = None, param_dtype: str | None = None, config: ModelConfig | None = None
-) -> Model:
+def load(path: str | Path, *, dtype: Any = None, param_dtype: Any = None, config: ModelConfig | None = None) -> Model:
     """The model of a checkpoint: ours, or an openpi `params` folder of either style; `gs://` and `hf://` too.
 
     `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
-    stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
-    that is missing, unknown or of another shape.
+    stored), both by name or as a dtype of JAX or NumPy. `config` replaces what the checkpoint says. Raises ConfigError
+    for an unknown dtype, and CheckpointError or LayoutError that name every tensor that is missing, unknown or of
+    another shape.
     """
     return load_model(open_checkpoint(path, config), dtype=dtype, param_dtype=param_dtype)
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: str | None = None, param_dtype: str | None = None, attention: str | None = None
+    checkpoint: Checkpoint, *, dtype: Any = None, param_dtype: Any = None, attention: str | None = None
 ) -> Model:
     """The model of an opened checkpoint; see `load`. `attention` as in `RuntimeConfig` (default: the config's)."""
     runtime = {"dtype": dtype, "attention": attention}
     model = checkpoint.assets.model.with_runtime(**{k: v for k, v in runtime.items() if v is not None})
+    kept = None if param_dtype is None else canonical_dtype(param_dtype, "param_dtype")
     params = {
-        name: jnp.asarray(tensor.read(()), dtype=param_dtype or tensor.dtype)
-        for name, tensor in checkpoint.ours.items()
+        name: jnp.asarray(tensor.read(()), dtype=kept or tensor.dtype) for name, tensor in checkpoint.ours.items()
     }
     return with_parameters(model, params)
 

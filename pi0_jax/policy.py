@@ -33,8 +33,8 @@ class Policy(pi0.policy.policy.Policy):
         asset_id: str | None = None,
         config: ModelConfig | None = None,
         preset: str | None = None,
-        dtype: str | None = None,
-        param_dtype: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = None,
         num_steps: int | None = None,
         seed: int = 0,
         fallback: bool = False,
@@ -49,19 +49,21 @@ class Policy(pi0.policy.policy.Policy):
         checkpoint does not. `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those
         of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the
         checkpoint itself does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see
-        `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now; compiled programs
-        are kept in the user's own cache. `attention` is how the model computes it, see `RuntimeConfig`; the sampler has
-        its own. Raises what they do, and ValueError for both together.
+        `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now, and `model` is None:
+        its memory is free again; compiled programs are kept in the user's own cache. `attention` is how the model
+        computes it, see `RuntimeConfig`; the sampler has its own. Raises what they do, and ValueError for both
+        together.
         """
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset)
         assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
         checkpoint = dataclasses.replace(checkpoint, assets=assets)
-        model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
-        sampler = Sampler(model, num_steps=num_steps, subtasks=assets.subtasks) if use_sampler else None
+        model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
-        return cls(model, assets, num_steps=num_steps, sampler=sampler, **options)
+        if use_sampler:
+            options["sampler"], model = Sampler(model, num_steps=num_steps, subtasks=assets.subtasks), None
+        return cls(model, assets, num_steps=num_steps, **options)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""

@@ -12,6 +12,7 @@ R = T·G query rows of one key head, W width, N heads, K key/value heads, H head
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,11 +42,13 @@ Inputs = dict[str, Any]
 class Sampler:
     """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
-    `num_steps` defaults to the config's.
-    With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of `text_buckets`. Compiled programs are
-    kept for a restart (`use_compilation_cache`). With `warm_up`, programs for one robot with all cameras and any prompt
-    are made now. The model is not needed afterwards. Raises ValueError for subtasks of a
-    model that writes none, and for another `attention` than "plain".
+    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of
+    `text_buckets`. Compiled programs are kept for a restart (`use_compilation_cache`). With `warm_up`, programs for one
+    robot with all cameras and any prompt are made now.
+
+    The model is not needed afterwards: the sampler is a snapshot, and later changes of the model do not reach it.
+    Copies and pickles of it are whole; they compile anew. Raises ValueError for subtasks of a model that writes none,
+    and for another `attention` than "plain".
     """
 
     def __init__(
@@ -66,21 +69,34 @@ class Sampler:
             num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
         if runtime.attention != "plain":
             raise ValueError(f"attention is {runtime.attention!r}; a sampler has its own: load the model with 'plain'")
-        self.num_steps = num_steps
-        use_compilation_cache()
+        self.num_steps, self.eos_token = num_steps, eos_token
         self.weights = jax.jit(lay_out, static_argnums=(1, 2))(model, num_steps, tokens or subtasks)
         self.weights["embedding"] = model.paligemma.embedding[...]
-        steps = num_steps if tokens else runtime.max_decoding_steps
-        decoding: dict[str, Any] = {"steps": steps, "eos_token": eos_token}
-        programs: dict[str, Callable[..., Any]] = {
-            "vision": embed_prefix,
-            "prefix": read_prefix,
-            "sample": partial(sample_tokens, **decoding) if tokens else sample_actions,
-            "sample_with_subtask": partial(sample_with_subtask, **decoding),
-        }
-        self._programs = {name: jax.jit(partial(call, config=self.config)) for name, call in programs.items()}
+        self._make_programs()
         if warm_up:
             self.warm_up()
+
+    def _make_programs(self) -> None:
+        use_compilation_cache()
+        self._fused = FusedModel(self.weights, self.config)
+        tokens, most = self.config.family.action_tokens, self.config.runtime.max_decoding_steps
+        decoding: dict[str, Any] = {"steps": self.num_steps if tokens else most, "eos_token": self.eos_token}
+        write, act = partial(FusedModel.sample_tokens, **decoding), FusedModel.sample_actions
+        programs: dict[str, Callable[..., Any]] = {
+            "vision": FusedModel.embed_prefix,
+            "prefix": FusedModel.read_prefix,
+            "sample": write if tokens else act,
+            "sample_with_subtask": partial(FusedModel.sample_with_subtask, **decoding),
+        }
+        self._programs = {name: jax.jit(program) for name, program in programs.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but the programs, which they make for themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("_fused", "_programs")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_programs()
 
     def warm_up(self, batches: Sequence[int] = (1,), cameras: Sequence[int] | None = None) -> None:
         """Make the programs for these batch sizes and numbers of cameras (default: all of the model's), any prompt."""
@@ -89,14 +105,11 @@ class Sampler:
                 for length in text_lengths(self.config, self.text_buckets):
                     noise = np.zeros((batch, self.config.action_horizon, self.config.action_dim), np.float32)
                     inputs = self.inputs(placeholder(self.config, batch, count, length), noise)
-                    jax.block_until_ready(self._programs["sample"](self.weights, inputs))
+                    jax.block_until_ready(self._programs["sample"](self._fused, inputs))
                     if self.subtasks:
-                        subtask, _ = self._programs["sample_with_subtask"](self.weights, inputs)
-                        jax.block_until_ready(
-                            self._programs["sample_with_subtask"](
-                                self.weights, inputs | {"subtask": np.asarray(subtask)}
-                            )
-                        )
+                        with_subtask = partial(self._programs["sample_with_subtask"], self._fused)
+                        given = inputs | {"subtask": np.asarray(with_subtask(inputs)[0])}
+                        jax.block_until_ready(with_subtask(given))
 
     def sample(
         self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"] | None = None
@@ -126,11 +139,11 @@ class Sampler:
     ) -> dict[str, Callable[[], Any]]:
         """The stages of `sample` before Euler steps or tokens: calls that compute all up to the end of each."""
         inputs = self.inputs(compact(observation, self.config, self.text_buckets), noise)
-        return {name: partial(self._programs[name], self.weights, inputs) for name in ("vision", "prefix")}
+        return {name: partial(self._programs[name], self._fused, inputs) for name in ("vision", "prefix")}
 
     def _run(self, program: str, observation: Observation, *arrays: Any) -> Any:
         compacted = compact(observation, self.config, self.text_buckets)
-        return self._programs[program](self.weights, self.inputs(compacted, *arrays))
+        return self._programs[program](self._fused, self.inputs(compacted, *arrays))
 
     def inputs(
         self,
@@ -157,207 +170,190 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
 
 
-def sample_actions(weights: Weights, inputs: Inputs, *, config: ModelConfig) -> Float[Array, "B T A"]:
-    """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
-    cache, _, seen = read_prefix(weights, inputs, config=config, room=suffix_length(inputs, config))
-    return integrate(weights, inputs, cache, seen, config=config)
+@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class FusedModel:
+    """The stages of sampling over `weights` of `lay_out`."""
 
+    weights: Weights
+    config: ModelConfig
 
-def sample_with_subtask(
-    weights: Weights, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
-) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
-    """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
-    subtask, suffix = inputs.get("subtask"), suffix_length(inputs, config)
-    if subtask is None:
-        cache, logits, seen = read_prefix(weights, inputs, config=config, room=steps + suffix)
-        places = jnp.pad(seen, ((0, 0), (0, steps + suffix)))
-        read = partial(read_token, weights, config=config)
-        options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
-        subtask, cache = decode(logits, cache, places, seen.shape[1], steps, read, **options)
-        seen = jnp.concatenate([seen, written(subtask, eos_token)], axis=1)
-    else:
-        cache, _, seen = read_prefix(weights, inputs, config=config, room=suffix, eos_token=eos_token)
-    return subtask, integrate(weights, inputs, cache, seen, config=config)
+    def sample_actions(self, inputs: Inputs) -> Float[Array, "B T A"]:
+        """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
+        cache, _, seen = self.read_prefix(inputs, room=self.suffix_length(inputs))
+        return self.integrate(inputs, cache, seen)
 
+    def sample_with_subtask(
+        self, inputs: Inputs, *, steps: int, eos_token: int
+    ) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
+        """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
+        subtask, suffix = inputs.get("subtask"), self.suffix_length(inputs)
+        if subtask is None:
+            cache, logits, seen = self.read_prefix(inputs, room=steps + suffix)
+            places = jnp.pad(seen, ((0, 0), (0, steps + suffix)))
+            options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
+            subtask, cache = decode(logits, cache, places, seen.shape[1], steps, self.read_token, **options)
+            seen = jnp.concatenate([seen, written(subtask, eos_token)], axis=1)
+        else:
+            cache, _, seen = self.read_prefix(inputs, room=suffix, eos_token=eos_token)
+        return subtask, self.integrate(inputs, cache, seen)
 
-def sample_tokens(
-    weights: Weights, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
-) -> Int[Array, "B D"]:
-    """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
-    cache, logits, seen = read_prefix(weights, inputs, config=config, room=steps)
-    places, read = jnp.pad(seen, ((0, 0), (0, steps))), partial(read_token, weights, config=config)
-    options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
-    return decode(logits, cache, places, seen.shape[1], steps, read, **options)[0]
+    def sample_tokens(self, inputs: Inputs, *, steps: int, eos_token: int) -> Int[Array, "B D"]:
+        """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
+        cache, logits, seen = self.read_prefix(inputs, room=steps)
+        places = jnp.pad(seen, ((0, 0), (0, steps)))
+        options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+        return decode(logits, cache, places, seen.shape[1], steps, self.read_token, **options)[0]
 
+    def suffix_length(self, inputs: Inputs) -> int:
+        """Tokens of the suffix."""
+        return self.config.family.state_tokens + inputs["noise"].shape[1]
 
-def suffix_length(inputs: Inputs, config: ModelConfig) -> int:
-    """Tokens of the suffix."""
-    return config.family.state_tokens + inputs["noise"].shape[1]
+    def read_prefix(
+        self, inputs: Inputs, room: int = 0, eos_token: int = numerics.EOS_TOKEN
+    ) -> tuple[Cache, Any, Bool[Array, "B S"]]:
+        """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
+        prefix, valid = self.embed_prefix(inputs)
+        mask, subtask = valid[:, None], inputs.get("subtask")
+        if subtask is not None:
+            groups = jnp.pad(jnp.full(subtask.shape, masks.SUBTASK), ((0, 0), (prefix.shape[1], 0)))
+            prefix = jnp.concatenate([prefix, self.embed_text(subtask)], axis=1)
+            valid = jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
+            mask = masks.attention_mask(groups, valid)
+        return *self.fill_cache(prefix, mask, valid, room), valid
 
+    def integrate(self, inputs: Inputs, cache: Cache, seen: Bool[Array, "B S"]) -> Float[Array, "B T A"]:
+        """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
+        x_t, suffix = inputs["noise"].astype(jnp.float32), self.suffix_length(inputs)
+        blocks = np.repeat([0, 1, 2], [seen.shape[1], self.config.family.state_tokens, x_t.shape[1]])
+        valid = jnp.concatenate([seen, jnp.ones((len(x_t), suffix), bool)], axis=1)
+        bias = mask_bias(masks.block_mask(blocks, valid)[:, -suffix:])
+        positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
+        rope, weights = rotation(positions, self.config.paligemma.head_dim), self.weights
+        state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
+        time_step = np.float32(-1 / len(weights["steps"]["bias"][0]))
 
-def read_prefix(
-    weights: Weights, inputs: Inputs, *, config: ModelConfig, room: int = 0, eos_token: int = numerics.EOS_TOKEN
-) -> tuple[Cache, Any, Bool[Array, "B S"]]:
-    """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
-    prefix, valid = embed_prefix(weights, inputs, config=config)
-    mask, subtask = valid[:, None], inputs.get("subtask")
-    if subtask is not None:
-        groups = jnp.pad(jnp.full(subtask.shape, masks.SUBTASK), ((0, 0), (prefix.shape[1], 0)))
-        prefix = jnp.concatenate([prefix, embed_text(weights, subtask, config)], axis=1)
-        valid = jnp.concatenate([valid, written(subtask, eos_token)], axis=1)
-        mask = masks.attention_mask(groups, valid)
-    return *fill_cache(weights, prefix, mask, valid, config=config, room=room), valid
+        def step(carry: tuple[Array, Cache], now: Weights) -> tuple[tuple[Array, Cache], None]:
+            velocity, cache = self.denoise(carry[1], state, carry[0], rope, bias, now)
+            return (carry[0] + time_step * velocity, cache), None
 
+        return jax.lax.scan(step, (x_t, cache), weights["steps"])[0][0]
 
-def integrate(
-    weights: Weights, inputs: Inputs, cache: Cache, seen: Bool[Array, "B S"], *, config: ModelConfig
-) -> Float[Array, "B T A"]:
-    """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
-    x_t, suffix = inputs["noise"].astype(jnp.float32), suffix_length(inputs, config)
-    blocks = np.repeat([0, 1, 2], [seen.shape[1], config.family.state_tokens, x_t.shape[1]])
-    valid = jnp.concatenate([seen, jnp.ones((len(x_t), suffix), bool)], axis=1)
-    bias = mask_bias(masks.block_mask(blocks, valid)[:, -suffix:])
-    positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
-    rope = rotation(positions, config.paligemma.head_dim)
-    state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
-    time_step = np.float32(-1 / len(weights["steps"]["bias"][0]))
+    def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+        """Text embeddings × sqrt(W)."""
+        text = self.weights["embedding"][tokens].astype(self.config.runtime.dtype)
+        return text * jnp.sqrt(text.shape[-1]).astype(self.config.runtime.dtype)
 
-    def step(carry: tuple[Array, Cache], now: Weights) -> tuple[tuple[Array, Cache], None]:
-        velocity, cache = denoise(weights, config, carry[1], state, carry[0], rope, bias, now)
-        return (carry[0] + time_step * velocity, cache), None
+    def embed_prefix(self, inputs: Inputs) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
+        """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
+        text = self.embed_text(inputs["prompt"])
+        if not inputs["images"]:
+            return text, inputs["prompt_mask"]
+        tokens = self.embed_images(jnp.stack([pixels(x) for x in inputs["images"]], axis=1))
+        image_masks = jnp.repeat(jnp.stack(inputs["image_masks"], axis=1), self.config.image_tokens, axis=1)
+        return jnp.concatenate([tokens, text], axis=1), jnp.concatenate([image_masks, inputs["prompt_mask"]], axis=1)
 
-    return jax.lax.scan(step, (x_t, cache), weights["steps"])[0][0]
+    def embed_images(self, images: Float[Array, "B C height width 3"]) -> Float[Array, "B S W"]:
+        """All cameras in one pass of the vision tower."""
+        vision, weights, (batch, cameras) = self.config.vision, self.weights["vision"], images.shape[:2]
+        patch, heads = vision.patch_size, vision.num_heads
+        rows, columns = (size // patch for size in self.config.image_resolution)
+        x = images.reshape(batch * cameras, rows, patch, columns, patch, 3).swapaxes(2, 3)
+        x = linear(x.reshape(batch * cameras, rows * columns, -1), *weights["patches"])
+        x = x.astype(self.config.runtime.dtype)
+        for w in weights["layers"]:
+            qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
+            q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
+            x = x + linear(attend(q, k, v, None).swapaxes(1, 2).reshape(x.shape), *w["out"])
+            x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
+        x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
+        return x.reshape(batch, cameras * rows * columns, -1)
 
+    def fill_cache(
+        self,
+        x: Float[Array, "B S W"],
+        mask: Bool[Array, "B S S"] | Bool[Array, "B 1 S"],
+        valid: Bool[Array, "B S"],
+        room: int,
+    ) -> tuple[Cache, Any]:
+        """Keys and values of the prefix, with `room` after them; and the logits [B, V] of what follows, if any."""
+        gemma, cache = self.config.paligemma, []
+        rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim), mask_bias(mask)
+        for w, attention_norm, mlp_norm in self.prefix_layers():
+            q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            pad = ((0, 0), (0, 0), (0, room), (0, 0))
+            cache.append((jnp.pad(k, pad), jnp.pad(v, pad)))
+            if "out" in w:
+                x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+        if "out" not in w:
+            return cache, None
+        last = jnp.argmax(jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1), axis=1)
+        return cache, self.read_logits(x[jnp.arange(len(x)), last][:, None])
 
-def embed_text(weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T W"]:
-    """Text embeddings × sqrt(W)."""
-    text = weights["embedding"][tokens].astype(config.runtime.dtype)
-    return text * jnp.sqrt(text.shape[-1]).astype(config.runtime.dtype)
-
-
-def embed_prefix(
-    weights: Weights, inputs: Inputs, *, config: ModelConfig
-) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
-    """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
-    text = embed_text(weights, inputs["prompt"], config)
-    if not inputs["images"]:
-        return text, inputs["prompt_mask"]
-    tokens = embed_images(weights["vision"], config, jnp.stack([pixels(x) for x in inputs["images"]], axis=1))
-    image_masks = jnp.repeat(jnp.stack(inputs["image_masks"], axis=1), config.image_tokens, axis=1)
-    return jnp.concatenate([tokens, text], axis=1), jnp.concatenate([image_masks, inputs["prompt_mask"]], axis=1)
-
-
-def embed_images(
-    weights: Weights, config: ModelConfig, images: Float[Array, "B C height width 3"]
-) -> Float[Array, "B S W"]:
-    """All cameras in one pass of the vision tower."""
-    patch, heads, (batch, cameras) = config.vision.patch_size, config.vision.num_heads, images.shape[:2]
-    rows, columns = (size // patch for size in config.image_resolution)
-    x = images.reshape(batch * cameras, rows, patch, columns, patch, 3).swapaxes(2, 3)
-    x = linear(x.reshape(batch * cameras, rows * columns, -1), *weights["patches"]).astype(config.runtime.dtype)
-    for w in weights["layers"]:
-        qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
-        x = x + linear(attend(q, k, v, None).swapaxes(1, 2).reshape(x.shape), *w["out"])
-        x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
-    x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
-    return x.reshape(batch, cameras * rows * columns, -1)
-
-
-def fill_cache(
-    weights: Weights,
-    x: Float[Array, "B S W"],
-    mask: Bool[Array, "B S S"] | Bool[Array, "B 1 S"],
-    valid: Bool[Array, "B S"],
-    *,
-    config: ModelConfig,
-    room: int,
-) -> tuple[Cache, Any]:
-    """Keys and values of the prefix, with `room` for more after them; and the logits [B, V] of what follows, if any."""
-    gemma, cache = config.paligemma, []
-    rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim), mask_bias(mask)
-    for w, attention_norm, mlp_norm in prefix_layers(weights):
-        q, k, v = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        pad = ((0, 0), (0, 0), (0, room), (0, 0))
-        cache.append((jnp.pad(k, pad), jnp.pad(v, pad)))
-        if "out" in w:
+    def read_token(
+        self,
+        token: Int[Array, "B 1"],
+        position: Int[Array, "B 1"],
+        seen: Bool[Array, "B P"],
+        slot: Int[Array, ""],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """The logits of the next token, and the cache with this one in its place."""
+        x, gemma, new_cache = self.embed_text(token), self.config.paligemma, []
+        rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None])
+        for (w, attention_norm, mlp_norm), cached in zip(self.prefix_layers(), cache, strict=True):
+            q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, slot, axis=2) for c, y in zip(cached, new, strict=True))
+            new_cache.append((k, v))
             x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    if "out" not in w:
-        return cache, None
-    last = jnp.argmax(jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1), axis=1)
-    return cache, read_logits(weights, x[jnp.arange(len(x)), last][:, None])
+        return self.read_logits(x), new_cache
 
+    def prefix_layers(self) -> list[tuple[Weights, Modulation, Modulation]]:
+        """The language model's layers: projections and norms."""
+        norms = at(self.weights["prefix_norms"], 0)
+        return list(zip(self.weights["prefix"], norms["attention_norms"], norms["mlp_norms"], strict=True))
 
-def read_token(
-    weights: Weights,
-    token: Int[Array, "B 1"],
-    position: Int[Array, "B 1"],
-    seen: Bool[Array, "B P"],
-    slot: Int[Array, ""],
-    cache: Cache,
-    *,
-    config: ModelConfig,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """The logits of the next token, and the cache with this one in its place."""
-    x, gemma, new_cache = embed_text(weights, token, config), config.paligemma, []
-    rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None])
-    for (w, attention_norm, mlp_norm), cached in zip(prefix_layers(weights), cache, strict=True):
-        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, slot, axis=2) for c, y in zip(cached, new, strict=True))
-        new_cache.append((k, v))
-        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return read_logits(weights, x), new_cache
+    def read_logits(self, x: Float[Array, "B 1 W"]) -> Float[Array, "B V"]:
+        """The vocabulary's logits, float32."""
+        out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
+        return jnp.matmul(out, self.weights["embedding"].T).astype(jnp.float32)[:, 0]
 
+    def denoise(
+        self,
+        cache: Cache,
+        state: Float[Array, "B 1 W"] | None,
+        x_t: Float[Array, "B T A"],
+        rope: Rotation,
+        bias: Float[Array, "B T S+T"],
+        now: Weights,
+    ) -> tuple[Float[Array, "B T A"], Cache]:
+        """The velocity at `x_t` and the step whose weights are `now`; and the cache with the suffix in its place."""
+        gemma, weights = self.config.action_expert, self.weights
+        assert gemma is not None
+        x = linear(x_t, *weights["action_in"], *now["bias"])
+        if state is not None:
+            x = jnp.concatenate([state, linear(jax.nn.silu(x), *weights["action_mix"])], axis=1)
+        x, new_cache = x.astype(self.config.runtime.dtype), []
+        for i, (w, cached) in enumerate(zip(weights["suffix"], cache, strict=True)):
+            attention_norm, mlp_norm = now["attention_norms"][i], now["mlp_norms"][i]
+            q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            place = cached[0].shape[2] - x.shape[1]
+            k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, place, axis=2) for c, y in zip(cached, new, strict=True))
+            new_cache.append((k, v))
+            x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+        return linear(rms_norm(x, now["final_norm"])[:, -x_t.shape[1] :], *weights["action_out"]), new_cache
 
-def prefix_layers(weights: Weights) -> list[tuple[Weights, Modulation, Modulation]]:
-    """The language model's layers: projections and norms."""
-    norms = at(weights["prefix_norms"], 0)
-    return list(zip(weights["prefix"], norms["attention_norms"], norms["mlp_norms"], strict=True))
-
-
-def read_logits(weights: Weights, x: Float[Array, "B 1 W"]) -> Float[Array, "B V"]:
-    """The vocabulary's logits, float32."""
-    out = rms_norm(x, at(weights["prefix_norms"]["final_norm"], 0))
-    return jnp.matmul(out, weights["embedding"].T).astype(jnp.float32)[:, 0]
-
-
-def denoise(
-    weights: Weights,
-    config: ModelConfig,
-    cache: Cache,
-    state: Float[Array, "B 1 W"] | None,
-    x_t: Float[Array, "B T A"],
-    rope: Rotation,
-    bias: Float[Array, "B T S+T"],
-    now: Weights,
-) -> tuple[Float[Array, "B T A"], Cache]:
-    """The velocity at `x_t` and the step whose weights are `now`; and the cache with the suffix in its place."""
-    gemma = config.action_expert
-    assert gemma is not None
-    x = linear(x_t, *weights["action_in"], *now["bias"])
-    if state is not None:
-        x = jnp.concatenate([state, linear(jax.nn.silu(x), *weights["action_mix"])], axis=1)
-    x, new_cache = x.astype(config.runtime.dtype), []
-    for i, (w, cached) in enumerate(zip(weights["suffix"], cache, strict=True)):
-        attention_norm, mlp_norm = now["attention_norms"][i], now["mlp_norms"][i]
-        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        place = cached[0].shape[2] - x.shape[1]
-        k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, place, axis=2) for c, y in zip(cached, new, strict=True))
-        new_cache.append((k, v))
-        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return linear(rms_norm(x, now["final_norm"])[:, -x_t.shape[1] :], *weights["action_out"]), new_cache
-
-
-def project(
-    x: Float[Array, "B T W"], w: Weights, config: ModelConfig, gemma: GemmaConfig, rope: Rotation
-) -> tuple[Array, Array, Array]:
-    """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
-    batch, tokens, groups = *x.shape[:2], gemma.num_kv_heads
-    heads = linear(x, *w["qkv"]).reshape(batch, tokens, -1, gemma.head_dim)
-    rotated = apply_rope(heads[:, :, :-groups], rope, numerics.rounding(config.family.query_rounding, x.dtype.name))
-    q = rotated[:, :, :-groups].reshape(batch, tokens, groups, -1, gemma.head_dim).swapaxes(1, 2)
-    k, v = rotated[:, :, -groups:].astype(x.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
-    return q.reshape(batch, groups, -1, gemma.head_dim), k, v
+    def project(
+        self, x: Float[Array, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
+    ) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
+        groups, rounding = gemma.num_kv_heads, numerics.rounding(self.config.family.query_rounding, x.dtype.name)
+        batch, tokens = x.shape[:2]
+        heads = linear(x, *w["qkv"]).reshape(batch, tokens, -1, gemma.head_dim)
+        rotated = apply_rope(heads[:, :, :-groups], rope, rounding)
+        q = rotated[:, :, :-groups].reshape(batch, tokens, groups, -1, gemma.head_dim).swapaxes(1, 2)
+        k, v = rotated[:, :, -groups:].astype(x.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
+        return q.reshape(batch, groups, -1, gemma.head_dim), k, v
 
 
 def attend(

@@ -24,22 +24,22 @@ Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shi
 
 @torch.no_grad()
 def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
-    """All parameters in the layout and the dtypes that `Sampler` reads, LoRA merged.
+    """All parameters in the layout and the dtypes that `Sampler` reads, LoRA merged, in memory of their own.
 
-    Without `text`, the language model ends with the keys and values of its last layer.
+    Without `text`, the language model ends with the keys and values of its last layer, and the text embedding, the
+    largest tensor, is kept in the compute dtype; with it in the parameters' own, in which logits are multiplied.
     """
-    gemma, prefix = model.config.paligemma, expert_weights(model.paligemma)
+    gemma, prefix, embedding = model.config.paligemma, expert_weights(model.paligemma), model.paligemma.embedding
     if not text:
         prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][gemma.num_heads * gemma.head_dim :],)}
-    return as_module(
-        {
-            "embedding": (model.paligemma.embedding,),
-            "vision": vision_weights(model.vision),
-            "prefix": prefix,
-            "prefix_norms": norm_weights(model.paligemma, None, 1),
-            **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
-        }
-    )
+    tree = {
+        "embedding": (embedding if text else embedding.to(model.paligemma.dtype),),
+        "vision": vision_weights(model.vision),
+        "prefix": prefix,
+        "prefix_norms": norm_weights(model.paligemma, None, 1),
+        **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
+    }
+    return as_module(tree, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
 
 
 def suffix_weights(model: Any, num_steps: int) -> dict[str, Any]:
@@ -127,13 +127,18 @@ def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
     return cast(norm.scale, "norm", norm.dtype), cast(norm.bias, "norm", norm.dtype)
 
 
-def as_module(tree: Any) -> Any:
-    """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy."""
+def as_module(tree: Any, shared: set[int]) -> Any:
+    """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy.
+
+    Tensors in storages at the addresses `shared` are copied.
+    """
     if isinstance(tree, dict):
-        return nn.ModuleDict({name: as_module(value) for name, value in tree.items()})
+        return nn.ModuleDict({name: as_module(value, shared) for name, value in tree.items()})
     if isinstance(tree, list):
-        return nn.ModuleList(as_module(value) for value in tree)
-    return nn.ParameterList(nn.Parameter(x.detach().contiguous(), requires_grad=False) for x in tree)
+        return nn.ModuleList(as_module(value, shared) for value in tree)
+    tensors = (x.detach().contiguous() for x in tree)
+    own = (x.clone() if x.untyped_storage().data_ptr() in shared else x for x in tensors)
+    return nn.ParameterList(nn.Parameter(x, requires_grad=False) for x in own)
 
 
 def linear(

@@ -12,7 +12,7 @@ import torch
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.tensors import Tensor
-from pi0.config import ModelConfig
+from pi0.config import ModelConfig, canonical_dtype
 from pi0.observation import Observation
 from pi0.parameters import compare_shapes
 from pi0_torch.models.pi0 import Pi0
@@ -26,16 +26,17 @@ MODELS: dict[str, type[Pi0] | type[Pi05] | type[Pi0Fast]] = {"pi0": Pi0, "pi05":
 def load(
     path: str | Path,
     *,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
     config: ModelConfig | None = None,
     device: str | torch.device = "cpu",
 ) -> Model:
     """The model of a checkpoint that `pi0-convert` wrote, or of any layout it reads; `gs://` and `hf://` too.
 
     `dtype` is the compute dtype (default: the config's), `param_dtype` the dtype parameters are kept in (default: as
-    stored). `config` replaces what the checkpoint says. Raises CheckpointError or LayoutError that name every tensor
-    that is missing, unknown or of another shape.
+    stored), both by name or as a dtype of PyTorch or NumPy. `config` replaces what the checkpoint says. Raises
+    ConfigError or ValueError for a dtype or device that is unknown or not available, and CheckpointError or LayoutError
+    that name every tensor that is missing, unknown or of another shape.
     """
     return load_model(open_checkpoint(path, config), dtype=dtype, param_dtype=param_dtype, device=device)
 
@@ -43,19 +44,29 @@ def load(
 def load_model(
     checkpoint: Checkpoint,
     *,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
     device: str | torch.device = "cpu",
 ) -> Model:
     """The model of an opened checkpoint; see `load`."""
-    model = checkpoint.assets.model
+    model, device = checkpoint.assets.model, find_device(device)
     if dtype is not None:
         model = model.with_runtime(dtype=dtype)
+    kept = None if param_dtype is None else getattr(torch, canonical_dtype(param_dtype, "param_dtype"))
     params = {
-        name: to_torch(tensor.read(())).to(device, None if param_dtype is None else getattr(torch, param_dtype))
-        for name, tensor in checkpoint.in_layout("pi0_torch").items()
+        name: to_torch(tensor.read(())).to(device, kept) for name, tensor in checkpoint.in_layout("pi0_torch").items()
     }
     return with_parameters(model, params)
+
+
+def find_device(device: Any) -> torch.device:
+    """The device of this name. Raises ValueError for one that is unknown or not available."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {device!r}: {str(error).partition(chr(10))[0]}") from error
+    return found
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -64,7 +75,10 @@ def make_model(config: ModelConfig) -> Model:
 
 
 def abstract_model(config: ModelConfig) -> Model:
-    """The model without weights: every parameter is on the meta device."""
+    """The model without weights: every parameter is on the meta device.
+
+    Models scale their initial values in place: out of place, the meta device would import Triton and torch._dynamo.
+    """
     with torch.device("meta"):
         return make_model(config)
 

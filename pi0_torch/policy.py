@@ -29,8 +29,8 @@ class Policy(pi0.policy.policy.Policy):
         asset_id: str | None = None,
         config: ModelConfig | None = None,
         preset: str | None = None,
-        dtype: str | None = None,
-        param_dtype: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = None,
         device: str | torch.device = "cpu",
         num_steps: int | None = None,
         seed: int = 0,
@@ -48,18 +48,20 @@ class Policy(pi0.policy.policy.Policy):
         are those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the
         checkpoint itself does not say, or says otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see
         `fill_assets`). With `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its
-        `attention` and `compile`. Raises what they do, and ValueError for these two without `use_sampler`.
+        `attention` and `compile`, and `model` is None: its memory is free again. Raises what they do, and ValueError
+        for these two without `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
         checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset)
         assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
         checkpoint = dataclasses.replace(checkpoint, assets=assets)
-        model = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
-        how: dict[str, Any] = {"subtasks": assets.subtasks, "attention": attention, "compile": compile}
-        sampler = Sampler(model, num_steps=num_steps, **how) if use_sampler else None
+        model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
-        return cls(model, assets, num_steps=num_steps, sampler=sampler, **options)
+        if use_sampler:
+            how: dict[str, Any] = {"subtasks": assets.subtasks, "attention": attention, "compile": compile}
+            options["sampler"], model = Sampler(model, num_steps=num_steps, **how), None
+        return cls(model, assets, num_steps=num_steps, **options)
 
     def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
         """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""

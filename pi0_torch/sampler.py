@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi0 import masks, numerics
 from pi0.config import GemmaConfig, ModelConfig
@@ -46,8 +46,11 @@ class Sampler:
     `text_buckets`. `attention` is one of `ATTENTION`, see `attention_backend`. `compile` makes one graph of each shape
     of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text
     is written without them); without it, every operation runs by itself, which a debugger can follow. With `warm_up`,
-    graphs for one robot with all cameras and any prompt are made now. The model is not needed afterwards. Raises
-    ValueError for subtasks of a model that writes none, and for an attention that is unknown or not available.
+    graphs for one robot with all cameras and any prompt are made now.
+
+    The model is not needed afterwards: the sampler is a snapshot, with tensors of its own, and later changes of the
+    model do not reach it. Copies and pickles of it are whole; they compile anew. Raises ValueError for subtasks of a
+    model that writes none, and for an attention that is unknown or not available.
     """
 
     def __init__(
@@ -69,25 +72,36 @@ class Sampler:
             raise ValueError(f"{self.config.family.title} writes no subtasks; leave subtasks out")
         if num_steps is None:
             num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
-        self.num_steps, self.device = num_steps, model.paligemma.embedding.device
+        self.num_steps, self.eos_token, self.device = num_steps, eos_token, model.paligemma.embedding.device
         cuda = self.device.type == "cuda"
         self.compile = cuda if compile is None else compile
-        attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
+        self._attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
         self.mode = "reduce-overhead" if mode is None and cuda else mode
         self.weights = lay_out(model, num_steps, tokens or subtasks)
-        bound: dict[str, Any] = {"config": self.config, "attend": attend}
-        self._stages = {name: partial(f, self.weights, **bound) for name, f in STAGES.items()}
-        # Text is written to a cache that the next call reads: no CUDA graphs, which reuse the memory of their results.
-        text = Programs(*(self._compiled(partial(f, self.weights, **bound), None) for f in PROGRAMS))
-        steps = num_steps if tokens else runtime.max_decoding_steps
-        decoding: dict[str, Any] = {"config": self.config, "steps": steps, "eos_token": eos_token}
-        write, act = partial(sample_tokens, text, **decoding), partial(sample_actions, self.weights, **bound)
-        self._programs: dict[str, Callable[..., Any]] = {
-            "sample": write if tokens else self._compiled(act, self.mode),
-            "sample_with_subtask": partial(sample_with_subtask, text, **decoding),
-        }
+        self._make_programs()
         if warm_up:
             self.warm_up()
+
+    def _make_programs(self) -> None:
+        self._fused, text = (FusedModel(self.weights, self.config, self._attend) for _ in range(2))
+        for name in ("read_prefix", "read_token", "integrate"):
+            # Text is written to a cache that the next call reads: no CUDA graphs, which reuse the memory of results.
+            setattr(text, name, self._compiled(getattr(text, name), None))
+        tokens, most = self.config.family.action_tokens, self.config.runtime.max_decoding_steps
+        decoding: dict[str, Any] = {"steps": self.num_steps if tokens else most, "eos_token": self.eos_token}
+        act = self._compiled(self._fused.sample_actions, self.mode)
+        self._programs: dict[str, Callable[..., Any]] = {
+            "sample": partial(text.sample_tokens, **decoding) if tokens else act,
+            "sample_with_subtask": partial(text.sample_with_subtask, **decoding),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but the programs, which they make for themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("_fused", "_programs")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_programs()
 
     def _compiled(self, function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
         if not self.compile:
@@ -138,7 +152,8 @@ class Sampler:
     ) -> dict[str, Callable[[], Any]]:
         """The stages of `sample` before Euler steps or tokens: calls that compute all up to the end of each."""
         inputs = self.inputs(compact(observation, self.config, self.text_buckets), noise)
-        return {name: partial(self._compiled(stage, self.mode), inputs) for name, stage in self._stages.items()}
+        stages: dict[str, Callable[..., Any]] = {"vision": self._fused.embed_prefix, "prefix": self._fused.read_prefix}
+        return {name: partial(self._compiled(stage, self.mode), inputs) for name, stage in stages.items()}
 
     @torch.no_grad()
     def _run(self, program: str, observation: Observation, *arrays: Any) -> Any:
@@ -170,228 +185,192 @@ class Sampler:
         }
 
 
-class Programs(NamedTuple):
-    """`read_prefix`, `read_token` and `integrate` over a model's weights, compiled perhaps."""
+class FusedModel(nn.Module):
+    """The stages of sampling over `weights` of `lay_out`; `attend` is their attention."""
 
-    read_prefix: Callable[..., tuple[Cache, Any, Tensor]]
-    read_token: Callable[..., Tensor]
-    integrate: Callable[..., Tensor]
+    def __init__(self, weights: Weights, config: ModelConfig, attend: Attend):
+        super().__init__()
+        self.weights, self.config, self.attend = weights, config, attend
 
+    def sample_actions(self, inputs: Inputs) -> Float[Tensor, "B T A"]:
+        """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
+        cache, _, seen = self.read_prefix(inputs, room=self.suffix_length(inputs))
+        return self.integrate(inputs, cache, seen)
 
-def sample_actions(weights: Weights, inputs: Inputs, *, config: ModelConfig, attend: Attend) -> Float[Tensor, "B T A"]:
-    """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
-    bound: dict[str, Any] = {"config": config, "attend": attend}
-    cache, _, seen = read_prefix(weights, inputs, room=suffix_length(inputs, config), **bound)
-    return integrate(weights, inputs, cache, seen, **bound)
+    def sample_with_subtask(
+        self, inputs: Inputs, *, steps: int, eos_token: int
+    ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
+        """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
+        subtask, suffix = inputs.get("subtask"), self.suffix_length(inputs)
+        if subtask is None:
+            cache, logits, seen = self.read_prefix(inputs, room=steps + suffix)
+            places = F.pad(seen, (0, steps + suffix))
+            options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
+            subtask = decode(logits, cache, places, seen.shape[1], steps, self.read_token, **options)
+            seen = torch.cat([seen, written(subtask, eos_token)], dim=1)
+        else:
+            cache, _, seen = self.read_prefix(inputs, room=suffix, eos_token=eos_token)
+        return subtask, self.integrate(inputs, cache, seen)
 
+    def sample_tokens(self, inputs: Inputs, *, steps: int, eos_token: int) -> Int[Tensor, "B D"]:
+        """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
+        cache, logits, seen = self.read_prefix(inputs, room=steps)
+        options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+        return decode(logits, cache, F.pad(seen, (0, steps)), seen.shape[1], steps, self.read_token, **options)
 
-def sample_with_subtask(
-    programs: Programs, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
-) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
-    """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
-    subtask, suffix = inputs.get("subtask"), suffix_length(inputs, config)
-    if subtask is None:
-        cache, logits, seen = programs.read_prefix(inputs, room=steps + suffix)
-        places = F.pad(seen, (0, steps + suffix))
-        options: dict[str, Any] = {"read_last": True, "eos_token": eos_token}
-        subtask = decode(logits, cache, places, seen.shape[1], steps, programs.read_token, **options)
-        seen = torch.cat([seen, written(subtask, eos_token)], dim=1)
-    else:
-        cache, _, seen = programs.read_prefix(inputs, room=suffix, eos_token=eos_token)
-    return subtask, programs.integrate(inputs, cache, seen)
+    def suffix_length(self, inputs: Inputs) -> int:
+        """Tokens of the suffix."""
+        return self.config.family.state_tokens + inputs["noise"].shape[1]
 
+    def read_prefix(
+        self, inputs: Inputs, room: int = 0, eos_token: int = numerics.EOS_TOKEN
+    ) -> tuple[Cache, Any, Bool[Tensor, "B S"]]:
+        """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
+        prefix, valid = self.embed_prefix(inputs)
+        mask, subtask = valid[:, None], inputs.get("subtask")
+        if subtask is not None:
+            groups = F.pad(torch.full_like(subtask, masks.SUBTASK), (prefix.shape[1], 0))
+            prefix = torch.cat([prefix, self.embed_text(subtask)], dim=1)
+            valid = torch.cat([valid, written(subtask, eos_token)], dim=1)
+            mask = masks.attention_mask(groups, valid)
+        elif self.attend is flash_attention:
+            prefix, valid = pad_left(prefix, valid)
+            mask = valid[:, None]
+        return *self.fill_cache(prefix, mask, valid, room), valid
 
-def sample_tokens(
-    programs: Programs, inputs: Inputs, *, config: ModelConfig, steps: int, eos_token: int
-) -> Int[Tensor, "B D"]:
-    """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
-    cache, logits, seen = programs.read_prefix(inputs, room=steps)
-    options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
-    return decode(logits, cache, F.pad(seen, (0, steps)), seen.shape[1], steps, programs.read_token, **options)
+    def integrate(self, inputs: Inputs, cache: Cache, seen: Bool[Tensor, "B S"]) -> Float[Tensor, "B T A"]:
+        """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
+        x_t, suffix = inputs["noise"].float(), self.suffix_length(inputs)
+        blocks = [0] * seen.shape[1] + [1] * self.config.family.state_tokens + [2] * x_t.shape[1]
+        valid = torch.cat([seen, seen.new_ones((len(x_t), suffix))], dim=1)
+        mask = masks.block_mask(torch.tensor(blocks, device=x_t.device), valid)[:, -suffix:]
+        positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
+        rope, bias = rotation(positions, self.config.paligemma.head_dim), mask_bias(mask, self.config)
+        weights = self.weights
+        state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
+        num_steps = len(weights["steps"]["bias"][0])
+        for i in range(num_steps):
+            x_t = x_t + float(np.float32(-1 / num_steps)) * self.denoise(cache, state, x_t, rope, bias, step=i)
+        return x_t
 
+    def embed_text(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
+        """Text embeddings × sqrt(W)."""
+        dtype = getattr(torch, self.config.runtime.dtype)
+        text = F.embedding(tokens, self.weights["embedding"][0]).to(dtype)
+        return text * float(torch.tensor(self.config.paligemma.width**0.5, dtype=dtype))
 
-def suffix_length(inputs: Inputs, config: ModelConfig) -> int:
-    """Tokens of the suffix."""
-    return config.family.state_tokens + inputs["noise"].shape[1]
+    def embed_prefix(self, inputs: Inputs) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
+        """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
+        text = self.embed_text(inputs["prompt"])
+        if not inputs["images"]:
+            return text, inputs["prompt_mask"]
+        tokens = self.embed_images(torch.stack([pixels(x) for x in inputs["images"]], dim=1))
+        image_masks = torch.stack(inputs["image_masks"], dim=1).repeat_interleave(self.config.image_tokens, dim=1)
+        return torch.cat([tokens, text], dim=1), torch.cat([image_masks, inputs["prompt_mask"]], dim=1)
 
+    def embed_images(self, images: Float[Tensor, "B C height width 3"]) -> Float[Tensor, "B S W"]:
+        """All cameras in one pass of the vision tower."""
+        vision, weights, (batch, cameras) = self.config.vision, self.weights["vision"], images.shape[:2]
+        patch, heads = vision.patch_size, vision.num_heads
+        rows, columns = (size // patch for size in self.config.image_resolution)
+        x = images.reshape(batch * cameras, rows, patch, columns, patch, 3).transpose(2, 3)
+        kernel, position = weights["patches"]
+        x = linear(x.reshape(batch * cameras, rows * columns, -1), kernel) + position
+        x = x.to(getattr(torch, self.config.runtime.dtype))
+        for w in weights["layers"]:
+            qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
+            q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + linear(self.attend(q, k, v, None).transpose(1, 2).reshape(x.shape), *w["out"])
+            x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
+        x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
+        return x.reshape(batch, cameras * rows * columns, -1)
 
-def read_prefix(
-    weights: Weights,
-    inputs: Inputs,
-    *,
-    config: ModelConfig,
-    attend: Attend,
-    room: int = 0,
-    eos_token: int = numerics.EOS_TOKEN,
-) -> tuple[Cache, Any, Bool[Tensor, "B S"]]:
-    """The cache of the prefix and a given subtask, with `room`; logits [B, V] of what follows; and valid tokens."""
-    prefix, valid = embed_prefix(weights, inputs, config=config, attend=attend)
-    mask, subtask = valid[:, None], inputs.get("subtask")
-    if subtask is not None:
-        groups = F.pad(torch.full_like(subtask, masks.SUBTASK), (prefix.shape[1], 0))
-        prefix = torch.cat([prefix, embed_text(weights, subtask, config)], dim=1)
-        valid = torch.cat([valid, written(subtask, eos_token)], dim=1)
-        mask = masks.attention_mask(groups, valid)
-    elif attend is flash_attention:
-        prefix, valid = pad_left(prefix, valid)
-        mask = valid[:, None]
-    return *fill_cache(weights, prefix, mask, valid, config=config, attend=attend, room=room), valid
+    def fill_cache(
+        self,
+        x: Float[Tensor, "B S W"],
+        mask: Bool[Tensor, "B S S"] | Bool[Tensor, "B 1 S"],
+        valid: Bool[Tensor, "B S"],
+        room: int,
+    ) -> tuple[Cache, Any]:
+        """Keys and values of the prefix, with `room` after them; and the logits [B, V] of what follows, if any."""
+        gemma, cache = self.config.paligemma, []
+        rope, bias = rotation(valid.cumsum(dim=1) - 1, gemma.head_dim), mask_bias(mask, self.config)
+        for w, attention_norm, mlp_norm in self.prefix_layers():
+            q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
+            if "out" in w:
+                x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+        if "out" not in w:
+            return cache, None
+        last = (valid.cumsum(dim=1) - 1).masked_fill(~valid, -1).argmax(dim=1)
+        return cache, self.read_logits(x[torch.arange(len(x), device=x.device), last][:, None])
 
-
-def integrate(
-    weights: Weights, inputs: Inputs, cache: Cache, seen: Bool[Tensor, "B S"], *, config: ModelConfig, attend: Attend
-) -> Float[Tensor, "B T A"]:
-    """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
-    x_t, suffix = inputs["noise"].float(), suffix_length(inputs, config)
-    blocks = [0] * seen.shape[1] + [1] * config.family.state_tokens + [2] * x_t.shape[1]
-    valid = torch.cat([seen, seen.new_ones((len(x_t), suffix))], dim=1)
-    mask = masks.block_mask(torch.tensor(blocks, device=x_t.device), valid)[:, -suffix:]
-    positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
-    rope, bias = rotation(positions, config.paligemma.head_dim), mask_bias(mask, config)
-    state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
-    num_steps = len(weights["steps"]["bias"][0])
-    for i in range(num_steps):
-        velocity = denoise(weights, config, attend, cache, state, x_t, rope, bias, step=i)
-        x_t = x_t + float(np.float32(-1 / num_steps)) * velocity
-    return x_t
-
-
-def embed_text(weights: Weights, tokens: Int[Tensor, "B T"], config: ModelConfig) -> Float[Tensor, "B T W"]:
-    """Text embeddings × sqrt(W)."""
-    dtype = getattr(torch, config.runtime.dtype)
-    text = F.embedding(tokens, weights["embedding"][0]).to(dtype)
-    return text * float(torch.tensor(config.paligemma.width**0.5, dtype=dtype))
-
-
-def embed_prefix(
-    weights: Weights, inputs: Inputs, *, config: ModelConfig, attend: Attend
-) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
-    """Tokens of the cameras that are there, then of the prompt; and which of them are valid."""
-    text = embed_text(weights, inputs["prompt"], config)
-    if not inputs["images"]:
-        return text, inputs["prompt_mask"]
-    images = torch.stack([pixels(x) for x in inputs["images"]], dim=1)
-    tokens = embed_images(weights["vision"], config, attend, images)
-    image_masks = torch.stack(inputs["image_masks"], dim=1).repeat_interleave(config.image_tokens, dim=1)
-    return torch.cat([tokens, text], dim=1), torch.cat([image_masks, inputs["prompt_mask"]], dim=1)
-
-
-def embed_images(
-    weights: Weights, config: ModelConfig, attend: Attend, images: Float[Tensor, "B C height width 3"]
-) -> Float[Tensor, "B S W"]:
-    """All cameras in one pass of the vision tower."""
-    patch, heads, (batch, cameras) = config.vision.patch_size, config.vision.num_heads, images.shape[:2]
-    rows, columns = (size // patch for size in config.image_resolution)
-    x = images.reshape(batch * cameras, rows, patch, columns, patch, 3).transpose(2, 3)
-    kernel, position = weights["patches"]
-    x = linear(x.reshape(batch * cameras, rows * columns, -1), kernel) + position
-    x = x.to(getattr(torch, config.runtime.dtype))
-    for w in weights["layers"]:
-        qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + linear(attend(q, k, v, None).transpose(1, 2).reshape(x.shape), *w["out"])
-        x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
-    x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
-    return x.reshape(batch, cameras * rows * columns, -1)
-
-
-def fill_cache(
-    weights: Weights,
-    x: Float[Tensor, "B S W"],
-    mask: Bool[Tensor, "B S S"] | Bool[Tensor, "B 1 S"],
-    valid: Bool[Tensor, "B S"],
-    *,
-    config: ModelConfig,
-    attend: Attend,
-    room: int,
-) -> tuple[Cache, Any]:
-    """Keys and values of the prefix, with `room` for more after them; and the logits [B, V] of what follows, if any."""
-    gemma, cache = config.paligemma, []
-    rope, bias = rotation(valid.cumsum(dim=1) - 1, gemma.head_dim), mask_bias(mask, config)
-    for w, attention_norm, mlp_norm in prefix_layers(weights):
-        q, k, v = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
-        if "out" in w:
+    def read_token(
+        self,
+        token: Int[Tensor, "B 1"],
+        position: Int[Tensor, "B 1"],
+        seen: Bool[Tensor, "B P"],
+        slot: Int[Tensor, " 1"],
+        cache: Cache,
+    ) -> Float[Tensor, "B V"]:
+        """The logits of the next token; in the cache, this one takes its place."""
+        # flash takes padding at the left alone
+        attend = sdpa_attention if self.attend is flash_attention else self.attend
+        x, gemma = self.embed_text(token), self.config.paligemma
+        rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None], self.config)
+        for (w, attention_norm, mlp_norm), (k, v) in zip(self.prefix_layers(), cache, strict=True):
+            q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            for kept, fresh in zip((k, v), new, strict=True):
+                kept.index_copy_(2, slot, fresh)
             x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    if "out" not in w:
-        return cache, None
-    last = (valid.cumsum(dim=1) - 1).masked_fill(~valid, -1).argmax(dim=1)
-    return cache, read_logits(weights, x[torch.arange(len(x), device=x.device), last][:, None])
+        return self.read_logits(x)
 
+    def prefix_layers(self) -> list[tuple[Weights, Modulation, Modulation]]:
+        """The language model's layers: projections and norms."""
+        norms = self.weights["prefix_norms"]
+        each = ([at(norm, 0) for norm in norms[name]] for name in ("attention_norms", "mlp_norms"))
+        return list(zip(self.weights["prefix"], *each, strict=True))
 
-def read_token(
-    weights: Weights,
-    token: Int[Tensor, "B 1"],
-    position: Int[Tensor, "B 1"],
-    seen: Bool[Tensor, "B P"],
-    slot: Int[Tensor, " 1"],
-    cache: Cache,
-    *,
-    config: ModelConfig,
-    attend: Attend,
-) -> Float[Tensor, "B V"]:
-    """The logits of the next token; in the cache, this one takes its place."""
-    attend = sdpa_attention if attend is flash_attention else attend  # which takes padding at the left alone
-    x, gemma = embed_text(weights, token, config), config.paligemma
-    rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None], config)
-    for (w, attention_norm, mlp_norm), (k, v) in zip(prefix_layers(weights), cache, strict=True):
-        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        for kept, fresh in zip((k, v), new, strict=True):
-            kept.index_copy_(2, slot, fresh)
-        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return read_logits(weights, x)
+    def read_logits(self, x: Float[Tensor, "B 1 W"]) -> Float[Tensor, "B V"]:
+        """The vocabulary's logits, float32, multiplied in the wider dtype of the two."""
+        out, (embedding,) = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0)), self.weights["embedding"]
+        dtype = torch.promote_types(out.dtype, embedding.dtype)
+        return F.linear(out.to(dtype), embedding.to(dtype)).float()[:, 0]
 
+    def denoise(
+        self,
+        cache: Cache,
+        state: Float[Tensor, "B 1 W"] | None,
+        x_t: Float[Tensor, "B T A"],
+        rope: Rotation,
+        bias: Float[Tensor, "B 1 R S+T"],
+        step: int,
+    ) -> Float[Tensor, "B T A"]:
+        """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache."""
+        gemma, weights, now = self.config.action_expert, self.weights, self.weights["steps"]
+        assert gemma is not None
+        x = linear(x_t, weights["action_in"][0], now["bias"][0][step])
+        if state is not None:
+            x = torch.cat([state, linear(F.silu(x), *weights["action_mix"])], dim=1)
+        x = x.to(getattr(torch, self.config.runtime.dtype))
+        for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
+            attention_norm, mlp_norm = (at(now[name][i], step) for name in ("attention_norms", "mlp_norms"))
+            q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            for kept, fresh in zip((k, v), new, strict=True):
+                kept[:, :, -x.shape[1] :] = fresh
+            x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+        return linear(rms_norm(x, at(now["final_norm"], step))[:, -x_t.shape[1] :], *weights["action_out"])
 
-def prefix_layers(weights: Weights) -> list[tuple[Weights, Modulation, Modulation]]:
-    """The language model's layers: projections and norms."""
-    norms = ([at(norm, 0) for norm in weights["prefix_norms"][name]] for name in ("attention_norms", "mlp_norms"))
-    return list(zip(weights["prefix"], *norms, strict=True))
-
-
-def read_logits(weights: Weights, x: Float[Tensor, "B 1 W"]) -> Float[Tensor, "B V"]:
-    """The vocabulary's logits, float32, multiplied in the wider dtype of the two."""
-    out, (embedding,) = rms_norm(x, at(weights["prefix_norms"]["final_norm"], 0)), weights["embedding"]
-    dtype = torch.promote_types(out.dtype, embedding.dtype)
-    return F.linear(out.to(dtype), embedding.to(dtype)).float()[:, 0]
-
-
-def denoise(
-    weights: Weights,
-    config: ModelConfig,
-    attend: Attend,
-    cache: Cache,
-    state: Float[Tensor, "B 1 W"] | None,
-    x_t: Float[Tensor, "B T A"],
-    rope: Rotation,
-    bias: Float[Tensor, "B 1 R S+T"],
-    step: int,
-) -> Float[Tensor, "B T A"]:
-    """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache."""
-    gemma, now = config.action_expert, weights["steps"]
-    assert gemma is not None
-    x = linear(x_t, weights["action_in"][0], now["bias"][0][step])
-    if state is not None:
-        x = torch.cat([state, linear(F.silu(x), *weights["action_mix"])], dim=1)
-    x = x.to(getattr(torch, config.runtime.dtype))
-    for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
-        attention_norm, mlp_norm = (at(now[name][i], step) for name in ("attention_norms", "mlp_norms"))
-        q, *new = project(rms_norm(x, attention_norm), w, config, gemma, rope)
-        for kept, fresh in zip((k, v), new, strict=True):
-            kept[:, :, -x.shape[1] :] = fresh
-        x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-    return linear(rms_norm(x, at(now["final_norm"], step))[:, -x_t.shape[1] :], *weights["action_out"])
-
-
-def project(
-    x: Float[Tensor, "B T W"], w: Weights, config: ModelConfig, gemma: GemmaConfig, rope: Rotation
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
-    groups = gemma.num_kv_heads
-    heads = linear(x, *w["qkv"]).unflatten(-1, (-1, gemma.head_dim))
-    rotated = apply_rope(heads[:, :, :-groups], rope, numerics.rounding(config.family.query_rounding, dtype_name(x)))
-    q = rotated[:, :, :-groups].unflatten(2, (groups, -1)).transpose(1, 2)
-    k, v = rotated[:, :, -groups:].to(x.dtype).transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
-    return q.flatten(2, 3), k, v
+    def project(
+        self, x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
+        groups, rounding = gemma.num_kv_heads, numerics.rounding(self.config.family.query_rounding, dtype_name(x))
+        heads = linear(x, *w["qkv"]).unflatten(-1, (-1, gemma.head_dim))
+        rotated = apply_rope(heads[:, :, :-groups], rope, rounding)
+        q = rotated[:, :, :-groups].unflatten(2, (groups, -1)).transpose(1, 2)
+        k, v = rotated[:, :, -groups:].to(x.dtype).transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
+        return q.flatten(2, 3), k, v
 
 
 def pad_left(
@@ -443,7 +422,3 @@ def rms_norm(x: Float[Tensor, "B T W"], norm: Modulation) -> Float[Tensor, "B T 
 def layer_norm(x: Float[Tensor, "B S W"], scale: Float[Tensor, " W"], bias: Float[Tensor, " W"]) -> Tensor:
     """Layer norm in float32, rounded to the dtype of `x`."""
     return F.layer_norm(x.to(scale.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS).to(x.dtype)
-
-
-STAGES: dict[str, Callable[..., Any]] = {"vision": embed_prefix, "prefix": read_prefix}
-PROGRAMS: tuple[Callable[..., Any], ...] = (read_prefix, read_token, integrate)

@@ -12,8 +12,9 @@ import pi0_torch.policy
 from convert.checkpoints import open_checkpoint
 from convert.conversion import convert
 from convert.tensors import same_bytes
+from pi0.experiments import read_config
 from pi0_eval.parity.compare import assert_parity
-from pi0_jax.training.command import main
+from pi0_jax.training.train import train
 
 MIRROR = "tests.my_lab.layouts:MIRROR"
 
@@ -41,9 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("my_lab")
     root = write_episodes(folder / "towels")
-    main(
-        ["--config", "tests.my_lab.experiments:towels", "--workdir", str(folder / "run"), f"--config.data.root={root}"]
-    )
+    train(read_config("tests.my_lab.experiments:towels", [f"--config.data.root={root}"]), folder / "run")
     return folder / "run"
 
 

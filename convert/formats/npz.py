@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import CheckpointError, Index, Tensor, mapped
+from pi0.reading import read_npy_header, require_stored
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
@@ -19,25 +21,32 @@ def read_npz(file: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
             members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
-            return {m.filename.removesuffix(".npy"): _member(file, archive, stream, m) for m in members}
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file} is not an npz file, or is damaged: {error}") from error
+            tensors = {m.filename.removesuffix(".npy"): _member(file, archive, stream, m) for m in members}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, struct.error) as e:
+        raise CheckpointError(f"{file} is not an npz file, or is damaged: {e}") from e
+    require_stored(str(file), sum(t.size for t in tensors.values()), file.stat().st_size, CheckpointError)
+    return tensors
 
 
 def _member(file: Path, archive: zipfile.ZipFile, stream: BinaryIO, member: zipfile.ZipInfo) -> Tensor:
     with archive.open(member) as header:
-        version = np.lib.format.read_magic(header)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(header)
+        shape, fortran_order, dtype = read_npy_header(header, member.filename)
         start = header.tell()
-    if dtype == np.dtype("V2"):  # NumPy's encoding of bfloat16
+    if dtype == np.dtype("V2"):
         dtype = np.dtype(ml_dtypes.bfloat16)
-    if dtype.hasobject or fortran_order:
-        raise ValueError(f"{member.filename} holds {dtype}, fortran_order={fortran_order}; expected plain C arrays")
+    if fortran_order or start + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} is truncated, or not in C order")
     if member.compress_type != zipfile.ZIP_STORED:
 
         def read(index: Index) -> np.ndarray:
-            return np.load(file)[member.filename.removesuffix(".npy")].view(dtype)[index]
+            array = np.empty(shape, dtype)
+            try:
+                with zipfile.ZipFile(file) as again, again.open(member) as content:
+                    content.read(start)
+                    array.reshape(-1).view(np.uint8)[:] = np.frombuffer(content.read(array.nbytes), np.uint8)
+            except (zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+                raise CheckpointError(f"{file}: {member.filename} is damaged: {error}") from error
+            return array[index]
 
         return Tensor(shape, dtype, read)
     stream.seek(member.header_offset + 26)

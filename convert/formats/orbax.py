@@ -12,6 +12,8 @@ import numpy as np
 import tensorstore as ts
 
 from convert.tensors import PIECE, CheckpointError, Index, Tensor, contiguous, pieces
+from pi0.reading import read_json, require_stored
+from pi0.storage import below, require_links_below
 
 # Bytes of decoded rows to cache while slices smaller than a chunk are read.
 CACHED = 5 << 29
@@ -29,9 +31,19 @@ def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]
         # Tensorstore reads missing chunks as zeros; where all chunks are stored, a missing one is damage.
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
-    stored = {name: _open_array(folder, spec, ".".join(path)) for name, path in _strip(paths).items()}
+    try:
+        require_links_below(folder)
+        keys = {name: ".".join(path) for name, path in _strip(paths).items()}
+        for key in keys.values():
+            below(folder, key)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    opened = {name: _open_array(folder, spec, key) for name, key in keys.items()}
     cache = _RowCache()
-    return {name: _array_tensor(future, folder, name, cache, dtype) for name, future in stored.items()}
+    tensors = {name: _array_tensor(future, folder, name, cache, dtype) for name, future in opened.items()}
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    require_stored(str(folder), sum(t.size for t in tensors.values()), stored, CheckpointError)
+    return tensors
 
 
 def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
@@ -39,12 +51,15 @@ def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
     metadata_file = folder / "_METADATA"
     if not metadata_file.exists():
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")
+    metadata = read_json(metadata_file, error=CheckpointError)
     try:
-        metadata = json.loads(metadata_file.read_text())
         entries = metadata["tree_metadata"].values()
         # Empty nodes, such as those of optimizer states, are listed without stored data.
         entries = [e for e in entries if not e["value_metadata"].get("skip_deserialize")]
-        return metadata, [tuple(k["key"] for k in e["key_metadata"]) for e in entries]
+        paths = [tuple(k["key"] for k in e["key_metadata"]) for e in entries]
+        if not all(path and all(isinstance(key, str) for key in path) for path in paths):
+            raise ValueError("key_metadata without keys, or with keys that are no text")
+        return metadata, paths
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{metadata_file} cannot be read ({error!r}); is the file complete?") from error
 
@@ -60,8 +75,13 @@ def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
 
 def _kvstore(folder: Path, key: str) -> dict:
     if (folder / "manifest.ocdbt").exists():
-        return {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{key}/"}
+        return _ocdbt(folder, key)
     return {"driver": "file", "path": f"{(folder / key).resolve()}/"}
+
+
+def _ocdbt(folder: Path, key: str) -> dict:
+    """The specification of a key. The base is no URL, in which #, ?, % and | have a meaning."""
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}, "path": f"{key}/"}
 
 
 def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
@@ -137,6 +157,8 @@ def _array_tensor(future: ts.Future, folder: Path, name: str, cache: _RowCache, 
         array = future.result()
         if dtype is not None and array.dtype.numpy_dtype != dtype:
             array = ts.cast(array, ts.dtype(dtype.name))
+        if any(chunk > 2 * max(size, 1) for chunk, size in zip(_chunk(array), array.shape, strict=True)):
+            raise ValueError(f"its chunks {list(_chunk(array))} are larger than itself, {list(array.shape)}")
     except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
         raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
 
@@ -169,7 +191,7 @@ def write_orbax(
             chunk, parts = chunks[name], list(_grid(tensor.shape, chunks[name]))
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{folder.resolve()}/", "path": f"{'.'.join(path)}/"},
+            "kvstore": _ocdbt(folder, ".".join(path)),
             "metadata": {"compressor": {"id": "zstd", "level": 1}, "chunks": [max(n, 1) for n in chunk]},
         }
         array = ts.open(
@@ -187,6 +209,8 @@ def write_orbax(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (folder / "_METADATA").write_text(json.dumps(metadata))
+    (folder / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handler, "metrics": {}}))
+    (folder / "_CHECKPOINT_METADATA").write_text(
+        json.dumps({"item_handlers": handler, "metrics": {}}), encoding="utf-8"
+    )

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import CheckpointError, Tensor, contiguous, mapped, pieces
+from pi0.reading import MAX_JSON, parse_json, read_json
+from pi0.storage import below
 
 _CODES = {
     "F64": np.dtype(np.float64),
@@ -28,14 +30,14 @@ _CODES = {
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, size)), object_pairs_hook=_no_duplicates)
+            header = parse_json(stream.read(min(length, size, MAX_JSON + 1)), f"its header of {length:,} bytes")
         header.pop("__metadata__", None)
         entries = {name: _entry(name, **entry) for name, entry in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a safetensors file, or is damaged: {error}") from error
     end = 8 + length
     for begin, size_of, name in sorted((b, math.prod(s) * d.itemsize, n) for n, (d, s, b) in entries.items()):
@@ -49,11 +51,13 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_sharded(index: Path) -> dict[str, Tensor]:
     """The tensors of the shards listed in a `model.safetensors.index.json`. Raises CheckpointError."""
+    listed = read_json(index, error=CheckpointError).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names and files")
     try:
-        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = {name: read_safetensors(index.parent / name) for name in sorted(set(listed.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}; are all of its files there?") from error
+        shards = {name: read_safetensors(below(index.parent, name)) for name in sorted(set(listed.values()))}
+    except ValueError as error:
+        raise CheckpointError(f"{index} cannot be read: {error}; are all of its files there?") from error
     found = [(name, shard) for shard, tensors in shards.items() for name in tensors]
     wrong = sorted({name for name, _ in set(found) ^ set(listed.items())})
     if wrong:
@@ -61,19 +65,12 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
     return {name: shards[shard][name] for name, shard in found}
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"duplicate entries {sorted({n for n in names if names.count(n) > 1})}")
-    return dict(pairs)
-
-
 def _entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int]:
     """Dtype, shape and first byte of a tensor. Raises ValueError or TypeError for an invalid entry."""
     if dtype not in _CODES:
         raise ValueError(f"{name} has dtype {dtype}; known are {', '.join(_CODES)}")
     begin, end = data_offsets
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin)):
+    if not all(type(n) is int and 0 <= n < 2**60 for n in (*shape, begin, end)) or math.prod(shape) >= 2**60:
         raise ValueError(f"{name} has shape {shape} and offsets {data_offsets}; expected whole numbers")
     if end - begin != math.prod(shape) * _CODES[dtype].itemsize:
         raise ValueError(f"{name} has {end - begin} bytes, which do not fit {shape} {dtype}")

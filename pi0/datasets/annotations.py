@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from pi0.datasets.base import Dataset, read_jsonl
 from pi0.datasets.errors import DataError
+from pi0.datasets.images import MAX_PIXELS, read_image
 from pi0.fetch import fetch
+from pi0.storage import below
 
 
 class AnnotatedDataset:
@@ -24,16 +26,17 @@ class AnnotatedDataset:
     def __init__(self, dataset: Dataset, file: str | Path):
         self.dataset, file = dataset, fetch(file)
         lengths = {episode.index: episode.length for episode in dataset.every_episode}
-        texts = {index: np.full(length, "", object) for index, length in lengths.items()}
+        self._spans: dict[int, list[tuple[int, int, str]]] = {}  # by episode and in order: start, end, subtask
         for line, row in _rows(file, {"episode": int, "start_frame": int, "end_frame": int, "subtask": str}):
             episode, start, end = row["episode"], row["start_frame"], row["end_frame"]
             if not 0 <= start < end <= lengths.get(episode, 0):
                 known = f"has {lengths[episode]}" if episode in lengths else "is not in the dataset"
                 raise DataError(f"line {line}: frames {start} to {end} of an episode that {known}", file, episode)
-            if texts[episode][start:end].any():
+            spans = self._spans.setdefault(episode, [])
+            place = bisect.bisect(spans, (start,))
+            if any(start < other[1] and other[0] < end for other in spans[max(place - 1, 0) : place + 1]):
                 raise DataError(f"line {line}: frames {start} to {end} have a subtask already", file, episode)
-            texts[episode][start:end] = row["subtask"].strip()
-        self._texts = texts
+            spans.insert(place, (start, end, row["subtask"].strip()))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -41,18 +44,22 @@ class AnnotatedDataset:
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Frame i of the dataset, with its `subtask`."""
         item = self.dataset[i]
-        return item | {"subtask": str(self._texts[item["episode_index"]][item["frame_index"]])}
+        spans = self._spans.get(item["episode_index"], [])
+        place = bisect.bisect(spans, (item["frame_index"], float("inf"))) - 1
+        found = place >= 0 and item["frame_index"] < spans[place][1]
+        return item | {"subtask": spans[place][2] if found else ""}
 
 
 class Questions:
     """Questions about images, from a JSONL file of {"image": path, "question": text, "answer": text}.
 
-    Paths are relative to the file; the image is optional. An item has `image/<camera>` uint8 [H, W, 3],
-    `image_mask/<camera>`, `question` and `answer`. Raises DataError for damaged lines, and for images when read.
+    Paths are relative to the file and below its folder; the image is optional. An item has `image/<camera>` uint8
+    [H, W, 3] (see `read_image`), `image_mask/<camera>`, `question` and `answer`. Raises DataError for damaged lines,
+    and for images when read.
     """
 
-    def __init__(self, file: str | Path, camera: str):
-        self.file, self.camera = fetch(file), camera
+    def __init__(self, file: str | Path, camera: str, max_pixels: int = MAX_PIXELS):
+        self.file, self.camera, self.max_pixels = fetch(file), camera, max_pixels
         self.rows = list(_rows(self.file, {"question": str, "answer": str}, {"image": str}))
 
     def __len__(self) -> int:
@@ -62,11 +69,10 @@ class Questions:
         line, row = self.rows[i]
         image = np.zeros((1, 1, 3), np.uint8)
         if "image" in row:
-            path = self.file.parent / row["image"]
             try:
-                image = np.asarray(Image.open(path).convert("RGB"))
-            except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"line {line}: {path} cannot be read: {error}", self.file) from error
+                image = read_image(below(self.file.parent, row["image"]), self.max_pixels)
+            except ValueError as error:
+                raise DataError(f"line {line}: {error}", self.file) from error
         return {
             f"image/{self.camera}": image,
             f"image_mask/{self.camera}": np.bool_("image" in row),

@@ -7,15 +7,19 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import pi0.reading
 from pi0.datasets.errors import DataError
 from pi0.datasets.frames import MEMORY, FrameCache, FrameMemory
+from pi0.datasets.images import MAX_PIXELS
 from pi0.fetch import fetch
+from pi0.reading import MAX_JSON
 from pi0.robots.transforms import resize_with_pad
 
 STATE, ACTION = "observation.state", "action"
@@ -54,7 +58,8 @@ class Dataset(Protocol):
     chunks of `action_horizon` T. `image_size` (height, width) resizes images as `resize_with_pad` does. `cache` is a
     folder that `pi0-cache` filled for that size, or "memory": then each image is decoded only once. With
     `skip_damaged`, episodes whose files or numbers are damaged are left out and listed in `skipped`; detecting images
-    that cannot be decoded takes `pi0-check-data`.
+    that cannot be decoded takes `pi0-check-data`. Recorded images of more than `max_pixels` are refused before they are
+    decoded. Threads may share a dataset.
 
     Attributes: `fps`, frames per second; `features`, as in `Contents`; `episodes`, those that are read, and
     `every_episode`; `starts` [E + 1], the first frame of each episode, and the number of frames; `cameras`, the
@@ -66,6 +71,7 @@ class Dataset(Protocol):
     features: dict[str, dict[str, Any]]
     action_horizon: int
     image_size: tuple[int, int] | None
+    max_pixels: int
     cameras: list[str]
     states: tuple[str, ...]
     actions: tuple[str, ...]
@@ -89,12 +95,15 @@ class Dataset(Protocol):
         image_size: tuple[int, int] | None = None,
         cache: str | Path | None = None,
         skip_damaged: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         if action_horizon < 1:
             raise ValueError(f"action_horizon is {action_horizon}; a chunk has at least 1 action")
         self.root, self.action_horizon, self.image_size = fetch(root), action_horizon, image_size
-        self.states, self.actions = tuple(states), tuple(actions)
+        self.states, self.actions, self.max_pixels = tuple(states), tuple(actions), max_pixels
         self.fps, self.features, listed = self.contents(self.root)
+        if not 0 < self.fps < math.inf:
+            raise DataError(f"fps is {self.fps}; expected a positive number", self.root)
         _choose([*self.states, *self.actions], list(self.features), "column")
         self.cameras = _choose(cameras, [name for name, f in self.features.items() if is_camera(f)], "camera")
         self.every_episode = list(listed)
@@ -150,8 +159,13 @@ class Dataset(Protocol):
         Cameras uint8 [H, W, 3], read-only where they come from a cache; states float32 [D]; actions float32 [T, D],
         which repeat the last action past the episode's end, where `action_is_pad` bool [T] is true; `timestamp` in
         seconds; `episode_index` and `frame_index`; and `task`, `subtask` and `index` where the dataset has them. Raises
-        IndexError beyond the frames, and DataError for a damaged one.
+        IndexError beyond the frames, and DataError for a damaged one, or where all episodes are left out as damaged.
         """
+        if self.skipped and not self.episodes:
+            first = self.skipped[0]
+            raise DataError(
+                f"all episodes are damaged; the first: {first.problem}", first.file, first.episode, first.frame
+            )
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
         i = int(i)
@@ -244,10 +258,15 @@ class Dataset(Protocol):
         arrays |= {"episode_index": np.full_like(frames, episode.index)}
         arrays |= {name: np.asarray(column) for name, column in columns.items()}
         for name, array in arrays.items():
-            if len(array) != episode.length:
-                raise DataError(f"{name} has {len(array)} rows, the episode has {episode.length}")
+            if array.shape[:1] != (episode.length,):
+                raise DataError(f"{name} has {array.size and len(array)} rows, the episode has {episode.length}")
         for name in (*self.states, *self.actions):
-            arrays[name] = arrays[name].astype(np.float32, copy=False).reshape(episode.length, -1)
+            if arrays[name].ndim > 2:
+                raise DataError(f"{name} has shape {list(arrays[name].shape[1:])}; a state or action is a vector")
+            try:
+                arrays[name] = arrays[name].astype(np.float32, copy=False).reshape(episode.length, -1)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{name} is not numbers: {error}") from error
             for frame, dim in np.argwhere(~np.isfinite(arrays[name]))[:1]:
                 raise DataError(f"{name}[{dim}] is {arrays[name][frame, dim]}", frame=int(frame))
         return arrays
@@ -257,17 +276,32 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
     """The values in a JSONL file with their line numbers from 1 on. Raises DataError."""
     if not file.exists():
         raise DataError("the file is missing", file)
-    for line, text in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            yield line, json.loads(text)
-        except ValueError as error:
-            raise DataError(f"line {line} is not JSON: {error}", file) from error
+    with file.open("rb") as stream:  # split at \n alone: text may have other line separators
+        for line, text in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
+            yield line, parse_json(text, file, f"line {line}")
+
+
+def parse_json(text: bytes, file: Path, where: str) -> Any:
+    """The value of UTF-8 JSON, of a file or a line. Raises DataError, also for half a surrogate pair, which is no text.
+
+    The limits are those of `pi0.reading`.
+    """
+    try:
+        value = pi0.reading.parse_json(text.decode("utf-8"), where, expected=object)
+        if b"\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeError as error:
+        raise DataError(f"{where} is not UTF-8: {error}", file) from error
+    except ValueError as error:
+        raise DataError(str(error), file) from error
 
 
 def is_camera(feature: Mapping[str, Any]) -> bool:
-    """Whether a feature is color images; depth maps as video are not."""
-    about = feature.get("info") or feature.get("video_info") or {}
-    return feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map", False)
+    """Whether a feature is color images; depth maps are not."""
+    places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
+    depth = any(place.get(key) for place in places for key in ("is_depth_map", "video.is_depth_map"))
+    return feature["dtype"] in ("video", "image") and not depth
 
 
 def _choose(chosen: Sequence[Any] | None, known: list[Any], what: str) -> list[Any]:

@@ -62,23 +62,27 @@ class Batches:
         """The number of steps of about one pass over all frames."""
         return -(-len(self.order) // self.batch_size)
 
-    def read(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def read(self, step: int, rows: np.ndarray | None = None, count: bool = False) -> dict[str, np.ndarray]:
         """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or those of one host.
 
-        Raises DataError for damaged recordings.
+        With `count` also `truncated` bool [R], where a prompt with its state and targets was cut. Raises DataError for
+        damaged recordings.
         """
         rows = np.arange(self.batch_size) if rows is None else rows
         read = [self.row(step * self.batch_size + int(row)) for row in rows]
-        return {key: np.stack([row[key] for row in read]) for key in read[0]}
+        kept = [key for key in read[0] if count or key != "truncated"]
+        return {key: np.stack([row[key] for row in read]) for key in kept}
 
     def frames(self, step: int) -> list[tuple[int, int]]:
         """The dataset and its frame for each row of a batch."""
         return [self.order.locate(step * self.batch_size + row) for row in range(self.batch_size)]
 
     def row(self, position: int) -> dict[str, np.ndarray]:
-        """The model's inputs of the frame at a position."""
+        """The model's inputs of the frame at a position, and `truncated`."""
         dataset, frame = self.order.locate(position)
-        row = self.pipelines[dataset](self.order.datasets[dataset][frame])
+        pipeline, item = self.pipelines[dataset], self.order.datasets[dataset][frame]
+        before = pipeline.tokenizer.truncated
+        row = pipeline(item) | {"truncated": np.bool_(pipeline.tokenizer.truncated > before)}
         if self.augment_seed is not None:
             row = augment_images(row, np.random.default_rng((self.augment_seed, 2, position)))  # 0, 1: of Mixture
         # A camera of another robot of the mixture is a zero image here; its mask is false already.

@@ -23,7 +23,7 @@ from pi0.command import add_dataset, exit_on_error, make_parser, output_path
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import find_format
 from pi0.fetch import cache_dir
-from pi0.storage import local_path
+from pi0.storage import local_path, write_text
 
 _work: tuple[Dataset, str, np.memmap]  # in a worker process: dataset, camera and the frames to fill
 
@@ -88,7 +88,7 @@ def _build(dataset: Dataset, camera: str, folder: Path, workers: int) -> None:
                     pool.shutdown(cancel_futures=True)
     starts = dict(zip((e.index for e in dataset.episodes), dataset.starts.tolist(), strict=False))
     about = {"dataset": str(dataset.root), "camera": camera, "size": dataset.image_size, "starts": starts}
-    (folder / "about.json").write_text(json.dumps(about))
+    write_text(folder / "about.json", json.dumps(about))
 
 
 def _start_worker(dataset: Dataset, camera: str, file: Path) -> None:

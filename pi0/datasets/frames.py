@@ -37,7 +37,8 @@ class FrameCache:
     def __init__(self, folder: Path):
         self.folder = folder
         self._frames = np.asarray(np.load(folder / "frames.npy", mmap_mode="r"))
-        self._starts = {int(n): start for n, start in json.loads((folder / "about.json").read_text())["starts"].items()}
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self._starts = {int(n): start for n, start in about["starts"].items()}
 
     def __reduce__(self) -> tuple[type[FrameCache], tuple[Path]]:
         return FrameCache, (self.folder,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,33 @@ import pyarrow.compute as pc
 
 from pi0.datasets.base import Contents, Dataset, is_camera
 from pi0.datasets.errors import DataError
-from pi0.datasets.lerobot_tables import LeRobotEpisode, read_episodes, read_info, read_parquet, read_texts
-from pi0.datasets.video import EncodedImages, Video
+from pi0.datasets.lerobot_tables import (
+    LeRobotEpisode,
+    read_episodes,
+    read_info,
+    read_parquet,
+    read_texts,
+    texts_of,
+    vector_size,
+)
+from pi0.datasets.video import MAX_GROUP, EncodedImages, Video
 
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 SUBTASKS = ("subtask_index", "subtask", "language_persistent")  # the first that a dataset has
-MAX_OPEN_FILES = 64  # image files per dataset; beyond it the least recently used one is closed
+MAX_OPEN_FILES = 64  # image files per dataset and thread; beyond it the least recently used one is closed
+
+
+class OpenFiles(threading.local):
+    """The image files that the current thread has opened: decoders and file positions are not shared."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple[Any, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.by_key)
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
 
 
 class LeRobotDataset(Dataset):
@@ -27,11 +49,15 @@ class LeRobotDataset(Dataset):
 
     Cameras are named in full, as `observation.images.<name>`. `tasks` and `subtasks` have one text per number;
     `decoded` counts the video frames decoded so far, those between a keyframe and the requested frame included.
+    `max_bytes` limits the images in a row group of a file, which is read as a whole: a subclass may raise it.
     """
 
+    max_bytes = MAX_GROUP
     subtasks: dict[int, str]
     decoded: int
-    _files: dict[tuple[Any, ...], Any]
+    _files: OpenFiles
+    _sizes: dict[str, int]  # of states and actions, as info.json says
+    _total: int
     _first_rows: dict[int, int]  # by episode: the row of its first frame in its file
     _rows: tuple[Path | None, pa.Table]  # the file read last
 
@@ -48,20 +74,28 @@ class LeRobotDataset(Dataset):
         if total != info["total_frames"]:
             problem = f"the episodes have {total} frames in all, total_frames is {info['total_frames']}"
             raise DataError(problem, self.root / "meta" / "info.json")
-        self.decoded, self._files, self._first_rows, self._rows = 0, {}, {}, (None, pa.table({}))
+        self._sizes = {name: vector_size(info, name, self.root) for name in (*self.states, *self.actions)}
+        self._total, self.decoded, self._files = total, 0, OpenFiles()
+        self._first_rows, self._rows = {}, (None, pa.table({}))
 
     def image_source(self, camera: str, episode: LeRobotEpisode) -> tuple[Path, Any]:
         segment = episode.videos.get(camera)
+        if isinstance(segment, DataError):
+            return episode.file, str(segment.problem)
         return (episode.file, episode.first_index) if segment is None else (segment.file, (segment.start, segment.end))
 
     def decode(self, camera: str, position: int, frame: int) -> np.ndarray:
         episode: LeRobotEpisode = self.episodes[position]
-        segment, damaged = episode.videos.get(camera), None  # the frame; None while the whole file is
+        damaged = None  # the frame; None while the whole file is
         try:
+            segment = episode.segment(camera)
             if segment is None:
-                images, damaged = self._open(EncodedImages, episode.file, camera), frame
+                images, damaged = (
+                    self._open(EncodedImages, episode.file, camera, self.max_pixels, self.max_bytes),
+                    frame,
+                )
                 return images.frame(self._first_rows[episode.index] + frame)
-            video = self._open(Video, segment.file, self.fps)
+            video = self._open(Video, segment.file, self.fps, self.max_pixels)
             video.check(segment.start, segment.end, episode.length)
             damaged, before = frame, video.decoded
             image = video.frame(segment.start + frame / self.fps)
@@ -75,6 +109,9 @@ class LeRobotDataset(Dataset):
         """The problems of an episode's videos, without decoding; `thorough` reads their indices."""
         for camera in self.cameras:
             segment = episode.videos.get(camera)
+            if isinstance(segment, DataError):
+                yield segment
+                continue
             if segment is None:
                 continue
             start, end = segment.start, segment.end
@@ -85,7 +122,7 @@ class LeRobotDataset(Dataset):
                 yield DataError(problem, segment.file, episode.index)  # its last would show the next episode
             elif thorough:
                 try:
-                    self._open(Video, segment.file, self.fps).check(start, end, episode.length)
+                    self._open(Video, segment.file, self.fps, self.max_pixels).check(start, end, episode.length)
                 except DataError as error:
                     yield DataError(error.problem, error.file, episode.index, error.frame)
 
@@ -94,50 +131,56 @@ class LeRobotDataset(Dataset):
         if self._rows[0] != episode.file:
             self._rows = None, self._rows[1]
             subtasks = [name for name in SUBTASKS if name in self.features]
-            self._rows = episode.file, read_parquet(episode.file, [*self.states, *self.actions, *COUNTERS, *subtasks])
+            read = [*self.states, *self.actions, *COUNTERS, *subtasks]
+            self._rows = episode.file, read_parquet(episode.file, read, max_rows=self._total)
         table = self._rows[1]
-        found = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)
+        found = np.flatnonzero(_flat(table["episode_index"], "episode_index") == episode.index)
         if len(found) != episode.length:
             raise DataError(f"{len(found)} rows, the episode table says {episode.length}")
         if found[-1] - found[0] != episode.length - 1:
             raise DataError("its rows are not together")
         self._first_rows[episode.index] = int(found[0])
         rows, counted = table.slice(found[0], episode.length), np.arange(episode.length)
-        columns = {name: rows[name].to_numpy() for name in COUNTERS}
+        columns: dict[str, Any] = {name: _flat(rows[name], name) for name in COUNTERS}
         for name, first in (("frame_index", 0), ("index", episode.first_index)):
             for frame in np.flatnonzero(columns[name] != first + counted)[:1]:
                 raise DataError(f"{name} is {columns[name][frame]}, expected {first + frame}", frame=int(frame))
         for frame in np.flatnonzero(~(np.abs(columns["timestamp"] * self.fps - counted) < 0.5))[:1]:
             expected = f"{frame / self.fps:.3f} s at {self.fps} frames per second"
             raise DataError(f"timestamp is {columns['timestamp'][frame]:.3f} s, expected {expected}", frame=int(frame))
-        columns |= {name: self._vectors(rows[name], name) for name in {*self.states, *self.actions}}
+        for name, size in self._sizes.items():
+            columns[name] = _flat(rows[name], name, size).astype(np.float32).reshape(episode.length, size)
         _check_texts(columns["task_index"], self.tasks, "task")
-        texts = _subtask_texts(rows, self.subtasks)
+        texts = _subtask_texts(rows, self.subtasks, columns["timestamp"])
         return columns if texts is None else columns | {"subtask": np.array(texts, object)}
 
     def _read(self, episodes: Sequence[Any], skip_damaged: bool) -> None:
         super()._read(episodes, skip_damaged)
         self._rows = None, pa.table({})  # worker processes get no copy
 
-    def _vectors(self, column: pa.ChunkedArray, name: str) -> np.ndarray:
-        """A column of vectors, or of numbers, as float32 [F, D]. Raises DataError."""
-        size = math.prod(self.features[name]["shape"])
-        values: Any = column
-        if pa.types.is_nested(column.type):
-            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-            for frame in np.flatnonzero(lengths != size)[:1]:
-                raise DataError(f"{name} has length {lengths[frame]}, info.json says {size}", frame=int(frame))
-            values = pc.list_flatten(column)
-        return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), size)
-
     def _open(self, reader: Any, *arguments: Any) -> Any:
-        """An image file, opened once per process: a forked process would share its parent's file position."""
-        key = (os.getpid(), reader, *arguments)
-        file = self._files.pop(key, None) or reader(*arguments)
-        while len(self._files) >= (MAX_OPEN_FILES if reader is Video else 4):  # EncodedImages keep whole row groups
-            self._files.pop(next(iter(self._files)))
-        self._files[key] = file
+        """An image file, opened once per thread and process: a fork would share its parent's file position."""
+        key, files = (os.getpid(), reader, *arguments), self._files.by_key
+        file = files.pop(key, None) or reader(*arguments)
+        while len(files) >= (MAX_OPEN_FILES if reader is Video else 4):  # EncodedImages keep whole row groups
+            files.pop(next(iter(files)))
+        files[key] = file
         return file
+
+
+def _flat(column: pa.ChunkedArray, name: str, size: int = 1) -> np.ndarray:
+    """The numbers of a column, `size` in each row, as lists or plain: [F * size]. Raises DataError."""
+    values: Any = column
+    if any(is_type(column.type) for is_type in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        for frame in np.flatnonzero(lengths != size)[:1]:
+            raise DataError(f"{name} has length {lengths[frame]}, info.json says {size}", frame=int(frame))
+        values = pc.list_flatten(column)
+    elif size != 1:
+        raise DataError(f"{name} is {column.type}; info.json says {size} numbers in each row")
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
+        raise DataError(f"{name} is {column.type}; expected {size} numbers in each row")
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _check_texts(numbers: np.ndarray, texts: dict[int, str], what: str) -> None:
@@ -146,21 +189,27 @@ def _check_texts(numbers: np.ndarray, texts: dict[int, str], what: str) -> None:
         raise DataError(problem, frame=int(frame))
 
 
-def _subtask_texts(rows: pa.Table, texts: dict[int, str]) -> list[str] | None:
+def _subtask_texts(rows: pa.Table, texts: dict[int, str], times: np.ndarray) -> list[str] | None:
     """Each frame's subtask, empty where it has none, or None for a dataset without any. Raises DataError.
 
     LeRobot 0.4 and 0.5 number them (-1: none); 0.6 lists texts with timestamps, of which the last before a frame holds.
     """
     if "subtask_index" in rows.column_names:
-        numbers, texts = rows["subtask_index"].to_numpy(), {-1: ""} | texts
+        numbers, texts = _flat(rows["subtask_index"], "subtask_index"), {-1: ""} | texts
         _check_texts(numbers, texts, "subtask")
         return [texts[int(number)] for number in numbers]
-    if "subtask" in rows.column_names:
-        return [text or "" for text in rows["subtask"].to_pylist()]
-    if "language_persistent" in rows.column_names:
-        found = []
-        for time, listed in zip(rows["timestamp"].to_pylist(), rows["language_persistent"].to_pylist(), strict=True):
-            begun = [s for s in listed or () if s["style"] == "subtask" and s["timestamp"] <= time]
-            found.append(max(begun, key=lambda s: s["timestamp"])["content"] or "" if begun else "")
-        return found
-    return None
+    try:
+        if "subtask" in rows.column_names:
+            found = [text or "" for text in texts_of(rows["subtask"])]
+        elif "language_persistent" in rows.column_names:
+            found = []
+            for time, listed in zip(times, rows["language_persistent"].to_pylist(), strict=True):
+                begun = [s for s in listed or () if s["style"] == "subtask" and s["timestamp"] <= time]
+                found.append(max(begun, key=lambda s: s["timestamp"])["content"] or "" if begun else "")
+        else:
+            return None
+    except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"its subtasks are not as LeRobot writes them: {error!r}") from error
+    for frame in (i for i, text in enumerate(found) if not isinstance(text, str)):
+        raise DataError(f"its subtask is {found[frame]!r:.80}; expected text", frame=frame)
+    return found

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
-from collections.abc import Iterator, Sequence
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi0.datasets.base import Episode, read_jsonl
+from pi0.datasets.base import Episode, parse_json, read_jsonl
 from pi0.datasets.errors import DataError
+from pi0.reading import MAX_JSON, read_bytes
+from pi0.storage import below
+
+MAX_VALUES = 2**28  # in the columns read of one Parquet file: default of `read_parquet`
+MAX_ROWS = 2**24  # of episodes, tasks or subtasks
+MAX_SIZE = 2**20  # numbers in a vector of one frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +35,47 @@ class VideoSegment:
 
 @dataclasses.dataclass(frozen=True)
 class LeRobotEpisode(Episode):
-    """An episode with the `index` of its first frame in the dataset, and a video segment for each video column."""
+    """An episode with the `index` of its first frame in the dataset, and a video segment for each video column.
+
+    Where the episode table does not say a segment, the DataError of that is in its place.
+    """
 
     first_index: int
-    videos: dict[str, VideoSegment]
+    videos: dict[str, VideoSegment | DataError]
+
+    def segment(self, video: str) -> VideoSegment | None:
+        """The segment of a video column, None for another column. Raises DataError."""
+        found = self.videos.get(video)
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+
+def whole(value: Any) -> bool:
+    """Whether it is a whole number; also a float, as pandas writes columns in which a number is missing."""
+    return finite(value) and value == int(value)
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number, of a size that float64 has exactly."""
+    return type(value) in (int, float) and abs(value) < 2**53
+
+
+EXPECTED: dict[Callable[[Any], bool], str] = {whole: "a whole number", finite: "a finite number"}
+
+
+def take(row: Any, file: Path, fields: Mapping[str, Any], where: str = "") -> list[Any]:
+    """The values of a row's fields, each of its type, or whole numbers as int. Raises DataError naming the field."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}is {row!r:.80}; expected an object with {list(fields)}", file)
+    missing = [name for name in fields if row.get(name) is None]
+    if missing:
+        raise DataError(f"{where}lacks {'one of ' if where else ''}{missing}", file)
+    for name, check in fields.items():
+        if not (isinstance(row[name], check) if isinstance(check, type) else check(row[name])):
+            expected = check.__name__ if isinstance(check, type) else EXPECTED[check]
+            raise DataError(f"{where}{name} is {row[name]!r:.80}; expected {expected}", file)
+    return [int(row[name]) if check is whole else row[name] for name, check in fields.items()]
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -38,21 +83,36 @@ def read_info(root: Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
     if not file.exists():
         raise DataError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
-    try:
-        info = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"is not JSON: {error}", file) from error
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        how = {"v2.0": "v21.convert_dataset_v20_to_v21", "v1.6": "v2.convert_dataset_v1_to_v2"}.get(version)
+    info = parse_json(read_bytes(file, limit=MAX_JSON, error=DataError), file, "it")
+    version = info.get("codebase_version") if isinstance(info, dict) else None
+    if not isinstance(version, str) or version not in VERSIONS:
+        how = {"v2.0": "v21.convert_dataset_v20_to_v21", "v1.6": "v2.convert_dataset_v1_to_v2"}.get(str(version))
         advice = "convert it with LeRobot" + (f" 0.3.3: `python -m lerobot.datasets.{how}`" if how else "")
-        raise DataError(f"dataset format {version}; supported are {', '.join(VERSIONS)}: {advice}", file)
-    needed = ["fps", "features", "total_frames", "data_path"] + ["chunks_size"] * (version == "v2.1")
-    needed += ["video_path"] * any(feature["dtype"] == "video" for feature in info.get("features", {}).values())
-    missing = [key for key in needed if info.get(key) is None]
-    if missing:
-        raise DataError(f"lacks {missing}", file)
-    return info
+        raise DataError(f"dataset format {version!s:.80}; supported are {', '.join(VERSIONS)}: {advice}", file)
+    needed: dict[str, Any] = {"fps": finite, "features": dict, "total_frames": whole, "data_path": str}
+    needed |= {"chunks_size": whole} if version == "v2.1" else {}
+    features = info.get("features")
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        (dtype,) = take(feature, file, {"dtype": str}, f"features[{name!r}] ")
+        needed |= {"video_path": str} if dtype == "video" else {}
+        for key in ("info", "video_info"):
+            if not isinstance(feature.get(key) or {}, dict):
+                raise DataError(f"features[{name!r}] {key} is {feature[key]!r:.80}; expected an object", file)
+    values = dict(zip(needed, take(info, file, needed), strict=True))
+    for name in ("fps", "chunks_size"):
+        if values.get(name, 1) <= 0:
+            raise DataError(f"{name} is {values[name]}; expected a positive number", file)
+    return info | values
+
+
+def vector_size(info: dict[str, Any], column: str, root: Path) -> int:
+    """The dimensions of a column of states or actions. Raises DataError unless it has vectors of numbers."""
+    shape, file = info["features"][column].get("shape"), root / "meta" / "info.json"
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= MAX_SIZE for size in shape):
+        raise DataError(f"features[{column!r}] shape is {shape!r:.80}; expected [dimensions]", file)
+    if len(shape) > 1:
+        raise DataError(f"features[{column!r}] shape is {shape}; a state or action is a vector, not an array", file)
+    return shape[0] if shape else 1
 
 
 def read_episodes(root: Path, info: dict[str, Any], videos: Sequence[str]) -> Iterator[LeRobotEpisode]:
@@ -67,38 +127,83 @@ def read_texts(root: Path, info: dict[str, Any], what: str) -> dict[int, str]:
     return {} if what == "subtask" and not file.exists() else read(file, what)
 
 
-def read_parquet(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """The columns of a Parquet file. Raises DataError."""
+def read_parquet(
+    file: Path, columns: list[str] | None = None, max_rows: int = MAX_ROWS, max_values: int = MAX_VALUES
+) -> pa.Table:
+    """The columns of a Parquet file; texts stay in a dictionary (see `texts_of`), as a small file may repeat long ones.
+
+    Raises DataError, also for more rows or values, before they are read.
+    """
     if not file.exists():
         raise DataError("the file is missing", file)
     try:
-        known = pq.read_schema(file).names
-        missing = [column for column in columns or () if column not in known]
-        if missing:
-            raise DataError(f"no columns {missing}; there are {known}", file)
-        return pq.read_table(file, columns=columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot be read: {error}", file) from error
+        schema = pq.read_schema(file)
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        with pq.ParquetFile(file, read_dictionary=texts) as parquet:
+            known, meta = schema.names, parquet.metadata
+            missing = [column for column in columns or () if column not in known]
+            if missing or len(set(known)) < len(known):
+                raise DataError(f"no columns {missing}, or one twice; there are {known}", file)
+            if meta.num_rows > max_rows:
+                raise DataError(f"has {meta.num_rows} rows; expected at most {max_rows}, as meta/info.json says", file)
+            groups, read = map(meta.row_group, range(meta.num_row_groups)), tuple(columns or known)
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            values = sum(c.num_values for c in chunks if c.path_in_schema.startswith(read))
+            if values > max_values:
+                raise DataError(f"has {values} values; at most {max_values} are read", file)
+            return parquet.read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(error.problem if isinstance(error, DataError) else f"cannot be read: {error}", file) from error
 
 
-def _read_rows(file: Path, *keys: str) -> list[dict[str, Any]]:
-    rows = []
-    for line, row in read_jsonl(file):
-        if any(key not in row for key in keys):
-            raise DataError(f"line {line} lacks one of {list(keys)}", file)
-        rows.append(row)
-    return rows
+def texts_of(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column, equal ones as one object. Raises ValueError for bytes that are not UTF-8."""
+    encoded = column.dictionary_encode().combine_chunks()
+    values = encoded.dictionary.to_pylist()
+    return [None if i is None else values[i] for i in encoded.indices.to_pylist()]
+
+
+_below = functools.lru_cache(2**16)(below)  # which resolves links: slow, and many episodes share a file
+
+
+def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path:
+    """The path below `root` of a template in info.json. Raises DataError.
+
+    A field is filled as {name} or, a number, with up to two digits of width as {name:03d}: `str.format` would read
+    attributes of what it is given, and any width.
+    """
+    file, parts = root / "meta" / "info.json", []
+    try:
+        for literal, name, spec, conversion in string.Formatter().parse(info[key]):
+            parts.append(literal)
+            if name is None:
+                continue
+            form = r"(\d{0,2}d)?" if isinstance(fields.get(name), int) else ""
+            if name not in fields or conversion or not re.fullmatch(form, spec or "", re.ASCII):
+                raise ValueError(f"{{{name}{conversion and '!'}{spec and ':'}{spec}}} is not one of {sorted(fields)}")
+            parts.append(format(fields[name], spec or ""))
+        return _below(root, "".join(parts))
+    except ValueError as error:
+        raise DataError(f"{key} {info[key]!r:.200}: {error}", file) from error
+
+
+def _texts(rows: Iterator[tuple[str, Any]], file: Path, what: str) -> dict[int, str]:
+    return dict(take(row, file, {f"{what}_index": whole, what: str}, where) for where, row in rows)  # type: ignore[misc]
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"line {line} ", row) for line, row in read_jsonl(file))
 
 
 def _episodes_v21(root: Path, info: dict[str, Any], videos: Sequence[str]) -> Iterator[LeRobotEpisode]:
     """In v2.1 every episode has its own files."""
-    rows, first = _read_rows(root / "meta" / "episodes.jsonl", "episode_index", "length"), 0
-    for row in sorted(rows, key=lambda row: row["episode_index"]):
-        number, length = row["episode_index"], row["length"]
-        names = {"episode_chunk": number // info["chunks_size"], "episode_index": number}
-        files = {video: root / info["video_path"].format(video_key=video, **names) for video in videos}
-        segments = {video: VideoSegment(file, 0.0, math.inf) for video, file in files.items()}
-        yield LeRobotEpisode(number, length, root / info["data_path"].format(**names), first, segments)
+    file, first = root / "meta" / "episodes.jsonl", 0
+    rows = [take(row, file, {"episode_index": whole, "length": whole}, where) for where, row in _lines(file)]
+    for index, length in sorted(rows):
+        names = {"episode_chunk": index // info["chunks_size"], "episode_index": index}
+        files = {video: fill_path(root, info, "video_path", video_key=video, **names) for video in videos}
+        segments: dict[str, Any] = {video: VideoSegment(path, 0.0, math.inf) for video, path in files.items()}
+        yield LeRobotEpisode(index, length, fill_path(root, info, "data_path", **names), first, segments)
         first += length
 
 
@@ -107,31 +212,45 @@ def _episodes_v30(root: Path, info: dict[str, Any], videos: Sequence[str]) -> It
     files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise DataError("no *.parquet in any chunk", root / "meta" / "episodes")
-    columns = ["episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index"]
-    place = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    columns += [f"videos/{video}/{field}" for video in videos for field in place]
-    rows = [row for file in files for row in read_parquet(file, columns).to_pylist()]
-    for row in sorted(rows, key=lambda row: row["episode_index"]):
-        segments = {}
+    needed = ("episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index")
+    place = {"chunk_index": whole, "file_index": whole, "from_timestamp": finite, "to_timestamp": finite}
+    columns = [*needed, *(f"videos/{video}/{field}" for video in videos for field in place)]
+    rows = []
+    for file in files:
+        listed = read_parquet(file, columns, min(info["total_frames"], MAX_ROWS)).to_pylist()
+        rows += [
+            (take(row, file, dict.fromkeys(needed, whole), f"row {i} "), row, file) for i, row in enumerate(listed)
+        ]
+    for (index, length, first, chunk, part), row, file in sorted(rows, key=lambda one: one[0][0]):
+        segments: dict[str, VideoSegment | DataError] = {}
         for video in videos:
-            chunk, number, start, end = (row[f"videos/{video}/{field}"] for field in place)
-            path = info["video_path"].format(video_key=video, chunk_index=chunk, file_index=number)
-            segments[video] = VideoSegment(root / path, start, end)
-        chunk, number = row["data/chunk_index"], row["data/file_index"]
-        file = root / info["data_path"].format(chunk_index=chunk, file_index=number)
-        yield LeRobotEpisode(row["episode_index"], row["length"], file, row["dataset_from_index"], segments)
+            fields = {f"videos/{video}/{field}": check for field, check in place.items()}
+            try:
+                names = dict(zip(("chunk_index", "file_index", "start", "end"), take(row, file, fields), strict=True))
+                start, end = names.pop("start"), names.pop("end")
+                segments[video] = VideoSegment(
+                    fill_path(root, info, "video_path", video_key=video, **names), start, end
+                )
+            except DataError as error:
+                segments[video] = DataError(error.problem, error.file, index)
+        path = fill_path(root, info, "data_path", chunk_index=chunk, file_index=part)
+        yield LeRobotEpisode(index, length, path, first, segments)
 
 
 def _texts_v21(file: Path, what: str) -> dict[int, str]:
-    return {row[f"{what}_index"]: row[what] for row in _read_rows(file, f"{what}_index", what)}
+    return _texts(_lines(file), file, what)
 
 
 def _texts_v30(file: Path, what: str) -> dict[int, str]:
-    rows = read_parquet(file).to_pydict()
-    texts = next((rows[name] for name in (what, "__index_level_0__") if name in rows), None)
-    if texts is None or f"{what}_index" not in rows:
-        raise DataError(f"no columns {what} and {what}_index; there are {sorted(rows)}", file)
-    return dict(zip(rows[f"{what}_index"], texts, strict=True))
+    rows = read_parquet(file)
+    text = next((name for name in (what, "__index_level_0__") if name in rows.column_names), None)
+    if text is None or f"{what}_index" not in rows.column_names:
+        raise DataError(f"no columns {what} and {what}_index; there are {sorted(rows.column_names)}", file)
+    try:
+        pairs = zip(rows[f"{what}_index"].to_pylist(), texts_of(rows[text]), strict=True)
+    except (ValueError, KeyError, AttributeError, pa.ArrowException) as error:
+        raise DataError(f"cannot be read: {error}", file) from error
+    return _texts(((f"row {i} ", {f"{what}_index": n, what: t}) for i, (n, t) in enumerate(pairs)), file, what)
 
 
 VERSIONS = {"v2.1": (_episodes_v21, _texts_v21, "jsonl"), "v3.0": (_episodes_v30, _texts_v30, "parquet")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,15 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from pi0.datasets.errors import DataError
+from pi0.datasets.images import MAX_PIXELS, check_size, read_image
+
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # no playlists, which would open other files
+MAX_GROUP = 2**30  # bytes of the images in a row group of a Parquet file: default of `EncodedImages.max_bytes`
 
 
 class Video:
@@ -24,8 +27,8 @@ class Video:
     those between a keyframe and the requested frame included.
     """
 
-    def __init__(self, file: Path, fps: float):
-        self.file, self.fps, self.decoded = file, fps, 0
+    def __init__(self, file: Path, fps: float, max_pixels: int = MAX_PIXELS):
+        self.file, self.fps, self.max_pixels, self.decoded = file, fps, max_pixels, 0
         self._half = 0.5 / fps
         self._container: Any = None
         self._frames: Any = None
@@ -34,7 +37,7 @@ class Video:
         self._converter = VideoReformatter()  # kept: a new one per image costs more than decoding
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Video, (self.file, self.fps)
+        return Video, (self.file, self.fps, self.max_pixels)
 
     def check(self, start: float, end: float, length: int) -> None:
         """Raise DataError unless `length` frames, one per period, lie from `start` to `end` seconds, all in the file.
@@ -97,10 +100,14 @@ class Video:
         if self._container is not None:
             return
         try:
-            container = av.open(str(self.file))
-        except (OSError, av.FFmpegError) as error:
+            # "file:", as a name may contain a colon
+            container = av.open(f"file:{self.file}", options={"format_whitelist": CONTAINERS})
+        except (OSError, ValueError, av.FFmpegError) as error:
             raise DataError(f"cannot be opened: {error}", self.file) from error
+        self._size = self.file.stat().st_size
         stream = container.streams.video[0] if container.streams.video else None
+        if stream is not None:
+            self._check_header(stream)
         entries = [] if stream is None else [entry for entry in stream.index_entries if not entry.is_discard]
         if stream is None or stream.time_base is None or not stream.frames or not entries:
             raise DataError("has no index of its frames; write it as MP4: `ffmpeg -i FILE -c copy FILE.mp4`", self.file)
@@ -111,8 +118,22 @@ class Video:
         self._times = (times - times[0] + (stream.start_time or 0)) * float(stream.time_base)
         self._ends = np.array([entry.pos + entry.size for entry in entries])
         self._keyframes = np.flatnonzero([entry.is_keyframe for entry in entries])
-        self._size = self.file.stat().st_size
         self._container = container
+
+    def _check_header(self, stream: Any) -> None:
+        """Raise DataError for frames that are too large or depth, or more of them than bytes."""
+        try:
+            check_size(stream.codec_context.width, stream.codec_context.height, self.max_pixels)
+        except DataError as error:
+            raise DataError(error.problem, self.file) from error
+        pixels = stream.codec_context.format  # None where the header does not say
+        if pixels is not None and len(pixels.components) == 1 and pixels.components[0].bits > 8:
+            raise DataError(
+                f"has mode {pixels.name}: 16-bit or depth, not 8-bit colors; leave this camera out", self.file
+            )
+        if len(stream.index_entries) > self._size:
+            raise DataError(f"has {self._size} bytes for {len(stream.index_entries)} frames", self.file)
+        stream.codec_context.options = {"max_pixels": str(self.max_pixels)}  # a frame may differ from the header
 
     def _seek(self, keyframe: float, time: float) -> None:
         """Seek to the keyframe at `keyframe` seconds, or an earlier one if that is shown after `time` (an open GOP)."""
@@ -130,31 +151,40 @@ class Video:
 class EncodedImages:
     """Encoded images (PNG, JPEG) in one column of a Parquet file, read by row; keeps the row group read last."""
 
-    def __init__(self, file: Path, column: str):
-        self.file, self.column = file, column
+    def __init__(self, file: Path, column: str, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_GROUP):
+        self.file, self.column, self.max_pixels, self.max_bytes = file, column, max_pixels, max_bytes
         self._parquet: pq.ParquetFile | None = None
         self._group, self._encoded = -1, pa.array([], pa.binary())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return EncodedImages, (self.file, self.column)
+        return EncodedImages, (self.file, self.column, self.max_pixels, self.max_bytes)
 
     def frame(self, row: int) -> np.ndarray:
         """The image of a row, uint8 [H, W, 3]. Raises DataError."""
         try:
             if self._parquet is None:
-                self._parquet = pq.ParquetFile(self.file, memory_map=True)
+                # repeated bytes stay in a dictionary: expanded, a small file may take any memory
+                self._parquet = pq.ParquetFile(self.file, memory_map=True, read_dictionary=[f"{self.column}.bytes"])
                 meta = self._parquet.metadata
                 self._starts = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
             group = int(np.searchsorted(self._starts, row, side="right")) - 1
             if group != self._group:
-                column = self._parquet.read_row_group(group, columns=[self.column])[self.column]
-                self._group, self._encoded = group, pa.compute.struct_field(column, "bytes")
+                self._group, self._encoded = group, self._read_group(self._parquet, group)
             encoded = self._encoded[row - int(self._starts[group])].as_py()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"cannot be read: {error}", self.file) from error
-        if encoded is None:
+        except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+            problem = error.problem if isinstance(error, DataError) else f"cannot be read: {error}"
+            raise DataError(problem, self.file) from error
+        if not isinstance(encoded, bytes):
             raise DataError(f"row {row} has no bytes in {self.column}", self.file)
         try:
-            return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow
-            raise DataError(f"the image in row {row} of {self.column} cannot be decoded", self.file) from error
+            return read_image(encoded, self.max_pixels)
+        except DataError as error:
+            raise DataError(f"the image in row {row} of {self.column} {error.problem}", self.file) from error
+
+    def _read_group(self, parquet: pq.ParquetFile, group: int) -> pa.ChunkedArray:
+        meta = parquet.metadata.row_group(group)
+        chunks = [meta.column(i) for i in range(meta.num_columns)]
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == f"{self.column}.bytes")
+        if size > self.max_bytes:
+            raise DataError(f"row group {group} has {size} bytes of {self.column}; at most {self.max_bytes} are read")
+        return pc.struct_field(parquet.read_row_group(group, columns=[self.column])[self.column], "bytes")

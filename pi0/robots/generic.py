@@ -34,8 +34,9 @@ class Generic(Robot):
             ranges = getattr(self, name)
             if not ranges or not all(len(r) == 2 and 0 <= r[0] < r[1] for r in ranges):
                 raise ValueError(f"Generic: {name} is {ranges!r}; expected ranges [[start, stop], ...]")
+        object.__setattr__(self, "state_dim", len(self._take(self.state)))
         object.__setattr__(self, "action_dim", len(self._take(self.actions)))
-        least = min(len(self._take(self.state)), self.action_dim)
+        least = min(self.state_dim, self.action_dim)
         for name in ("degrees", "delta_dims"):
             if len(bool_mask(*getattr(self, name))) > least:
                 raise ValueError(f"Generic: {name} {getattr(self, name)!r} marks more than the {least} dimensions")

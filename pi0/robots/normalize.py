@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from pi0.reading import read_json
 from pi0.storage import write_text
 
 EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
 MODES = ("zscore", "quantile", "quantile01")
 REQUIRED = ("mean", "std")
+PADDING = 1e-6  # |mean| and std, at most, of dimensions that are padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,19 +109,40 @@ class NormStats:
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 
+def check_norm_stats(stats: Mapping[str, NormStats], mode: str, dims: Mapping[str, int], padded: int) -> None:
+    """Raise ValueError unless norm stats normalize by `mode` a robot's state and actions of `dims` each.
+
+    Stats of more dimensions are allowed as openpi has them, padded to the model's: `padded` in all, or zeros.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown normalization mode {mode!r}; choose one of {list(MODES)}")
+    missing = [key for key in dims if key not in stats]
+    if missing:
+        raise ValueError(f"norm stats lack {missing}; they have {sorted(stats)}")
+    for key, size in dims.items():
+        one = stats[key]
+        extra = any(np.abs(x[size:]).max(initial=0) > PADDING for x in (one.mean, one.std))
+        if len(one.mean) < size or (len(one.mean) != padded and extra):
+            raise ValueError(
+                f"norm stats of {key!r} have {len(one.mean)} dimensions, the robot has {size}: they are of another "
+                "robot; compute its own with pi0-stats"
+            )
+        try:
+            one._affine(mode, size)
+        except ValueError as error:
+            raise ValueError(f"norm stats of {key!r}: {error}") from error
+
+
 def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
     """Read {"norm_stats": {"state": {mean, std, q01, q99}, "actions": {...}}}, openpi's `norm_stats.json`.
 
     Raises FileNotFoundError, or ValueError naming the file and the entry that is missing or wrong.
     """
     path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
+    content = read_json(path)
+    if not isinstance(content.get("norm_stats"), dict):
         raise ValueError(f'{path}: expected an object {{"norm_stats": {{...}}}}')
-    return {key: _entry(f"{path}: {key!r}", entry) for key, entry in content["norm_stats"].items()}
+    return {key: _entry(f"{path}: {key!r:.80}", entry) for key, entry in content["norm_stats"].items()}
 
 
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from pi0.observation import to_numpy
 from pi0.robots.transforms import bool_mask
 
 # The possible prefixes of a name in a frame: LeRobot's columns, openpi's clients, or none.
@@ -25,8 +27,8 @@ class Robot:
 
     The fields are the options that a checkpoint may set: `cameras`, from the robot's names to the model's, all of
     which a frame must have (of several names for one model camera, exactly one) but for `optional_cameras`, which are
-    masked where a frame lacks them; `delta`, whether the model's actions
-    are relative to the state in `delta_dims`; `default_prompt`, for frames without an instruction.
+    masked where a frame lacks them; `delta`, whether the model's actions are relative to the state in `delta_dims`;
+    `default_prompt`, for frames without an instruction.
     """
 
     cameras: Mapping[str, str]
@@ -64,15 +66,19 @@ class Robot:
     def to_model(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """One recorded or live frame in the model's flat keys (see `transforms.py`); `actions` only where it has them.
 
-        Images are uint8 [H, W, 3], or float in [0, 1] and channels first, as LeRobot's loader returns them. Raises
-        ValueError for a missing camera or state, and for wrong shapes, dtypes or ranges.
+        Images are uint8 [H, W, 3], or float in [0, 1] and channels first, as LeRobot's loader returns them. The
+        instruction is `prompt` or `task`. Raises ValueError for a missing camera or state, for wrong shapes, dtypes or
+        ranges, and for two different values of one thing.
         """
         item = _flatten(item)
+        item |= {key: _text(item[key]) for key in ("prompt", "task") if key in item}
+        self._refuse_two(item)
+        keys = self.state_keys(item)
+        if (state := self._vectors(item, keys)).ndim != 1:
+            raise ValueError(f"{self._name}: {' + '.join(keys)} is {list(state.shape)}; expected one vector")
         data = self.numbers(item) | self._images(item)
-        prompt = next((_text(item[key]) for key in ("task", "prompt") if key in item), None)
-        if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"{self._name}: the prompt is {prompt!r:.80}; expected text")
-        return data if prompt is None else data | {"prompt": prompt}
+        prompts = [item[key] for key in ("prompt", "task") if item.get(key) is not None]
+        return data | ({"prompt": prompts[0]} if prompts else {})
 
     def numbers(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The state [..., S] and, if any, actions [..., T, A] of frames in the model's units, float64.
@@ -121,15 +127,14 @@ class Robot:
     def state_keys(self, available: Collection[str]) -> list[str]:
         """The keys whose values are the state, concatenated. Raises ValueError if there are none."""
         for names in self.state_names:
-            keys = [key for name in names if (key := _find(available, name)) is not None]
-            if len(keys) == len(names):
+            if len(keys := _keys(available, names)) == len(names):
                 return keys
         wanted = " or ".join(" + ".join(f"observation.{name}" for name in names) for names in self.state_names)
         raise ValueError(f"{self._name}: no {wanted} in a frame of {sorted(available)}")
 
     def camera_keys(self, available: Collection[str]) -> list[str]:
         """The available keys of its cameras' images."""
-        return [key for name in self.cameras if (key := _find(available, name)) is not None]
+        return _keys(available, self.cameras)
 
     def action_keys(self, available: Collection[str]) -> list[str]:
         """The keys whose values are the recorded actions, concatenated; empty if there are none."""
@@ -147,18 +152,40 @@ class Robot:
 
     def _vector(self, item: Mapping[str, Any], key: str) -> np.ndarray:
         try:
-            x = np.asarray(item[key], np.float64)
-        except (TypeError, ValueError) as error:
+            x = to_numpy(item[key])
+        except ValueError as error:
             raise ValueError(f"{self._name}: {key} is not an array of numbers: {error}") from error
-        bad = np.argwhere(~np.isfinite(x))
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"{self._name}: {key} is not an array of numbers: its dtype is {x.dtype}")
+        x = x.astype(np.float64)
+        bad = np.argwhere(~(np.abs(x) <= np.finfo(np.float32).max))
         if len(bad):
-            raise ValueError(f"{self._name}: {key} is {x[tuple(bad[0])]} at {bad[0].tolist()}; expected finite numbers")
+            raise ValueError(
+                f"{self._name}: {key} is {x[tuple(bad[0])]} at {bad[0].tolist()}; expected finite numbers of float32"
+            )
         return x
 
     def _check(self, key: str, x: np.ndarray, leading: Sequence[int | str], dim: int) -> None:
         if x.ndim != len(leading) + 1 or x.shape[-1] != dim:
             wanted = ", ".join(map(str, (*leading, dim)))
             raise ValueError(f"{self._name}: {key} is {list(x.shape)}; expected [{wanted}]")
+
+    def _refuse_two(self, item: Mapping[str, Any]) -> None:
+        """Raise ValueError for prompts that are no text, and for two different values of one thing, by their keys."""
+        prompts = [key for key in ("prompt", "task") if item.get(key) is not None]
+        for key in prompts:
+            check_text(item[key], f"{self._name}: {key}")
+        names = [*self.cameras, *(name for names in self.state_names for name in names)]
+        for found in [prompts, *([p + name for p in PREFIXES if p + name in item] for name in names)]:
+            for other in found[1:]:
+                if not _same(item[found[0]], item[other]):
+                    raise ValueError(
+                        f"{self._name}: {found[0]} and {other} are two different values of one thing; give one of them"
+                    )
+        states = [keys for names in self.state_names if len(keys := _keys(item, names)) == len(names)]
+        for keys in states[1:]:
+            if not _same(self._vectors(item, states[0]), self._vectors(item, keys)):
+                raise ValueError(f"{self._name}: {states[0]} and {keys} are two different states; give one of them")
 
     def _images(self, item: Mapping[str, Any]) -> dict[str, Any]:
         keys = {name: key for name in self.cameras if (key := _find(item, name)) is not None}
@@ -186,7 +213,9 @@ def _text(prompt: Any) -> Any:
     """A prompt as openpi's clients send it: text or UTF-8, or an array without axes of either."""
     if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
         prompt = prompt.item()
-    return prompt.decode("utf-8", "replace") if isinstance(prompt, bytes) else prompt
+    with contextlib.suppress(UnicodeDecodeError):  # refused as no text
+        return prompt.decode("utf-8") if isinstance(prompt, bytes) else prompt
+    return prompt
 
 
 def default_cameras(**cameras: str) -> Any:
@@ -199,7 +228,10 @@ def to_uint8(image: Any, where: str) -> np.ndarray:
 
     Floats are rounded, which is exact for images that were divided by 255. Raises ValueError.
     """
-    array = np.asarray(image)
+    try:
+        array = to_numpy(image)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; expected an image [H, W, 3] or [3, H, W]") from error
     if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
@@ -213,6 +245,27 @@ def to_uint8(image: Any, where: str) -> np.ndarray:
     return np.round(array * 255.0).astype(np.uint8)
 
 
+def check_text(text: Any, where: str) -> None:
+    """Raise ValueError for what is no text, or has half a surrogate pair, which no tokenizer can encode."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} is {text!r:.80}; expected text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is no valid Unicode: {error}") from error
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (a == b if isinstance(a, str) else np.array_equal(to_numpy(a), to_numpy(b)))
+    except ValueError:
+        return False
+
+
+def _keys(available: Collection[str], names: Iterable[str]) -> list[str]:
+    return [key for name in names if (key := _find(available, name)) is not None]
+
+
 def _find(available: Collection[str], name: str) -> str | None:
     return next((prefix + name for prefix in PREFIXES if prefix + name in available), None)
 
@@ -221,5 +274,8 @@ def _flatten(item: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts, such as openpi's `images`, to keys with slashes."""
     flat: dict[str, Any] = {}
     for key, value in item.items():
-        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+        new = _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if twice := sorted(flat.keys() & new.keys()):
+            raise ValueError(f"{twice} are in the frame twice, nested and not; give one of them")
+        flat |= new
     return flat

@@ -13,7 +13,8 @@ so the state in a π0.5 prompt is normalized and has the robot's dimensions, not
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,10 @@ from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
 from pi0.tokenizers.text import TextTokenizer
 
 Data = dict[str, Any]
+
+FAR = 10.0  # a normalized state beyond it is warned of: in training most are within 1 (quantiles) or 3 (z-score)
+
+logger = logging.getLogger(__name__)
 
 
 class Step(Protocol):
@@ -83,12 +88,14 @@ class DeltaActions:
 class Normalize:
     """Normalize `state` and `actions` by `stats["state"]` and `stats["actions"]`, to float64.
 
-    Float64, so that a state near the edge of a prompt's bin falls into openpi's bin; PadDims makes it float32.
-    Raises ValueError for an unknown mode, missing stats or NaN.
+    Float64, so that a state near the edge of a prompt's bin falls into openpi's bin; PadDims makes it float32. A live
+    state, without actions, that is normalized to more than FAR is logged once for each dimension. Raises ValueError for
+    an unknown mode, missing stats or NaN.
     """
 
     stats: Mapping[str, NormStats]
     mode: str
+    _warned: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -98,7 +105,20 @@ class Normalize:
             raise ValueError(f"norm stats lack {missing}; they have {sorted(self.stats)}")
 
     def __call__(self, data: Data) -> Data:
-        return data | {k: self.stats[k].apply(data[k], self.mode) for k in ("state", "actions") if k in data}
+        out = data | {k: self.stats[k].apply(data[k], self.mode) for k in ("state", "actions") if k in data}
+        if "state" in out and "actions" not in out:
+            self._warn_of_far(np.asarray(data["state"]), out["state"])
+        return out
+
+    def _warn_of_far(self, state: np.ndarray, normalized: np.ndarray) -> None:
+        for dim in np.unique(np.argwhere(np.abs(normalized) > FAR)[:, -1]).tolist():
+            if dim not in self._warned:
+                self._warned.add(dim)
+                logger.warning(
+                    "state[%d] is %.6g, far outside of what the model was trained on (normalized %.4g, most are within "
+                    "1 to 3): check its unit, its order and the norm stats (logged once for each dimension)",
+                    *(dim, state[..., dim].flat[0], normalized[..., dim].flat[0]),
+                )
 
     def inverse(self, data: Data) -> Data:
         """Un-normalize `actions`, and `state` where present."""
@@ -159,7 +179,7 @@ class TokenizePrompt:
     """Replace `prompt` by `tokenized_prompt` int32 [L] and `tokenized_prompt_mask` bool [L], L = max_token_len.
 
     With `state_in_prompt` (π0.5) the prompt has the state of this step: place it after Normalize and before PadDims,
-    as openpi does. Raises ValueError without a prompt.
+    as openpi does. Raises ValueError without a prompt, and without actions for one with a state that is too long.
     """
 
     tokenizer: TextTokenizer
@@ -170,9 +190,13 @@ class TokenizePrompt:
         if "prompt" not in data:
             raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
         state = data["state"] if self.state_in_prompt else None
-        ids, mask = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, state=state)
+
+        def encode(max_len: int) -> Data:
+            ids, mask = self.tokenizer.encode_prompt(data["prompt"], max_len, state=state)
+            return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
+
         rest = {key: value for key, value in data.items() if key != "prompt"}
-        return rest | {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
+        return rest | _encode(encode, self.max_token_len, whole=self.state_in_prompt and "actions" not in data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +205,8 @@ class TokenizeFASTPrompt:
 
     Adds `tokenized_prompt`, `tokenized_prompt_mask`, `token_ar_mask` and `token_loss_mask`, each [L]. `inverse` decodes
     generated `tokens` [N], where present, to `actions` [action_horizon, action_dim] in the robot's dimensions: place it
-    after Normalize and before PadDims. Raises ValueError without a prompt, and FASTError for tokens that do not decode.
+    after Normalize and before PadDims. Raises ValueError without a prompt, and without actions for one that is too
+    long; FASTError for tokens that do not decode.
     """
 
     tokenizer: FASTPromptTokenizer
@@ -192,7 +217,11 @@ class TokenizeFASTPrompt:
     def __call__(self, data: Data) -> Data:
         if "prompt" not in data:
             raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
-        prompt = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], data.get("actions"))
+
+        def encode(max_len: int) -> Data:
+            return self.tokenizer.encode_prompt(data["prompt"], max_len, data["state"], data.get("actions"))
+
+        prompt = _encode(encode, self.max_token_len, whole="actions" not in data)
         return {key: value for key, value in data.items() if key != "prompt"} | prompt
 
     def inverse(self, data: Data) -> Data:
@@ -208,7 +237,8 @@ class TokenizeRecipe:
 
     Then it adds `token_group` [L] and `has_actions`. With `subtasks`, a frame's `subtask`, if not empty, is a target,
     and a prompt without actions asks for a subtask. A `question` with its `answer` has an empty state and empty
-    actions, for PadDims to fill. Raises ValueError without prompt or question.
+    actions, for PadDims to fill. Raises ValueError without prompt or question, and for a prompt without actions that
+    is too long.
     """
 
     tokenizer: RecipeTokenizer
@@ -224,12 +254,17 @@ class TokenizeRecipe:
             return rest | empty | text | {"has_actions": np.bool_(False)}
         if "prompt" not in data:
             raise ValueError(f"no 'prompt' to tokenize; got the keys {sorted(data)}")
-        arguments = data["prompt"], self.max_token_len, data["state"]
         if "actions" not in data:
-            text = self.tokenizer.encode_prompt(*arguments, predict_subtask=self.subtasks)
+
+            def encode(max_len: int) -> Data:
+                return self.tokenizer.encode_prompt(
+                    data["prompt"], max_len, data["state"], predict_subtask=self.subtasks
+                )
+
+            text = _encode(encode, self.max_token_len, whole=True)
             return rest | {key: value for key, value in text.items() if key != "token_group"}
         subtask = (data.get("subtask") or None) if self.subtasks else None
-        text = self.tokenizer.encode_prompt(*arguments, subtask, data["actions"])
+        text = self.tokenizer.encode_prompt(data["prompt"], self.max_token_len, data["state"], subtask, data["actions"])
         return rest | text | {"has_actions": np.bool_(True)}
 
 
@@ -265,6 +300,19 @@ class PadDims:
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 
 
+def _encode(encode: Callable[[int], Data], max_len: int, whole: bool) -> Data:
+    """Arrays [max_len] of a prompt, cut to that; raises ValueError where it would be, if it must be whole."""
+    if not whole:
+        return encode(max_len)
+    longer = encode(max_len + 1)
+    if longer["tokenized_prompt_mask"][-1]:
+        raise ValueError(
+            f"the prompt with its state has more than the {max_len} tokens of max_token_len and would be cut: shorten "
+            "the instruction, or train with a larger max_token_len"
+        )
+    return {key: array[:max_len] for key, array in longer.items()}
+
+
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 [H, W, 3] to [height, width, 3]: bilinear, aspect ratio kept, centered, padded with zeros.
 
@@ -273,7 +321,7 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     ratio = max(image.shape[1] / width, image.shape[0] / height)
-    size = (int(image.shape[1] / ratio), int(image.shape[0] / ratio))  # PIL's order: width, height
+    size = (max(int(image.shape[1] / ratio), 1), max(int(image.shape[0] / ratio), 1))  # PIL's order: width, height
     # A copy: PIL's own memory is read-only, which torch warns about.
     resized = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     if resized.shape[:2] == (height, width):

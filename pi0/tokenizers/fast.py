@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,26 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pi0.fetch import fetch
-from pi0.storage import local_path, new_folder
+from pi0.reading import MAX_JSON, parse_json, read_bytes
+from pi0.storage import below, new_folder
 from pi0.tokenizers.text import require_sha256
 
 FAST = "hf://physical-intelligence/fast"
 FAST_FILES = ("tokenizer.json", "processor_config.json")
 SURROGATES = 0xD800  # the first code point that is not a character
+MAX_TOKEN = 10_000  # characters of one token, as in `fit`
+MAX_CHUNK = 4096  # actions of a chunk, and dimensions of an action
+# What tokenizer.json may contain besides a BPE model: other components (normalizers, regular expressions) can take
+# unbounded time and memory, and this format needs none of them. None: absent.
+COMPONENTS = {
+    "truncation": (None,),
+    "padding": (None,),
+    "normalizer": (None,),
+    "pre_tokenizer": ("ByteLevel",),
+    "post_processor": (None, "ByteLevel"),
+    "decoder": ("ByteLevel",),
+    "model": (None, "BPE"),  # files of the first versions do not name it
+}
 
 
 class FASTError(ValueError):
@@ -45,22 +60,23 @@ class FASTTokenizer:
         missing = [name for name in FAST_FILES if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} is not a FAST tokenizer: it has no {' and no '.join(missing)}")
-        self._set({name: (folder / name).read_bytes() for name in FAST_FILES}, str(source))
+        self._set({name: read_bytes(below(folder, name), limit=MAX_JSON) for name in FAST_FILES}, str(source))
 
     def _set(self, files: Mapping[str, bytes], source: str | None) -> None:
         self.source, self._files = source, files
         try:
+            check_components(parse_json(files["tokenizer.json"], "tokenizer.json"))
             self._bpe = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-            config = json.loads(files["processor_config.json"])
-            self.scale, self.min_token = float(config["scale"]), int(config["min_token"])
-            declared = int(config["vocab_size"])
+            config = parse_json(files["processor_config.json"], "processor_config.json")
+            self.scale, self.min_token = float(config["scale"]), _whole(config, "min_token", -(2**31), 2**31)
+            self.time_horizon = None if config.get("time_horizon") is None else _whole(config, "time_horizon")
+            self.action_dim = None if config.get("action_dim") is None else _whole(config, "action_dim")
+            declared = _whole(config, "vocab_size", high=2**31)
         except Exception as error:  # `tokenizers` raises nothing more precise
             raise ValueError(f"{source} is not a FAST tokenizer: {type(error).__name__}: {error}") from error
-        self.time_horizon: int | None = config.get("time_horizon")
-        self.action_dim: int | None = config.get("action_dim")
         self.vocab_size: int = self._bpe.get_vocab_size()
         self.sha256 = hashlib.sha256(b"".join(files[name] for name in FAST_FILES)).hexdigest()
-        if not self.scale > 0 or self.vocab_size > declared:
+        if not 0 < self.scale < math.inf or self.vocab_size > declared:
             raise ValueError(
                 f"{source} is not a FAST tokenizer: scale {self.scale} must be above 0, and the {self.vocab_size} "
                 f"tokens of tokenizer.json no more than vocab_size {declared} of processor_config.json"
@@ -176,12 +192,8 @@ class FASTTokenizer:
         Includes `tokenizer_config.json`, which transformers needs to load the tokenizer. Raises FileExistsError if it
         exists, unless it is a FAST tokenizer's to `overwrite`.
         """
-        folder = local_path(folder)
         files = {**self._files, "tokenizer_config.json": _TOKENIZER_CONFIG}
-        if folder.exists() and not (overwrite and {f.name for f in folder.iterdir()} <= set(files)):
-            hint = "it has other files than a FAST tokenizer's" if overwrite else "--overwrite replaces it"
-            raise FileExistsError(f"{folder} exists already: choose another folder ({hint})")
-        with new_folder(folder, overwrite) as temporary:
+        with new_folder(Path(folder), overwrite, marker=FAST_FILES[:1], files=tuple(files)) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
         self.source = str(folder)
@@ -195,14 +207,39 @@ class FASTTokenizer:
     @classmethod
     def from_reference(cls, reference: dict[str, Any]) -> FASTTokenizer:
         """The tokenizer of a `reference()`. Raises ValueError if it is another tokenizer's, or the files changed."""
-        if reference.get("kind") != "fast":
+        if reference.get("kind") != "fast" or not isinstance(reference.get("source"), str):
             raise ValueError(f"not a reference to a FAST tokenizer: {reference}")
         tokenizer = cls(reference["source"])
-        require_sha256(reference["source"], tokenizer.sha256, reference["sha256"])
+        require_sha256(reference["source"], tokenizer.sha256, reference.get("sha256", "missing"))
         return tokenizer
 
 
 _TOKENIZER_CONFIG = b'{"clean_up_tokenization_spaces": false, "tokenizer_class": "PreTrainedTokenizerFast"}\n'
+
+
+def check_components(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tokenizer.json with other components than a FAST tokenizer's."""
+    for name, allowed in COMPONENTS.items():
+        part = values.get(name)
+        found = part.get("type") if isinstance(part, dict) else part
+        if found not in allowed:
+            raise ValueError(f"tokenizer.json: {name} is {found!r:.80}; of a FAST tokenizer it is {allowed[-1]}")
+    model = values.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vocabulary, dict) or not vocabulary:
+        raise ValueError("tokenizer.json: model.vocab is no table of tokens")
+    added = values.get("added_tokens") or []
+    texts = [*vocabulary, *(str(token.get("content")) for token in added if isinstance(token, dict))]
+    if (longest := max(map(len, texts))) > MAX_TOKEN:
+        raise ValueError(f"tokenizer.json: a token has {longest} characters; at most {MAX_TOKEN} are read")
+
+
+def _whole(config: Mapping[str, Any], name: str, low: int = 1, high: int = MAX_CHUNK) -> int:
+    """A whole number of processor_config.json. Raises KeyError or ValueError."""
+    value = config[name]
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"processor_config.json: {name} is {value!r:.80}; it must be a whole number, {low} to {high}")
+    return value
 
 
 @functools.lru_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import sentencepiece
 
 from pi0.fetch import fetch
+from pi0.reading import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,9 @@ PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
 BUNDLED = "bundled://tokenizer.model"  # 512 pieces, made by pi0/sample/make_tokenizer.py
 
 STATE_BINS = 256  # over the normalized range [-1, 1]
+MAX_MODEL = 64 << 20  # bytes of a SentencePiece model; PaliGemma's has 4 MB
+MAX_PIECE = 1000  # bytes of text of one piece; PaliGemma's longest has 93
+MAX_GROWTH = 256  # bytes of what its normalizer makes of one character; NFKC's longest has 33
 
 
 class TextTokenizer:
@@ -34,12 +39,13 @@ class TextTokenizer:
     def __init__(self, source: str | Path = PALIGEMMA):
         self.source = str(source)
         path = fetch(source)
-        model = path.read_bytes()
+        model = read_bytes(path, limit=MAX_MODEL)
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
+            check_model(model)
             self._pieces.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model; give a tokenizer.model file") from error
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model ({error}); give a tokenizer.model file") from error
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._pieces.vocab_size()
         self.bos_id: int = self._pieces.bos_id()
@@ -86,7 +92,7 @@ class TextTokenizer:
 
         Raises ValueError if it is another tokenizer's, or if the file at its source has changed.
         """
-        if reference.get("kind") != "sentencepiece":
+        if reference.get("kind") != "sentencepiece" or not isinstance(reference.get("source"), str):
             raise ValueError(f"not a reference to a SentencePiece tokenizer: {reference}")
         tokenizer = cls(reference["source"])
         require_sha256(tokenizer.source, tokenizer.sha256, reference.get("sha256"))
@@ -108,6 +114,59 @@ class TextTokenizer:
         padded = np.zeros(max_len, np.int32)
         padded[: len(ids)] = ids
         return padded, np.arange(max_len) < len(ids)
+
+
+def check_model(model: bytes) -> None:
+    """Raise ValueError for a SentencePiece model whose use could take unbounded memory.
+
+    That is, one with pieces of very long text, or with a normalizer that makes very long text of a character. Reads the
+    wire format of `sentencepiece_model.proto`. Raises ValueError or IndexError for anything else.
+    """
+    pieces = 0
+    for field, content in _messages(model):
+        if field == 1:  # ModelProto.pieces
+            pieces += 1
+            if any(name == 1 and len(text) > MAX_PIECE for name, text in _messages(content)):
+                raise ValueError(f"piece {pieces - 1} has more than {MAX_PIECE} bytes")
+        elif field in (3, 5):  # normalizer_spec, denormalizer_spec
+            for charsmap in [text for name, text in _messages(content) if name == 2 and text]:
+                replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]  # after the trie
+                if max(map(len, replacements.split(b"\0"))) > MAX_GROWTH:
+                    raise ValueError(f"its normalizer makes more than {MAX_GROWTH} bytes of one character")
+    if not pieces:
+        raise ValueError("it has no pieces")
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The number and content of each length-delimited field of a protocol buffer."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = data[at], at + 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("a number is too long")
+
+    while at < len(data):
+        tag = varint()
+        wire = tag & 7
+        if wire == 0:
+            varint()
+        elif wire in (1, 2, 5):
+            size = varint() if wire == 2 else 8 if wire == 1 else 4
+            if at + size > len(data):
+                raise ValueError("it is truncated")
+            if wire == 2:
+                yield tag >> 3, data[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"unknown wire type {wire}")
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:

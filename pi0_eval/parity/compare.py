@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.config import ModelConfig
+from pi0.plugins import require_extra
 from pi0_eval.parity.frameworks import FRAMEWORKS, Results, exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
 from pi0_eval.parity.report import Report, Row
@@ -66,6 +67,8 @@ def compare(
     elif not isinstance(inputs, Inputs):
         inputs = Inputs.load(inputs, config)
     frameworks = [f or _framework_of(c) for f, c in zip((framework_a, framework_b), checkpoints, strict=True)]
+    for framework in frameworks:
+        require_extra(framework, framework)
 
     def run(i: int, dtype: str) -> Results:
         with exact_matmuls():

@@ -10,24 +10,23 @@ checkpoints/damaged-<step>        a checkpoint that was found damaged and rename
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import math
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from convert.checksums import CHECKSUMS, WEIGHTS, find_changes, read_checksums, sign
 from convert.formats.orbax import read_orbax
-from convert.tensors import CheckpointError
 from pi0.assets import Assets
 
-CHECKSUMS = "checksums.json"
 BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 
 
@@ -102,7 +101,7 @@ class Checkpoints:
                 train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
                 assets=AssetsSave(dataclasses.replace(assets, step=step)),
             ),
-            metrics=metrics if metrics and BEST in metrics else None,
+            metrics=metrics if metrics and math.isfinite(metrics.get(BEST, math.nan)) else None,
         )
         if jax.process_index() == 0:
             self._signing = [thread for thread in self._signing if thread.is_alive()]
@@ -120,14 +119,21 @@ class Checkpoints:
         Damaged ones are reported and renamed, and the one before is restored; (0, None) without any.
         """
         while (step := self.latest_step) is not None:
-            problem = damage(self._folder / str(step)) if jax.process_index() == 0 else None
+            folder = self._folder / str(step)
+            problem = damage(folder) if jax.process_index() == 0 else None
             damaged = bool(multihost_utils.broadcast_one_to_all(np.array(problem is not None)))
             if not damaged:
-                return step, self.restore(step, train_state)
+                state = self.restore(step, train_state)
+                if bool(_all_finite(state)):
+                    if jax.process_index() == 0 and not (folder / CHECKSUMS).exists():
+                        print(f"checkpoint {step} has no {CHECKSUMS}: all of its arrays were read; it is signed again")
+                        sign(folder)
+                    return step, state
+                problem = "it has NaN or infinite values; the run had diverged"
             if jax.process_index() == 0:
                 aside = self._folder / f"damaged-{step}"
                 print(f"checkpoint {step} is damaged and put aside as {aside.name}: {problem}")
-                os.replace(self._folder / str(step), aside)
+                os.replace(folder, aside)
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
             self._manager.reload()
         return 0, None
@@ -155,42 +161,25 @@ class Checkpoints:
         self._manager.close()
 
 
-def _files(step: Path) -> list[Path]:
-    return sorted(file for file in step.rglob("*") if file.is_file() and file.name != CHECKSUMS)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
-
-
-def sign(step: Path) -> None:
-    """Write `checksums.json` of a complete checkpoint's files."""
-    temporary = step / f".{CHECKSUMS}"  # without `write_text`, which makes the folder where it is missing
-    try:
-        temporary.write_text(json.dumps({str(f.relative_to(step)): _digest(f) for f in _files(step)}, indent=2))
-        os.replace(temporary, step / CHECKSUMS)
-    except FileNotFoundError:  # the checkpoint was deleted meanwhile, in favour of a newer one
-        return
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def damage(step: Path) -> str | None:
     """What is wrong with a checkpoint, or None: by its checksums or, without them, by reading all of it."""
-    if not (step / CHECKSUMS).exists():
-        try:
-            for item in ("params", "train_state"):
-                for tensor in read_orbax(step / item).values():
-                    tensor.read(())
-        except CheckpointError as error:
-            return str(error)
-        return None
     try:
-        expected = json.loads((step / CHECKSUMS).read_text())
-    except ValueError:
-        return f"{CHECKSUMS} is not JSON"
-    found = {str(file.relative_to(step)): file for file in _files(step)}
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        return f"{missing[0]} is missing"
-    changed = [name for name, digest in expected.items() if _digest(found[name]) != digest]
-    return f"{changed[0]} is not what was written" if changed else None
+        expected = read_checksums(step)
+    except ValueError as error:
+        return str(error).removeprefix(f"{step}/").partition(": ")[0]
+    if expected is not None:
+        return next(iter(find_changes(step, expected)), None)
+    try:
+        Assets.load(step)
+        for item in WEIGHTS:
+            for tensor in read_orbax(step / item).values():
+                tensor.read(())
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.experiments import parse_arguments
@@ -33,17 +32,17 @@ def main(arguments: list[str] | None = None) -> None:
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0")
     processes.add_argument("--process-count", type=int, metavar="N", help="the number of processes")
     processes.add_argument("--process-index", type=int, metavar="I", help="the number of this process, from 0")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder, if there is one")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in the folder, once this one has a checkpoint",
+    )
     parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard or Perfetto")
     args, config = parse_arguments(parser, arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)
-
-    import jax
 
     from pi0_jax.training.sharding import start_processes
     from pi0_jax.training.train import train
 
     start_processes(args.coordinator, args.process_count, args.process_index)
-    if args.overwrite and (args.workdir / "config.json").exists() and jax.process_index() == 0:
-        shutil.rmtree(args.workdir)
-    train(config, args.workdir, profile=args.profile)
+    train(config, args.workdir, profile=args.profile, overwrite=args.overwrite)

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
@@ -42,8 +43,9 @@ class Loader(Iterator[Batch]):
     """An endless iterator of the batches from step `start` on, on the devices.
 
     `workers` processes (0: a thread of this one) prefetch them; a batch depends on its step alone. This host reads
-    `rows` of each batch, and `place` makes global arrays of them. `waited` counts the seconds that `next` has waited.
-    Leaving this context manager ends the processes.
+    `rows` of each batch, and `place` makes global arrays of them. `waited` counts the seconds that `next` has waited,
+    `read` the examples, and `truncated` those whose text did not fit into `max_token_len`. Leaving this context manager
+    ends the processes.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class Loader(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():  # Grain has settings among absl's flags; without a command line: the defaults
             flags.FLAGS.mark_as_parsed()
 
+        self.waited, self.read, self.truncated = 0.0, 0, 0
+
         def finish(data: dict[str, np.ndarray]) -> Batch:
             actions = check_actions(data.pop("actions"), model, len(rows))
+            self.read, self.truncated = self.read + len(rows), self.truncated + int(data.pop("truncated").sum())
             return place((Observation.from_dict(data, model), actions))
 
         def ignore_signals(*_: int) -> None:  # the training process handles them: it saves, then stops
@@ -68,14 +73,15 @@ class Loader(Iterator[Batch]):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
         steps = grain.MapDataset.range(start, sys.maxsize)
-        # A dataset has open files, which threads cannot share: processes read in parallel, each in one thread.
-        read = steps.map(functools.partial(batches.read, rows=rows)).to_iter_dataset(grain.ReadOptions(0, 0))
+        # Processes read in parallel, each in one thread: decoding in threads would wait for the lock of Python.
+        read = steps.map(functools.partial(batches.read, rows=rows, count=True)).to_iter_dataset(
+            grain.ReadOptions(0, 0)
+        )
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         placed = read.mp_prefetch(processes, ignore_signals).map(finish)
         self._batches: Any = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD))
         self._steps_of_a_pass = len(batches)
-        self.waited = 0.0
 
     def __next__(self) -> Batch:
         begin = time.perf_counter()

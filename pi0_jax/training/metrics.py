@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pi0_jax.training.data import Loader
+
+logger = logging.getLogger(__name__)
 
 PROFILED = range(5, 10)  # steps after the first one
 # Peak bfloat16 operations per second of one device, by the beginning of JAX's `device_kind`.
@@ -43,6 +46,7 @@ class Window:
         """Start a new window, without steps."""
         self.rows: list[dict[str, jax.Array]] = []
         self._start, self._waited = time.perf_counter(), self._loader.waited
+        self._read, self._truncated = self._loader.read, self._loader.truncated
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -52,13 +56,24 @@ class Window:
         self._start += time.perf_counter() - before
 
     def means(self, flops: float) -> dict[str, float]:
-        """The mean of each scalar, samples per second, the share of time spent waiting for data, and device metrics."""
+        """The mean of each scalar, samples per second, the share of time spent waiting for data, and device metrics.
+
+        And `truncated_prompts`, the share of examples whose text was cut, where there are any: the first is logged.
+        """
         scalars = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}  # waits for them
         elapsed = time.perf_counter() - self._start
         rates = {
             "samples_per_second": len(self.rows) * self._batch_size / elapsed,
             "data_wait": (self._loader.waited - self._waited) / elapsed,
         }
+        if cut := self._loader.truncated - self._truncated:
+            rates["truncated_prompts"] = cut / (self._loader.read - self._read)
+            if not self._truncated:
+                logger.warning(
+                    "the text of %.1f %% of the examples is cut, with the state or the actions in it: raise "
+                    "model.max_token_len (logged once; `truncated_prompts` in the metrics)",
+                    100 * rates["truncated_prompts"],
+                )
         return scalars | rates | device_metrics(flops, len(self.rows) / elapsed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,21 @@ from pi0_jax.training.sharding import (
 )
 from pi0_jax.training.trainable import join, kernels, split, table
 from pi0_jax.training.validation import action_dims, action_metrics, show_cameras, validate
+from pi0_jax.training.workdir import RunFolder, check_workdir
 
+FINITE = {"loss": "loss", "grad_norm": "gradient", "param_norm": "norm of the parameters"}
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
 
 
-def train(config: RunConfig, workdir: str | Path, *, profile: bool = False) -> dict[str, float]:
+def train(
+    config: RunConfig, workdir: str | Path, *, profile: bool = False, overwrite: bool = False
+) -> dict[str, float]:
     """Train in `workdir`, resuming from its newest checkpoint if there is one, and return the last metrics.
 
     Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `images/` and `checkpoints/<step>` to `workdir`, and with
-    `profile` a trace of a few steps. Raises ValueError for a config that cannot run, before anything is written,
-    FloatingPointError for a loss that is not finite, and Preempted after SIGTERM, once a checkpoint is saved.
+    `profile` a trace of a few steps. With `overwrite`, a run in `workdir` is deleted once this one has a checkpoint.
+    Raises ValueError for a config that cannot run, before anything is written; FloatingPointError for a loss, gradient
+    or parameters that are not finite, which are never saved; and Preempted after SIGTERM, once a checkpoint is saved.
     """
     # config
     workdir = local_path(workdir)
@@ -55,7 +60,7 @@ def train(config: RunConfig, workdir: str | Path, *, profile: bool = False) -> d
     optimizer = make_optimizer(config.optimizer, schedule)
     if config.wandb:
         require_extra("wandb", "wandb")
-    check_same_run(workdir, config)
+    check_workdir(workdir, config, overwrite)
 
     # mesh
     mesh = make_mesh(config.mesh)
@@ -74,104 +79,104 @@ def train(config: RunConfig, workdir: str | Path, *, profile: bool = False) -> d
         workers=config.data.workers,
     )
 
-    # state
-    workdir.mkdir(parents=True, exist_ok=True)
-    if lead:
-        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init), shardings
-    )
-    start, state = checkpoints.restore_newest(abstract)
-    if not start:
-        base = read_base(config, join(shardings["params"], shardings["frozen"]))
-        state = jax.jit(init, out_shardings=shardings)(base)
-    if lead:
-        print(table(abstract["params"], abstract["frozen"]))
-
-    # step
-    step_fn = jax.jit(
-        functools.partial(train_step, config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
-    )
-    loss_fn = jax.jit(functools.partial(validation_loss, config))
-    action_fn = None
-    if not config.model.family.action_tokens and config.recipe is None:  # text is evaluated by pi0-eval-offline
-        action_fn = jax.jit(functools.partial(action_metrics, config.model, action_dims(assets)))
-    key = jax.random.key(config.seed)
-
-    # loop
-    last: dict[str, float] = {}
     with (
-        jax.set_mesh(mesh),
-        load(training, start=start) as batches,
-        load(validation) if validation else nullcontext() as held_out,
-        Metrics(
-            workdir, start, config.to_dict(), total_steps=config.steps, wandb=config.wandb, silent=not lead
-        ) as metrics,
-        Trace(workdir / "profile" if profile else None, start) as trace,
-        Preemption() as preempted,
+        RunFolder(workdir, config, overwrite) as folder,
+        closing(
+            Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
+        ) as checkpoints,
     ):
-        window = Window(batches, config.batch_size)
-        for step in range(start, config.steps):
-            batch = next(batches)
-            if step == start:
-                compiled = step_fn.lower(state, batch, key).compile()
-                barrier("compiled")
-                flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
-                show_cameras(metrics, batch[0], step)
-            trace.before(step)
-            state, scalars = compiled(state, batch, jax.random.fold_in(key, step))
-            trace.after(step, scalars)
-            window.rows.append(scalars)
-            metrics.advance()
-            done = step + 1
-            if step == start or done % config.log_every == 0 or done == config.steps:
-                means = window.means(flops) | {"learning_rate": float(schedule(step))}
-                if not np.isfinite(means["loss"]):
-                    bad = next(i for i, row in enumerate(window.rows) if not np.isfinite(row["loss"]))
-                    raise not_finite(workdir, done - len(window.rows) + bad, training)
-                metrics.write(done, means)
-                last |= means
-                window.restart()
-            if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
-                with window.paused():
-                    scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
-                    metrics.write(done, scalars)
-                last |= scalars
-            stop = preempted(done)
-            if done % config.save_every == 0 or done == config.steps or stop:
-                checkpoints.save(done, inference_params(state), state, assets, last)
-            if stop:
-                break
-        checkpoints.close()
+        # state
+        abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(init),
+            shardings,
+        )
+        start, state = checkpoints.restore_newest(abstract)
+        if not start:
+            base = read_base(config, join(shardings["params"], shardings["frozen"]))
+            state = jax.jit(init, out_shardings=shardings)(base)
+        if lead:
+            print(table(abstract["params"], abstract["frozen"]))
+
+        # step
+        step_fn = jax.jit(
+            functools.partial(train_step, config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        loss_fn = jax.jit(functools.partial(validation_loss, config))
+        action_fn = None
+        if not config.model.family.action_tokens and config.recipe is None:  # text is evaluated by pi0-eval-offline
+            action_fn = jax.jit(functools.partial(action_metrics, config.model, action_dims(assets)))
+        key = jax.random.key(config.seed)
+
+        # loop
+        last: dict[str, float] = {}
+        with (
+            jax.set_mesh(mesh),
+            load(training, start=start) as batches,
+            load(validation) if validation else nullcontext() as held_out,
+            Metrics(
+                workdir, start, config.to_dict(), total_steps=config.steps, wandb=config.wandb, silent=not lead
+            ) as metrics,
+            Trace(workdir / "profile" if profile else None, start) as trace,
+            Preemption() as preempted,
+        ):
+            window = Window(batches, config.batch_size)
+            for step in range(start, config.steps):
+                batch = next(batches)
+                if step == start:
+                    compiled = step_fn.lower(state, batch, key).compile()
+                    barrier("compiled")
+                    flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
+                    show_cameras(metrics, batch[0], step)
+                trace.before(step)
+                state, scalars = compiled(state, batch, jax.random.fold_in(key, step))
+                trace.after(step, scalars)
+                window.rows.append(scalars)
+                metrics.advance()
+                done = step + 1
+                stop = preempted(done)
+                log = step == start or done % config.log_every == 0 or done == config.steps
+                save = done % config.save_every == 0 or done == config.steps or stop
+                if log or save:
+                    require_finite(window.rows, done, workdir, training)
+                if log:
+                    means = window.means(flops) | {"learning_rate": float(schedule(step))}
+                    metrics.write(done, means)
+                    last |= means
+                    window.restart()
+                if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
+                    with window.paused():
+                        scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
+                        metrics.write(done, scalars)
+                    last |= scalars
+                if save:
+                    folder.settle()
+                    checkpoints.save(done, inference_params(state), state, assets, last)
+                if stop:
+                    break
     if start < config.steps and stop:
         raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
 
 
-def not_finite(workdir: Path, step: int, training: Batches) -> FloatingPointError:
-    """The error for a loss that is not finite; writes the frames of its batch to `non_finite.json`."""
+def require_finite(rows: list[dict[str, jax.Array]], done: int, workdir: Path, training: Batches) -> None:
+    """Raise FloatingPointError unless loss, gradient norm and parameter norm of the steps up to `done` are finite.
+
+    `rows` are the scalars of these steps. The frames of the first bad step's batch are written to `non_finite.json`.
+    """
+    finite = {name: np.isfinite(jax.device_get([row[name] for row in rows])) for name in FINITE}
+    if all(x.all() for x in finite.values()):
+        return
+    what = min((name for name, x in finite.items() if not x.all()), key=lambda name: int(np.argmin(finite[name])))
+    step = done - len(rows) + int(np.argmin(finite[what]))
     frames = [{"dataset": dataset, "frame": frame} for dataset, frame in training.frames(step)]
     if jax.process_index() == 0:
         write_text(workdir / "non_finite.json", json.dumps({"step": step, "frames": frames}, indent=2) + "\n")
-    return FloatingPointError(
-        f"the loss of step {step + 1} is not finite; its frames are in {workdir / 'non_finite.json'}. Look at them and "
-        "at the norm stats (pi0-stats warns of dimensions that hardly vary), or lower optimizer.peak_lr"
+    raise FloatingPointError(
+        f"the {FINITE[what]} of step {step + 1} is not finite, and nothing was saved after it; its frames are in "
+        f"{workdir / 'non_finite.json'}. Look at them and at the norm stats (pi0-stats warns of dimensions that hardly "
+        "vary), or lower optimizer.peak_lr"
     )
-
-
-def check_same_run(workdir: Path, config: RunConfig) -> None:
-    """Raise ValueError where `workdir` has a run whose config differs in a field that changes the result."""
-    file = workdir / "config.json"
-    if not file.exists():
-        return
-    free = ("steps", "log_every", "eval_every", "save_every", "keep_", "mesh", "sharding", "wandb", "data.workers")
-    before, now = (flatten(c.to_dict()) for c in (RunConfig.from_dict(json.loads(file.read_text())), config))
-    names = sorted(before.keys() | now.keys())
-    changed = [n for n in names if before.get(n) != now.get(n) and not n.startswith(free)]
-    if changed:
-        changes = ", ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in changed[:5])
-        raise ValueError(f"{workdir} has a run of another config: {changes}; choose another --workdir, or --overwrite")
 
 
 def init_state(config: RunConfig, optimizer: optax.GradientTransformation, base: dict[str, Any] | None = None) -> State:

@@ -149,7 +149,7 @@ class Expert(nn.Module):
         super().__init__()
         self.head_dim, self.dtype, self.remat = config.head_dim, getattr(torch, dtype), remat
         if vocab_size is not None:
-            self.embedding = nn.Parameter(torch.randn(vocab_size, config.width) * 0.01)
+            self.embedding = nn.Parameter(torch.randn(vocab_size, config.width).mul_(0.01))
         self.layers = nn.ModuleList(
             Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype) for _ in range(config.depth)
         )

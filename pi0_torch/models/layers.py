@@ -40,7 +40,7 @@ class Linear(nn.Module):
         super().__init__()
         self.dtype, self.lora = getattr(torch, dtype), lora
         scale = 1 / math.sqrt(in_features)
-        init = nn.init.trunc_normal_(torch.empty(out_features, in_features), a=-2, b=2) * scale
+        init = nn.init.trunc_normal_(torch.empty(out_features, in_features), a=-2, b=2).mul_(scale)
         self.weight = nn.Parameter(init)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 

@@ -27,8 +27,8 @@ class LoRA(nn.Module):
         self.product = f"{a_axes},{summed}->{out_axes}{in_axes}"
         self.scale, self.dtype = scale, getattr(torch, dtype)
         self.in_sizes, self.out_ndim = tuple(sizes[axis] for axis in in_axes), len(out_axes)
-        self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]) * numerics.LORA_INIT_STDDEV)
-        self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]) * numerics.LORA_INIT_STDDEV)
+        self.a = nn.Parameter(torch.randn([sizes[axis] for axis in a_axes]).mul_(numerics.LORA_INIT_STDDEV))
+        self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]).mul_(numerics.LORA_INIT_STDDEV))
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))

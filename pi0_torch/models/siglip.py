@@ -66,7 +66,7 @@ class PatchEmbedding(nn.Module):
         self.dtype = config.runtime.dtype
         patch, width = config.vision.patch_size, config.vision.width
         scale = 1 / (patch * 3**0.5)
-        init = nn.init.trunc_normal_(torch.empty(width, 3, patch, patch), a=-2, b=2) * scale
+        init = nn.init.trunc_normal_(torch.empty(width, 3, patch, patch), a=-2, b=2).mul_(scale)
         self.weight = nn.Parameter(init)
         self.bias = nn.Parameter(torch.zeros(width))
 
@@ -85,7 +85,7 @@ class SigLIP(nn.Module):
         self.dtype, self.remat = config.runtime.dtype, config.runtime.remat
         vision = config.vision
         self.patch_embedding = PatchEmbedding(config)
-        init = torch.randn(config.image_tokens, vision.width) * vision.width**-0.5
+        init = torch.randn(config.image_tokens, vision.width).mul_(vision.width**-0.5)
         self.position_embedding = nn.Parameter(init)
         self.layers = nn.ModuleList(Block(config) for _ in range(vision.depth))
         self.final_norm = LayerNorm(vision.width, dtype=config.runtime.dtype)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from pi0.datasets.registry import open_dataset
 from pi0.datasets.statistics import dataset_statistics
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.registry import make_robot
+from pi0.robots.transforms import TokenizePrompt, Transforms
 from pi0.sample import METAWORLD
 from pi0.tokenizers.text import TextTokenizer
 from pi0.variants import get_variant
@@ -99,3 +101,21 @@ def test_robots_with_other_cameras_mix():
     np.testing.assert_array_equal(batch["image/base_0_rgb"].any((1, 2, 3)), where == 0)
     alone = Batches(Mixture(datasets[1:]), pipelines[1:], 8).read(0)
     assert "image/base_0_rgb" not in alone and not alone["image_mask/base_0_rgb"].any()
+
+
+def test_rows_whose_text_is_cut_are_counted(batches: Batches):
+    assert "truncated" not in batches.read(0) and not batches.read(0, count=True)["truncated"].any()
+    assets = dataclasses.replace(batches.pipelines[0], tokenizer=TextTokenizer("bundled://tokenizer.model"))
+    short = dataclasses.replace(
+        assets,
+        transforms=Transforms(
+            [
+                dataclasses.replace(step, tokenizer=assets.tokenizer, max_token_len=4)
+                if isinstance(step, TokenizePrompt)
+                else step
+                for step in assets.transforms.steps
+            ]
+        ),
+    )
+    cut = Batches(batches.order, [short], 8).read(0, np.arange(3), count=True)
+    assert cut["truncated"].tolist() == [True] * 3 and cut["tokenized_prompt"].shape == (3, 4)

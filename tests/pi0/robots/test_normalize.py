@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pi0.robots.normalize import EPSILON, MODES, NormStats, load_norm_stats, save_norm_stats
+from pi0.robots.normalize import EPSILON, MODES, NormStats, check_norm_stats, load_norm_stats, save_norm_stats
 
 RNG = np.random.default_rng(0)
 STATS = NormStats.from_data(RNG.normal(3, 2, (200, 4)))
@@ -88,3 +88,49 @@ def test_bad_numbers_are_refused():
         NormStats.from_data(np.zeros((1, 4)))
     with pytest.raises(ValueError, match="std"):
         NormStats(np.zeros(1), -np.ones(1), np.zeros(1), np.zeros(1))
+
+
+def stats_of(state: int, actions: int, quantiles: bool = True, padding: int = 0) -> dict:
+    def one(dims: int) -> NormStats:
+        pad = np.zeros(padding)
+        fields = {"mean": np.ones(dims), "std": np.ones(dims)}
+        fields |= {"q01": np.zeros(dims), "q99": np.ones(dims)} if quantiles else {}
+        return NormStats(**{name: np.concatenate([x, pad]) for name, x in fields.items()})
+
+    return {"state": one(state), "actions": one(actions)}
+
+
+@pytest.mark.parametrize(
+    ("stats", "mode"),
+    [
+        (stats_of(4, 3), "zscore"),
+        (stats_of(4, 3), "quantile"),
+        (stats_of(4, 3), "quantile01"),
+        (stats_of(4, 3, quantiles=False), "zscore"),
+        (stats_of(8, 8), "zscore"),  # the model's dimensions, as openpi pads them
+        (stats_of(4, 3, padding=5), "quantile01"),  # zeros, of a model that was wider: not divided by
+    ],
+)
+def test_norm_stats_that_fit(stats: dict, mode: str):
+    check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded=8)
+
+
+@pytest.mark.parametrize(
+    ("stats", "mode", "problem"),
+    [
+        (stats_of(2, 3), "zscore", "norm stats of 'state' have 2 dimensions, the robot has 4"),
+        (stats_of(4, 2), "zscore", "norm stats of 'actions' have 2 dimensions, the robot has 3"),
+        (
+            stats_of(7, 7),
+            "zscore",
+            "norm stats of 'state' have 7 dimensions, the robot has 4: they are of another robot",
+        ),
+        (stats_of(4, 3, quantiles=False), "quantile", "norm stats of 'state': mode 'quantile' needs q01 and q99"),
+        (stats_of(4, 3) | {"state": NormStats(*np.ones((4, 4)))}, "quantile01", "is 0 in dimensions"),
+        (stats_of(4, 3), "minmax", "unknown normalization mode 'minmax'"),
+        ({"state": stats_of(4, 3)["state"]}, "zscore", r"norm stats lack \['actions'\]"),
+    ],
+)
+def test_norm_stats_that_do_not_fit(stats: dict, mode: str, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded=8)

@@ -110,3 +110,81 @@ def test_pi0_fast_from_saved_assets_to_the_contract_and_back(tmp_path):
 def test_refusals(change: dict, named: str):
     with pytest.raises(AssetsError, match=named):
         Pipeline.from_assets(dataclasses.replace(assets("tiny"), **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"robot": "droid"}, "'metaworld' of robot 'droid': norm stats of 'state' have 4 dimensions, the robot has 8"),
+        ({"norm_stats": {}}, "norm stats lack"),
+        ({"normalization": "minmax"}, "unknown normalization mode"),
+        (
+            {"norm_stats": {key: NormStats(np.zeros(4), np.ones(4)) for key in ("state", "actions")}},
+            "mode 'quantile' needs q01 and q99",
+        ),
+        (
+            {"robot": {"name": "generic", "cameras": {"a": "base_0_rgb"}, "state": [[0, 5]], "actions": [[0, 4]]}},
+            "norm stats of 'state' have 4 dimensions, the robot has 5",
+        ),
+        (
+            {"robot": {"name": "metaworld", "cameras": {"corner": "base_0_rgb", "wrist": "third_rgb"}}},
+            r"its cameras are the model's \['third_rgb'\]; the model has",
+        ),
+    ],
+)
+def test_norm_stats_are_checked_at_load(change: dict, problem: str):
+    with pytest.raises(AssetsError, match=problem):
+        Pipeline.from_assets(dataclasses.replace(assets("tiny"), **change))
+
+
+def test_a_missing_prompt_is_named_by_the_frame_s_keys():
+    live = {"corner": np.zeros((6, 8, 3), np.uint8), "wrist": np.zeros((6, 8, 3), np.uint8), "state": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"no `prompt` or `task` in a frame of \['corner', 'state', 'wrist'\]"):
+        Pipeline.from_assets(assets("tiny"))(live)
+
+
+def test_a_prompt_that_would_be_cut(tmp_path, caplog: pytest.LogCaptureFixture):
+    """Where the state would be cut it is refused; a plain prompt is cut with a warning, as openpi does."""
+    item, long = DATASET[10], {"prompt": "open the drawer " * 60}
+    long = {key: value for key, value in item.items() if key != "task"} | long
+    plain = Pipeline.from_assets(assets("tiny"))
+    assert plain(long, actions=False)["tokenized_prompt_mask"].all() and "was cut" in caplog.text
+    state, fast = assets("tiny_pi05"), fast_assets(tmp_path / "fast")
+    state = dataclasses.replace(state, model=dataclasses.replace(state.model, max_token_len=64))
+    recipe = dataclasses.replace(state, subtasks=True)
+    for own in (state, fast, recipe):
+        pipeline = Pipeline.from_assets(own)
+        with pytest.raises(ValueError, match=f"has more than the {own.model.max_token_len} tokens"):
+            pipeline(long, actions=False)
+        before = pipeline.tokenizer.truncated
+        assert pipeline(long)["tokenized_prompt_mask"].all() and pipeline.tokenizer.truncated == before + 1  # training
+        row, length = pipeline(item, actions=False), own.model.max_token_len
+        used = int(row["tokenized_prompt_mask"].sum())
+        assert len(row["tokenized_prompt"]) == length and used < length
+        # Exactly as long as the prompt: whole. One less: refused.
+        exact = dataclasses.replace(own, model=dataclasses.replace(own.model, max_token_len=used))
+        np.testing.assert_array_equal(
+            Pipeline.from_assets(exact)(item, actions=False)["tokenized_prompt"], row["tokenized_prompt"][:used]
+        )
+        less = dataclasses.replace(own, model=dataclasses.replace(own.model, max_token_len=used - 1))
+        with pytest.raises(ValueError, match="would be cut"):
+            Pipeline.from_assets(less)(item, actions=False)
+    stateless = dataclasses.replace(state, state_in_prompt=False)
+    assert Pipeline.from_assets(stateless)(long, actions=False)["tokenized_prompt_mask"].all()
+
+
+@pytest.mark.parametrize("mode", ["zscore", "quantile"])
+def test_a_state_far_outside_of_training_is_logged_once_for_each_dimension(mode: str, caplog: pytest.LogCaptureFixture):
+    pipeline = Pipeline.from_assets(dataclasses.replace(assets("tiny"), normalization=mode))
+    item = DATASET[10] | {"task": "go"}
+    pipeline(item, actions=False)
+    pipeline(item | {"observation.state": np.float32([1000, 0, 0, 0])})  # recorded: pi0-stats warns of outliers
+    assert not caplog.records
+    for value in (1000.0, 2000.0):
+        row = pipeline(item | {"observation.state": np.float32([value, *item["observation.state"][1:]])}, actions=False)
+        assert row["state"][0] > 100
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "state[0] is 1000, far outside of what the model was trained on" in caplog.text
+    far = np.float32([-1000, *item["observation.state"][1:3], -1000])
+    pipeline(item | {"observation.state": far}, actions=False)
+    assert len(caplog.records) == 2 and "state[3] is -1000" in caplog.text

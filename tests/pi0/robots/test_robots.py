@@ -231,3 +231,92 @@ def test_refusals(reference: Any, item: dict[str, Any], named: str):
 def test_too_few_actions_are_refused():
     with pytest.raises(ValueError, match=r"\[2, 6\]"):
         make_robot("libero").from_model({"actions": np.zeros((2, 6))})
+
+
+BFLOAT16 = np.float32([[[0.5, 0.25, 1.0]] * 4] * 6)  # numbers that bfloat16 has exactly
+
+
+@pytest.mark.parametrize("framework", ["torch", "ml_dtypes"])
+def test_tensors_with_gradients_and_bfloat16(framework: str):
+    """Accepted as what they are: the same numbers as in NumPy."""
+    module = pytest.importorskip(framework)
+    item = frame("metaworld") | {"observation.images.wrist": BFLOAT16, "observation.state": np.float32([1, 2, 0.5, 4])}
+    expected = make_robot("metaworld").to_model(item)
+
+    def convert(x: np.ndarray) -> Any:
+        if framework == "ml_dtypes":
+            return x.astype(module.bfloat16)
+        return module.tensor(x, dtype=module.bfloat16, requires_grad=True)
+
+    given = {k: convert(v) if k in ("observation.images.wrist", "observation.state") else v for k, v in item.items()}
+    found = make_robot("metaworld").to_model(given)
+    for key in expected:
+        np.testing.assert_array_equal(found[key], expected[key])
+    listed = item | {"observation.state": [convert(x[None])[0] for x in item["observation.state"]]}
+    if framework == "torch":
+        with pytest.raises(ValueError, match=r"observation\.state is not an array of numbers"):
+            make_robot("metaworld").to_model(listed)
+
+
+def test_a_prompt_beside_a_recorded_task():
+    robot, item = make_robot("metaworld"), frame("metaworld")
+    assert robot.to_model(item | {"prompt": "fold the towel"})["prompt"] == "fold the towel"  # the same as `task`
+    assert robot.to_model({k: v for k, v in item.items() if k != "task"} | {"prompt": "wave"})["prompt"] == "wave"
+    assert robot.to_model(item | {"prompt": None})["prompt"] == "fold the towel"
+    with pytest.raises(ValueError, match="prompt and task are two different values of one thing"):
+        robot.to_model(item | {"prompt": "wave"})
+
+
+IMAGE, OTHER = np.zeros((6, 8, 3), np.uint8), np.ones((6, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("reference", "more", "named"),
+    [
+        ("metaworld", {"corner": OTHER}, r"observation\.images\.corner and corner"),
+        ("metaworld", {"images": {"corner": OTHER}}, "observation.images.corner and images/corner"),
+        ("metaworld", {"state": np.zeros(4)}, r"observation\.state and state"),
+        ("metaworld", {"images": {"a": 1}, "images/a": 2}, r"\['images/a'\] are in the frame twice"),
+        (
+            "droid",
+            {"joint_position": np.zeros(7), "gripper_position": 0.0},
+            r"\['joint_position', 'gripper_position'\] and \['observation\.state'\] are two different states",
+        ),
+    ],
+)
+def test_two_values_of_one_thing(reference: str, more: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named):
+        make_robot(reference).to_model(frame(reference) | more)
+
+
+def test_the_same_value_twice_is_fine():
+    item = frame("metaworld")
+    twice = {"corner": item["observation.images.corner"].copy(), "state": item["observation.state"].tolist()}
+    found, expected = (make_robot("metaworld").to_model(i) for i in (item | twice, item))
+    np.testing.assert_array_equal(found["image/base_0_rgb"], expected["image/base_0_rgb"])
+    item = frame("droid")
+    parts = {"joint_position": item["observation.state"][:7], "gripper_position": item["observation.state"][7]}
+    make_robot("droid").to_model(item | parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"task": "open \ud800"}, "task is no valid Unicode"),
+        ({"task": b"\xff"}, r"task is b.\\xff.; expected text"),  # no UTF-8
+        ({"prompt": "open \udfff"}, "prompt is no valid Unicode"),
+        (
+            {"observation.state": ["1", "2", "3", "4"]},
+            "state is not an array of numbers: its dtype is <U1",
+        ),
+        ({"observation.state": np.zeros(4, complex)}, "its dtype is complex128"),
+        ({"observation.state": [0, 0, 0, 1e39]}, r"observation\.state is 1e\+39 at \[3\]; expected finite numbers"),
+        ({"observation.state": np.zeros((2, 4))}, r"observation\.state is \[2, 4\]; expected one vector"),
+        ({"action": np.zeros((5, 2, 2))}, r"action is \[5, 2, 2\]; expected \[T, 4\]"),
+        ({"action": np.zeros((2, 2))}, r"action is \[2, 2\]; expected \[T, 4\]"),
+        ({"observation.images.wrist": object()}, r"observation\.images\.wrist"),
+    ],
+)
+def test_foreign_values(change: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named):
+        make_robot("metaworld").to_model(frame("metaworld") | change)

@@ -92,6 +92,12 @@ def test_resize_numbers():
     np.testing.assert_array_equal(resize_with_pad(image, 2, 2)[:, :, 0], [[90, 0], [90, 0]])
 
 
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2), (1, 1)])
+def test_very_narrow_images_keep_a_pixel(size: tuple[int, int]):
+    out = resize_with_pad(np.full((*size, 3), 200, np.uint8), 28, 42)
+    assert out.shape == (28, 42, 3) and (out == 200).any() and set(np.unique(out)) <= {0, 200}
+
+
 def test_bool_mask():
     assert bool_mask(2, -1, 1) == (True, True, False, True) and bool_mask() == ()
 

@@ -218,7 +218,7 @@ def test_folders(fast: FASTTokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         FASTTokenizer(folder)
     fast.save(folder)
-    with pytest.raises(FileExistsError, match="--overwrite replaces it"):
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
         fast.save(folder)
     fast.save(folder, overwrite=True)
     (folder / "thesis.tex").touch()

@@ -1,0 +1,43 @@
+"""Stored images, decoded from a file or from bytes: size and pixel format are checked before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pi0.datasets.errors import DataError
+
+MAX_PIXELS = 2**26  # of an image or a video's frame, 8192 x 8192: default of the arguments `max_pixels`
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs programs to read others, as EPS
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")  # 8 bits per channel
+
+
+def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An encoded image as uint8 [H, W, 3]: the first frame, without its alpha channel.
+
+    The EXIF orientation is applied, as viewers and LeRobot's reader (Hugging Face datasets) do. Raises DataError for
+    damaged images, for more pixels than `max_pixels`, and for depth maps and other numbers that are not 8-bit colors.
+    """
+    file = None if isinstance(source, bytes) else Path(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            check_size(image.width, image.height, max_pixels)
+            if image.mode not in MODES:
+                raise DataError(f"has mode {image.mode}: 16-bit, depth or float, not 8-bit colors; leave it out")
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(image.convert("RGB"))
+    except DataError as error:
+        raise DataError(error.problem, file) from error
+    except Exception as error:  # Pillow raises errors of almost any type for damaged bytes
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(FORMATS)}, or damaged" if unknown else error
+        raise DataError(f"cannot be decoded: {reason}", file) from error
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise DataError for an image or a video's frame of more pixels."""
+    if width * height > max_pixels:
+        raise DataError(f"has {width} x {height} pixels; max_pixels is {max_pixels}, raise it to read more")
