@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import re
 import shutil
@@ -23,16 +24,23 @@ from convert.formats.safetensors import read_safetensors, read_sharded, write_sa
 from convert.fresh import source_config, with_fresh
 from convert.layouts.layout import Layout, infer_sizes
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
+from convert.lerobot import BUFFERS, inert_settings
+from convert.peft import ADAPTER, base_of, merge_adapter
 from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
-from convert.tensors import CheckpointError, Tensor
-from pi0.assets import NORM_STATS, Assets, check_asset_id
+from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
+from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
+from pi0.reading import naming
 from pi0.storage import below, require_below
 from pi0.variants import get_variant
+
+logger = logging.getLogger(__name__)
+
+PRETRAINED = "pretrained_model"  # the folder of a checkpoint of LeRobot's training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Checkpoint:
         ours: the parameters, by the names of `pi0.parameters`, read lazily.
         norm_stats: the norm stats files of all asset ids.
         fresh: the names of newly initialized parameters.
+        notes: what was read otherwise than stored.
     """
 
     folder: Path
@@ -54,6 +63,7 @@ class Checkpoint:
     ours: dict[str, Tensor]
     norm_stats: dict[str, Path] = dataclasses.field(default_factory=dict)
     fresh: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def in_layout(self, layout: str | Layout) -> dict[str, Tensor]:
         """The tensors of another layout, read lazily."""
@@ -64,13 +74,16 @@ class Checkpoint:
 class Stored:
     """The tensors stored in the file or folder `weights` of a checkpoint, by their names there.
 
-    `sidecars` is the folder of its sidecar files.
+    `sidecars` is the folder of its sidecar files, `notes` say what of it is computed. `buffers` are tensors beside its
+    parameters: norm stats, in policies of LeRobot 0.3.
     """
 
     folder: Path
     weights: Path
     sidecars: Path
     tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_tensors(
@@ -89,7 +102,14 @@ def read_tensors(
                 require_below(folder, file)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
-            return Stored(folder, file, folder, read(file))
+            tensors = read(file)
+            buffers = {name: tensors.pop(name) for name in list(tensors) if BUFFERS.fullmatch(name)}
+            return Stored(folder, file, folder, tensors, buffers)
+    if (folder / ADAPTER).exists():
+        base = read_tensors(base_of(folder))
+        tensors, note = merge_adapter(folder, base.tensors)
+        sidecars = folder if (folder / "config.json").exists() else base.sidecars
+        return dataclasses.replace(base, folder=folder, sidecars=sidecars, tensors=tensors, notes=(*base.notes, note))
     for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
             return Stored(folder, params, sidecars, read_orbax(params, dtype))
@@ -107,13 +127,15 @@ def open_checkpoint(
     fresh: int | None = None,
     dtype: np.dtype | None = None,
     preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
     Args:
         source: a local path, `gs://` or `hf://` address of a folder with an Orbax `params` folder, that folder itself,
-            a folder with `model.safetensors` or shards of it, an `.npz` file, or the folder of a training run, ours
-            (`checkpoints/<step>`) or openpi's (`<step>`).
+            a folder with `model.safetensors` or shards of it, an `.npz` file, the folder of a training run, ours or
+            LeRobot's (`checkpoints/<step>`) or openpi's (`<step>`), or of a PEFT adapter, which is merged into its
+            base.
         config: the model config. Default: that of our, openpi's or LeRobot's `config.json`; without one, sizes follow
             from shapes, and the rest (horizon, text length, cameras) is that of the released models, which is noted in
             `Assets.assumed`.
@@ -125,10 +147,25 @@ def open_checkpoint(
             expert (for PaliGemma's weights) or LoRA. Without it, such parts are missing tensors.
         dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
         preset: the name of the openpi config it was trained with (`pi0.presets`), which says what no file does.
+        head_dims: the head dims of the language model and the vision tower, where neither a config nor shapes say them.
 
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
+    with naming(stored.folder):
+        return _validated(stored, config, layout, asset_id, fresh, dtype, preset, head_dims)
+
+
+def _validated(
+    stored: Stored,
+    config: ModelConfig | None,
+    layout: str | Layout | None,
+    asset_id: str | None,
+    fresh: int | None,
+    dtype: np.dtype | None,
+    preset: str | None,
+    head_dims: tuple[int, int] | None,
+) -> Checkpoint:
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layouts = LAYOUTS.values() if layout is None else [find_layout(layout)]
@@ -136,7 +173,8 @@ def open_checkpoint(
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
-    assets = find_assets(stored, layout, kind, lora, config, asset_id, preset)
+    assets, tensors, notes = find_assets(stored, layout, kind, lora, config, asset_id, preset, head_dims)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
@@ -148,7 +186,9 @@ def open_checkpoint(
         ours, new = with_fresh(assets.model, ours, fresh)
     if dtype is not None:  # a no-op for Orbax
         ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
-    return Checkpoint(folder, layout, assets, ours, norm_stats, new)
+    for note in notes:
+        logger.info("%s: %s", folder, note)
+    return Checkpoint(folder, layout, assets, ours, norm_stats, new, notes)
 
 
 def find_assets(
@@ -159,40 +199,105 @@ def find_assets(
     config: ModelConfig | None = None,
     asset_id: str | None = None,
     preset: str | None = None,
-) -> Assets:
-    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`.
+    head_dims: tuple[int, int] | None = None,
+) -> tuple[Assets, dict[str, Tensor], list[str]]:
+    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot; see `open_checkpoint`.
 
-    Raises CheckpointError where a sidecar file is not the one that was written (`convert.checksums`).
+    Returns the tensors that count too, and notes on those that do not. Raises CheckpointError where a sidecar file is
+    not the one that was written (`convert.checksums`).
     """
     verify_sidecars(stored.sidecars)
-    said = None if preset is None else get_preset(preset)
-    if said is not None and asset_id is None and norm_stats_files(stored.sidecars):
-        asset_id = said.asset_id
+    named = None if preset is None else get_preset(preset)
+    if named is not None and asset_id is None and norm_stats_files(stored.sidecars):
+        asset_id = named.asset_id
+    tensors, tied_output, notes = _used(layout, kind, stored.tensors)
+    notes = [*stored.notes, *notes]
     assets = Assets.load(stored.sidecars)
-    if assets is None or asset_id not in (None, assets.asset_id):
-        if assets is not None:
-            model, assumed = assets.model, assets.assumed
-        elif (found := config or read_model(stored.sidecars, kind)) is not None:
-            model, assumed = found, unsaid_fields(stored.sidecars)
+    if assets is not None:
+        model, assumed = assets.model, assets.assumed
+    else:
+        said = read_model(stored.sidecars, kind)
+        assumed = unknown_fields(kind) if said is None else unsaid_fields(stored.sidecars)
+        if config is None:
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            model = _sized(layout, kind, lora, shapes, said, head_dims)
+        elif said is not None:  # what config= replaces is sizes and inputs, not how the weights are to be used
+            model = dataclasses.replace(config, **{name: getattr(said, name) for name in CONVENTIONS})
         else:
-            shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-            model, assumed = infer_config(layout, kind, shapes, lora), unknown_fields(kind)
-        assets = read_assets(stored.sidecars, config or model, asset_id)
-        step = _step_of(stored.sidecars) if assets.step is None else assets.step
-        assets = dataclasses.replace(assets, assumed=assumed, step=step)
+            model = config
+        model = dataclasses.replace(model, tied_output=model.tied_output and tied_output)
+    if config is not None and assets is not None:
+        model = dataclasses.replace(config, **{name: getattr(model, name) for name in CONVENTIONS})
+    if assets is None or asset_id not in (None, assets.asset_id):
+        assets = read_assets(stored.sidecars, model, asset_id, stored.buffers)
+        notes += inert_settings(stored.sidecars)
+        if assets.step is None:
+            step = _openpi_step(stored.sidecars) if stored.folder.name != PRETRAINED else training_step(stored.folder)
+            assets = dataclasses.replace(assets, step=step)
     if config is not None:  # says all; a preset changes what it says
-        assets = dataclasses.replace(assets, model=config, assumed=() if said is None else FIELDS)
-    return assets if said is None else said.apply(assets, str(preset))
+        assumed = () if named is None else FIELDS
+    assets = dataclasses.replace(assets, model=model, assumed=assumed)
+    return (assets if named is None else named.apply(assets, str(preset))), tensors, notes
+
+
+# Fields of a model config that say how its weights are to be used: those of a checkpoint remain with another config.
+CONVENTIONS = ("time_periods", "text_format", "tied_output")
+
+
+def _used(layout: Layout, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool, list[str]]:
+    """The tensors that count where both a text embedding and an output projection are stored.
+
+    Returns whether these are one, and notes.
+    """
+    spelled = {layout.spell(name, tied_output=False): name for name in tensors}
+    names = {rule.ours: spelled.get(rule.theirs) for rule in layout.untied}
+    embedding, output = names.get("paligemma.embedding"), names.get("paligemma.output")
+    if embedding is None or output is None:
+        return tensors, True, []
+    rest = {name: tensor for name, tensor in tensors.items() if name != output}
+    if not FAMILIES[kind].action_tokens:
+        return rest, True, [f"{output} is not used: {FAMILIES[kind].title} writes no text in LeRobot"]
+    first, second = tensors[embedding], tensors[output]
+    if (first.shape, first.dtype) == (second.shape, second.dtype) and all(
+        same_bytes(first.read(part), second.read(part)) for part in pieces(first)
+    ):
+        return rest, True, []
+    return tensors, False, [f"the output projection {output} is not the text embedding {embedding}: both are kept"]
+
+
+def _sized(
+    layout: Layout,
+    kind: str,
+    lora: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    said: ModelConfig | None,
+    head_dims: tuple[int, int] | None,
+) -> ModelConfig:
+    """The model config of a file, `said`, with sizes from shapes; where it is None, all that shapes say."""
+    if said is not None and head_dims is None:
+        head_dims = said.paligemma.head_dim, said.vision.head_dim
+    found = infer_config(layout, kind, shapes, lora, head_dims)
+    if said is None:
+        return found
+    sizes = {name: getattr(found, name) for name in ("vision", "paligemma", "action_expert", "vocab_size")}
+    return dataclasses.replace(said, **sizes)
+
+
+def training_step(folder: Path) -> int | None:
+    """The step of a checkpoint of LeRobot's training, `checkpoints/<step>/pretrained_model`; None of others."""
+    state = read_optional(folder.parent, "training_state/training_step.json") if folder.name == PRETRAINED else None
+    step = (state or {}).get("step")
+    return step if type(step) is int else None
+
+
+def _openpi_step(folder: Path) -> int | None:
+    """The step of a folder that Orbax's checkpoint manager wrote, which has it for a name; None of others."""
+    return int(folder.name) if folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").exists() else None
 
 
 def unknown_fields(kind: str) -> tuple[str, ...]:
     """The fields of a model config that do not follow from the shapes of a checkpoint."""
     return tuple(name for name in FIELDS if name != "action_dim" or not FAMILIES[kind].projections)
-
-
-def _step_of(folder: Path) -> int | None:
-    """The training step of a folder that Orbax's checkpoint manager wrote, which has it for a name; None for others."""
-    return int(folder.name) if folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").exists() else None
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
@@ -205,10 +310,8 @@ def _step_folder(folder: Path, step: int | None) -> Path:
     steps = {int(f.name): f for f in found}
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
-    if not steps:
-        return folder
-    chosen = steps[max(steps) if step is None else step]
-    theirs = chosen / "pretrained_model"  # of LeRobot's training runs, whose steps are named 020000
+    chosen = steps[max(steps) if step is None else step] if steps else folder
+    theirs = chosen / PRETRAINED  # of LeRobot's training runs, whose steps are named 020000, or last
     return theirs if theirs.is_dir() else chosen
 
 
@@ -270,7 +373,11 @@ def _stem(name: str) -> str:
 
 
 def infer_config(
-    layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]], lora: tuple[str, ...] = ()
+    layout: Layout,
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    lora: tuple[str, ...] = (),
+    head_dims: tuple[int, int] | None = None,
 ) -> ModelConfig:
     """Infer the model config from the shapes of a checkpoint. Raises LayoutError where a size does not follow.
 
@@ -282,18 +389,31 @@ def infer_config(
     def gemma(scope: str) -> GemmaConfig:
         s = sizes[scope]
         if not {"n", "k", "h"} <= s.keys():
-            raise LayoutError(
-                f"the layout {layout.name} does not distinguish heads and head dim, and the checkpoint has no "
-                f"config.json of ours: pass --model (config= in Python), for instance --model {kind}"
-            )
+            s = s | split_heads(scope, s, None if head_dims is None else head_dims[0])
         return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
 
+    def split_heads(scope: str, s: Mapping[str, int], head_dim: int | None) -> dict[str, int]:
+        """Heads and head dim of flat heads."""
+        flat = {letter: s[f"{letter} h"] for letter in "nk" if f"{letter} h" in s}
+        if head_dim is None or any(size % head_dim for size in flat.values()):
+            total = "" if head_dim is None else f" ({scope} has {list(flat.values())} in all, not of {head_dim} each)"
+            raise LayoutError(
+                f"the layout {layout.name} does not distinguish heads and head dim, and no config.json says it{total}: "
+                f"pass --model (config= in Python), for instance --model {kind}, or --head-dims (head_dims=), those of "
+                "the language model and of the vision tower, 256,72 in released models"
+            )
+        return {letter: size // head_dim for letter, size in flat.items()} | {"h": head_dim}
+
     experts = {name: gemma(name) for name in FAMILIES[kind].experts}
+    if "n" not in vision:
+        vision = vision | split_heads("vision", vision, None if head_dims is None else head_dims[1])
     side = math.isqrt(vision["s"])
     if side**2 != vision["s"]:
         (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
         raise LayoutError(f"{name} holds {vision['s']} positions, which no square image has; pass config=")
     resolution = (side * vision["p"], side * vision["p"])
+    action_dim = sizes.get("projections", {}).get("a", released.action_dim)
+    state_dim = sizes.get("projections", {}).get("z", action_dim)
     return dataclasses.replace(
         released,
         vision=VisionConfig(vision["d"], vision["l"], vision["m"], vision["n"], vision["p"]),
@@ -301,7 +421,8 @@ def infer_config(
         action_expert=experts.get("action_expert"),
         vocab_size=sizes["paligemma"]["v"],
         image_resolution=resolution,
-        action_dim=sizes["projections"]["a"] if "projections" in sizes else released.action_dim,
+        action_dim=action_dim,
+        state_dim=None if state_dim == action_dim else state_dim,
     )
 
 
@@ -313,6 +434,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout)
     target = find_layout(layout)
     if not target.writable:
         raise LayoutError(f"the layout {target.name} can only be read; writable layouts are {', '.join(WRITABLE)}")
+    if target.check_target is not None:
+        target.check_target(checkpoint.assets)
     tensors = checkpoint.in_layout(target)
     assets, dtype = checkpoint.assets, checkpoint.ours["paligemma.embedding"].dtype
     if target.format == "safetensors":

@@ -18,9 +18,8 @@ from convert.checksums import CHECKSUMS, is_sidecar, sign
 from convert.layouts.layout import Layout
 from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
-from convert.sidecars import variants_of
 from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
-from pi0.command import add_checkpoint, add_preset, exit_on_error, make_parser, output_path
+from pi0.command import add_checkpoint, add_head_dims, add_preset, exit_on_error, make_parser, output_path
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError, lora_of, parameters
 from pi0.presets import describe_assumed
@@ -50,6 +49,7 @@ def convert(
     asset_id: str | None = None,
     fresh: int | None = None,
     preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -57,7 +57,7 @@ def convert(
     """Convert the checkpoint `source`, of any layout, to the layout `to`, written to the folder `target`.
 
     Args:
-        source, layout, ema, step, config, asset_id, fresh, preset: see `open_checkpoint`.
+        source, layout, ema, step, config, asset_id, fresh, preset, head_dims: see `open_checkpoint`.
         to: the layout to write, by name or as "module:NAME".
         dtype: "keep", "float32" or "bfloat16" (rounded once).
         lora: "keep" or "merge".
@@ -84,14 +84,17 @@ def convert(
         ema=ema,
         asset_id=asset_id,
         fresh=fresh,
-        dtype=target_dtype if lora == "keep" else None,  # LoRA is merged as stored, then rounded once
         preset=preset,
+        head_dims=head_dims,
+        dtype=target_dtype if lora == "keep" else None,  # LoRA is merged as stored, then rounded once
     )
+    for note in checkpoint.notes:
+        log(note)
     if checkpoint.fresh:
         log(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} to {checkpoint.fresh[-1]}")
     checkpoint = _changed(checkpoint, target_dtype, lora, action_dim, action_horizon, log)
-    if target_layout.write_sidecars is not None and variants_of(checkpoint.assets.model) is None:
-        log(f"these sizes have no name in the layout {target_layout.name}: its own config.json is not written")
+    for note in () if target_layout.check_target is None else target_layout.check_target(checkpoint.assets):
+        log(note)
     if verify is None:
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= VERIFIED_SIZE
     size = sum(tensor.size for tensor in checkpoint.ours.values())
@@ -228,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the model config, where neither a config.json nor shapes determine it (flat layouts do not distinguish "
         "heads and head dim): a variant of pi0.variants, such as pi0 or pi05, or a JSON file",
     )
+    add_head_dims(parser)
     parser.add_argument(
         "--fresh", type=int, metavar="SEED", help="initialize an action expert or LoRA that the source does not have"
     )

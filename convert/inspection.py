@@ -15,10 +15,12 @@ from convert.formats.orbax import orbax_paths
 from convert.layouts.layout import Layout
 from convert.layouts.registry import LAYOUTS, find_layout
 from convert.sidecars import norm_stats_files
-from pi0.command import add_preset, exit_on_error, make_parser
+from pi0.assets import AssetsError
+from pi0.command import add_head_dims, add_preset, exit_on_error, make_parser
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError
 from pi0.presets import PRESETS, fitting_presets
+from pi0.reading import naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Inspection:
 
     `config` is None where it does not follow from the shapes; `assumed` are its fields that no file says, and `presets`
     the openpi configs that it may have been trained with, which say them. `robot` is None where no file names it.
+    `notes` say what is read otherwise than stored.
     `problems` is empty for a valid checkpoint. `dtypes` counts tensors by dtype for each part of the model;
     `parameters` is their total number.
     """
@@ -44,6 +47,7 @@ class Inspection:
     parameters: int
     norm_stats: list[str]
     step: int | None
+    notes: list[str]
     problems: list[str]
 
     def to_dict(self) -> dict[str, object]:
@@ -72,22 +76,30 @@ class Inspection:
         lines.append(f"robot        {self.robot or 'unknown'}")
         lines.append(f"norm stats   {', '.join(self.norm_stats) or 'none'}")
         lines.append(f"step         {'unknown' if self.step is None else self.step}")
+        lines += [f"note         {note}" for note in self.notes]
         lines += ["fits         yes"] if not self.problems else ["fits         NO", *self.problems]
         return "\n".join(lines)
 
 
 def inspect(
-    source: str | Path, *, layout: str | Layout | None = None, step: int | None = None, preset: str | None = None
+    source: str | Path,
+    *,
+    layout: str | Layout | None = None,
+    step: int | None = None,
+    preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
 ) -> Inspection:
     """Describe a checkpoint without reading its weights; see `open_checkpoint`. Raises CheckpointError, LayoutError."""
     stored = read_tensors(source, step=step)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-    layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
+    with naming(stored.folder):
+        layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])
     assets, problems = None, []
+    notes: list[str] = []
     try:
-        assets = find_assets(stored, layout, kind, lora, preset=preset)
-        layout.check(assets.model, shapes)
-    except LayoutError as error:
+        assets, tensors, notes = find_assets(stored, layout, kind, lora, preset=preset, head_dims=head_dims)
+        layout.check(assets.model, {name: tensor.shape for name, tensor in tensors.items()})
+    except (LayoutError, AssetsError) as error:
         problems.append(str(error))
     dtypes: dict[str, collections.Counter[str]] = {}
     for name, tensor in stored.tensors.items():
@@ -107,6 +119,7 @@ def inspect(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         norm_stats=norm_stats,
         step=assets.step if assets is not None else None,
+        notes=notes,
         problems=problems,
     )
 
@@ -144,8 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layout", metavar="NAME", help='default: detected; a name or "module:NAME"')
     parser.add_argument("--step", type=int, help="of a training run (default: the newest)")
     add_preset(parser)
+    add_head_dims(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
-    found = inspect(args.source, layout=args.layout, step=args.step, preset=args.preset)
+    found = inspect(args.source, layout=args.layout, step=args.step, preset=args.preset, head_dims=args.head_dims)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.text())
     sys.exit(1 if found.problems else 0)

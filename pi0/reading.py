@@ -7,10 +7,12 @@ find out that it is wrong. Limits are arguments, whose defaults are far above wh
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,17 +23,35 @@ MAX_DEPTH = 32  # of nested objects and lists
 MAX_EXPANSION = 64  # of stored arrays, beyond FREE_EXPANSION; weights hardly compress
 FREE_EXPANSION = 1 << 30  # bytes
 HEADER = 10_000  # bytes of an .npy header, as in NumPy
+# what zipfile and NumPy raise for a damaged npz file
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
 
 def read_bytes(file: Path, *, limit: int, error: type[ValueError] = ValueError) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError, or `error` for any other file."""
-    if file.exists() and not file.is_file():  # a pipe or a device may have no end
-        raise error(f"{file} is not a regular file")
+    require_regular(file, error)
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise error(f"{file} has more than {limit:,} bytes, the most that is read of such a file")
     return content
+
+
+@contextlib.contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Begin the message of an error that is raised inside with the name of the file, where it does not have it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(file) in str(error) or "__init__" in vars(type(error)):
+            raise
+        raise type(error)(f"{file}: {error}") from error
+
+
+def require_regular(file: Path, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` for a pipe or a device, which may have no end, and for a folder."""
+    if file.exists() and not file.is_file():
+        raise error(f"{file} is not a regular file")
 
 
 def read_text(file: Path, *, limit: int = MAX_JSON, error: type[ValueError] = ValueError) -> str:
@@ -114,6 +134,7 @@ def read_npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool
 
 def read_npz(file: Path, *, limit: int = FREE_EXPANSION, error: type[ValueError] = ValueError) -> dict[str, np.ndarray]:
     """All arrays of an npz file, of at most `limit` bytes together; nothing is unpickled. Raises OSError or `error`."""
+    require_regular(file, error)
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {}
@@ -125,5 +146,7 @@ def read_npz(file: Path, *, limit: int = FREE_EXPANSION, error: type[ValueError]
             raise ValueError(f"arrays of {sum(sizes.values()):,} bytes; at most {limit:,} are read")
         with np.load(file, allow_pickle=False, max_header_size=HEADER) as arrays:
             return dict(arrays)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as problem:
+    except FileNotFoundError:
+        raise
+    except ZIP_ERRORS as problem:
         raise error(f"{file} is not an npz file, or is damaged: {problem}") from problem

@@ -135,7 +135,7 @@ def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observ
     """An observation with the first cameras and text of the full length, and noise."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
-        "state": rng.normal(size=(batch, config.action_dim)),
+        "state": rng.normal(size=(batch, config.state_size)),
         "tokenized_prompt": rng.integers(0, config.vocab_size, (batch, config.max_token_len)),
         "tokenized_prompt_mask": np.ones((batch, config.max_token_len), bool),
     }

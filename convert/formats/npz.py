@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,17 +12,18 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import CheckpointError, Index, Tensor, mapped
-from pi0.reading import read_npy_header, require_stored
+from pi0.reading import ZIP_ERRORS, read_npy_header, require_regular, require_stored
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
     """The arrays of an npz file, memory-mapped unless compressed. Raises CheckpointError."""
     try:
+        require_regular(file)
         with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
             members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
             tensors = {m.filename.removesuffix(".npy"): _member(file, archive, stream, m) for m in members}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, struct.error) as e:
-        raise CheckpointError(f"{file} is not an npz file, or is damaged: {e}") from e
+    except (*ZIP_ERRORS, struct.error) as error:
+        raise CheckpointError(f"{file} is not an npz file, or is damaged: {error}") from error
     require_stored(str(file), sum(t.size for t in tensors.values()), file.stat().st_size, CheckpointError)
     return tensors
 
@@ -44,7 +44,7 @@ def _member(file: Path, archive: zipfile.ZipFile, stream: BinaryIO, member: zipf
                 with zipfile.ZipFile(file) as again, again.open(member) as content:
                     content.read(start)
                     array.reshape(-1).view(np.uint8)[:] = np.frombuffer(content.read(array.nbytes), np.uint8)
-            except (zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+            except ZIP_ERRORS as error:
                 raise CheckpointError(f"{file}: {member.filename} is damaged: {error}") from error
             return array[index]
 

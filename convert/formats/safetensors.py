@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import CheckpointError, Tensor, contiguous, mapped, pieces
-from pi0.reading import MAX_JSON, parse_json, read_json
+from pi0.reading import MAX_JSON, parse_json, read_json, require_regular
 from pi0.storage import below
 
 _CODES = {
@@ -31,6 +31,7 @@ _CODES = {
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
     try:
+        require_regular(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

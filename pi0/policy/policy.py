@@ -155,7 +155,7 @@ def fill_assets(
     robot: str | Mapping[str, Any] | None = None,
     default_prompt: str | None = None,
     norm_stats: str | Path | dict[str, NormStats] | None = None,
-    normalization: str | None = None,
+    normalization: str | dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     action_tokenizer: str | Path | None = None,
     state_in_prompt: bool | None = None,
@@ -164,13 +164,13 @@ def fill_assets(
     """A checkpoint's assets with overrides, and with what it does not say, as those of openpi and LeRobot do not.
 
     `robot` as `make_robot` takes it, with `default_prompt` for observations without one; `norm_stats`, or the address
-    of their file; `normalization`, one of `MODES` (default: that of the family's released models); the addresses of the
-    tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and whether π0.5's prompt has the
-    state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the asset ids of all norm stats of
-    the checkpoint, to name in an error. `action_horizon` is that of the model's training, where the checkpoint does not
-    say it: no tensor depends on it, but a model that samples another one than it was trained with gives other actions.
-    Raises AssetsError where horizon, robot or norm stats are still missing, and for a horizon that the checkpoint says
-    otherwise; what else is assumed (`Assets.assumed`) is logged.
+    of their file; `normalization`, a mode or one each of state and actions (default: that of the family's released
+    models); the addresses of the tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and
+    whether π0.5's prompt has the state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the
+    asset ids of all norm stats of the checkpoint, to name in an error. `action_horizon` is that of the model's
+    training, where the checkpoint does not say it: no tensor depends on it, but a model that samples another one than
+    it was trained with gives other actions. Raises AssetsError where horizon, robot or norm stats are still missing,
+    and for a horizon that the checkpoint says otherwise; what else is assumed (`Assets.assumed`) is logged.
     """
     assets = _with_horizon(assets, known, action_horizon)
     changes: dict[str, Any] = {}

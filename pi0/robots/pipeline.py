@@ -42,12 +42,16 @@ class Pipeline:
         assert assets.normalization is not None and assets.tokenizer is not None
         try:
             robot = make_robot(assets.robot, imports=False)
+        except ValueError as error:
+            raise AssetsError(str(error)) from error
+        try:
             dims = {"state": robot.state_dim, "actions": robot.action_dim}
-            check_norm_stats(stats, assets.normalization, dims, model.action_dim)
+            padded = {"state": model.state_size, "actions": model.action_dim}
+            check_norm_stats(stats, assets.normalization, dims, padded)
             if unknown := sorted(set(robot.cameras.values()) - set(model.image_keys)):
                 raise ValueError(f"its cameras are the model's {unknown}; the model has {list(model.image_keys)}")
         except ValueError as error:
-            raise AssetsError(f"assets {assets.asset_id!r} of robot {assets.robot!r:.80}: {error}") from error
+            raise AssetsError(f"assets {assets.asset_id!r} do not fit {type(robot).__name__}: {error}") from error
         tokenizer = TextTokenizer.from_reference(assets.tokenizer)
         if tokenizer.vocab_size > model.vocab_size:
             raise AssetsError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
@@ -58,7 +62,7 @@ class Pipeline:
             t.CameraMasks(model.image_keys, dummy=not family.masked_cameras),
             t.ResizeImages(*model.image_resolution),
             PROMPTS[family.prompt](assets, tokenizer, robot),
-            t.PadDims(model.action_dim, robot.action_dim, cut_state=family.action_tokens),
+            t.PadDims(model.action_dim, robot.action_dim, family.action_tokens, model.state_dim),
         ]
         return cls(robot, t.Transforms(steps), tokenizer)
 
@@ -117,7 +121,8 @@ def _fast_prompt(assets: Assets, text: TextTokenizer, robot: Robot) -> t.Step:
 
 def _fast(assets: Assets, text: TextTokenizer) -> FASTPromptTokenizer:
     assert assets.action_tokenizer is not None
-    return FASTPromptTokenizer(text, FASTTokenizer.from_reference(assets.action_tokenizer), assets.model.vocab_size)
+    fast, model = FASTTokenizer.from_reference(assets.action_tokenizer), assets.model
+    return FASTPromptTokenizer(text, fast, model.vocab_size, model.format)
 
 
 # The tokenization step of each prompt format (`Family.prompt`).

@@ -9,6 +9,7 @@ import numpy as np
 
 from pi0.config import ModelConfig
 from pi0.observation import Observation, check_actions
+from pi0.reading import naming, read_npz
 
 
 class ParityError(ValueError):
@@ -33,7 +34,7 @@ class Inputs:
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, config.max_token_len + 1, batch)
         data: dict[str, np.ndarray] = {
-            "state": rng.normal(size=(batch, config.action_dim)),
+            "state": rng.normal(size=(batch, config.state_size)),
             "tokenized_prompt": rng.integers(0, config.vocab_size, (batch, config.max_token_len)),
             "tokenized_prompt_mask": np.arange(config.max_token_len) < lengths[:, None],
         }
@@ -58,8 +59,12 @@ class Inputs:
     @classmethod
     def load(cls, file: Path, config: ModelConfig) -> Inputs:
         """Load an npz file with the keys of `Observation.to_dict`, `actions`, `noise`, `time`. Raises ParityError."""
-        with np.load(file) as arrays:
-            data = dict(arrays)
+        data = read_npz(file, error=ParityError)
+        with naming(file):
+            return cls._validated(data, file, config)
+
+    @classmethod
+    def _validated(cls, data: dict[str, np.ndarray], file: Path, config: ModelConfig) -> Inputs:
         missing = sorted({"actions", "noise", "time"} - data.keys())
         if missing:
             raise ParityError(f"{file} lacks {missing}; it needs an observation's keys, actions, noise and time")

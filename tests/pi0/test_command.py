@@ -146,9 +146,11 @@ def test_the_command_pi0(arguments: list[str], monkeypatch: pytest.MonkeyPatch, 
 INTERRUPTED = """
 import importlib, os, signal, sys, threading
 from pi0.command import load_command
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, type("Slow", (), {"find_spec": lambda self, name, *_: name == NAME and interrupt()})())
+class Slow:
+    def find_spec(self, name, *_):
+        if name == NAME:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Slow())
 load_command("train")(["--config", "debug", "--workdir", sys.argv[1]])
 """
 

@@ -23,23 +23,13 @@ SCRIPT = """
 import sys
 import numpy as np
 import pi0_torch
-from pi0.assets import Assets
-from pi0.robots.normalize import NormStats
-from pi0.tokenizers.text import BUNDLED, TextTokenizer
-from pi0_torch.loading import abstract_model
-from pi0_torch.sampler import Sampler
 from pi0.variants import get_variant
-from tests.golden_case import GoldenCase
+from pi0_torch.loading import abstract_model
 
-case = GoldenCase("pi0")
-model = pi0_torch.load(case.checkpoint, config=case.config("float32"))
-stats = NormStats.from_data(np.random.default_rng(0).normal(size=(9, 4)))
-assets = Assets(model.config, dict(state=stats, actions=stats), "arm", "zscore",
-                TextTokenizer(BUNDLED).reference(), "metaworld")
 image = np.zeros((48, 64, 3), np.uint8)
-frame = dict(corner=image, wrist=image, state=np.zeros(4), prompt="")
-for sampler in (None, Sampler(model, compile=False)):
-    pi0_torch.Policy(model, assets, sampler=sampler).infer(frame)
+frame = dict(corner=image, wrist=image, state=np.zeros(4), prompt="open the drawer")
+for use_sampler in (False, True):
+    pi0_torch.Policy.from_pretrained("tests/written_before/export", use_sampler=use_sampler).infer(frame)
 for name in ("tiny_lora", "tiny_pi05", "tiny_pi0_fast"):
     abstract_model(get_variant(name))
 print(*{"torch._dynamo", "torch._inductor", "triton"} & set(sys.modules))
@@ -67,7 +57,7 @@ def test_other_dtypes_are_refused_by_name(dtype: Any):
 
 @pytest.mark.parametrize("device", ["cudaa", "cuda:99", "", 3.5, "tpu"])
 def test_devices_that_are_not_there(device: Any):
-    with pytest.raises(ValueError, match="^device is "):
+    with pytest.raises(ValueError, match=r"^device is "):
         pi0_torch.load(CASE.checkpoint, config=CASE.config("float32"), device=device)
 
 

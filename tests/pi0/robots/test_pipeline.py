@@ -115,7 +115,10 @@ def test_refusals(change: dict, named: str):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"robot": "droid"}, "'metaworld' of robot 'droid': norm stats of 'state' have 4 dimensions, the robot has 8"),
+        (
+            {"robot": "droid"},
+            "assets 'metaworld' do not fit Droid: norm stats of 'state' have 4 dimensions",
+        ),
         ({"norm_stats": {}}, "norm stats lack"),
         ({"normalization": "minmax"}, "unknown normalization mode"),
         (
