@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoints import detect, find_assets, read_tensors
+from convert.checkpoints import find_assets, read_tensors
+from convert.detection import detect
 from convert.formats.orbax import orbax_paths
 from convert.layouts.layout import Layout
 from convert.layouts.registry import LAYOUTS, find_layout

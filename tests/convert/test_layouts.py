@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from convert.checkpoints import detect, infer_config
+from convert.detection import detect, infer_config
 from convert.layouts.layout import Layout, Rule
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor

@@ -253,7 +253,7 @@ def test_other_stats_in_the_postprocessor_are_refused(policy):
     (file,) = folder.glob("policy_postprocessor*.safetensors")
     tensors = {name: Tensor.of(np.array(t.read(()))) for name, t in read_safetensors(file).items()}
     write_safetensors(file, tensors | {"action.std": Tensor.of(tensors["action.std"].read(()) * 2)})
-    with pytest.raises(LayoutError, match="the stats std of action are not those of policy_preprocessor.json"):
+    with pytest.raises(LayoutError, match=r"the stats std of action are not those of policy_preprocessor.json"):
         open_checkpoint(folder, head_dims=HEAD_DIMS)
 
 
