@@ -26,13 +26,14 @@ from convert.layouts.layout import Layout, infer_sizes
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
 from convert.lerobot import BUFFERS, inert_settings
 from convert.peft import ADAPTER, base_of, merge_adapter
-from convert.sidecars import norm_stats_files, read_assets, read_model
+from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
 from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
 from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
+from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
 from pi0.storage import below, require_below
 from pi0.variants import get_variant
@@ -125,16 +126,19 @@ def open_checkpoint(
     asset_id: str | None = None,
     fresh: int | None = None,
     dtype: np.dtype | None = None,
+    preset: str | None = None,
     head_dims: tuple[int, int] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
     Args:
         source: a local path, `gs://` or `hf://` address of a folder with an Orbax `params` folder, that folder itself,
-            a folder with `model.safetensors` or shards of it, an `.npz` file, a training run's folder, or the folder
-            of a PEFT adapter, which is merged into its base.
+            a folder with `model.safetensors` or shards of it, an `.npz` file, the folder of a training run, ours or
+            LeRobot's (`checkpoints/<step>`) or openpi's (`<step>`), or of a PEFT adapter, which is merged into its
+            base.
         config: the model config. Default: that of our, openpi's or LeRobot's `config.json`; without one, sizes follow
-            from shapes, and the rest (horizon, text length, cameras) is that of the released models.
+            from shapes, and the rest (horizon, text length, cameras) is that of the released models, which is noted in
+            `Assets.assumed`.
         layout: the layout of the source, by name or as "module:NAME". Default: detected from the tensors' names.
         step: the step of a training run (default: the newest).
         ema: whether to read the moving average of a training run's parameters, or the trained parameters.
@@ -142,13 +146,14 @@ def open_checkpoint(
         fresh: the seed with which parts that `config` has and the source lacks as a whole are initialized: an action
             expert (for PaliGemma's weights) or LoRA. Without it, such parts are missing tensors.
         dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
+        preset: the name of the openpi config it was trained with (`pi0.presets`), which says what no file does.
         head_dims: the head dims of the language model and the vision tower, where neither a config nor shapes say them.
 
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     with naming(stored.folder):
-        return _validated(stored, config, layout, asset_id, fresh, dtype, head_dims)
+        return _validated(stored, config, layout, asset_id, fresh, dtype, preset, head_dims)
 
 
 def _validated(
@@ -158,6 +163,7 @@ def _validated(
     asset_id: str | None,
     fresh: int | None,
     dtype: np.dtype | None,
+    preset: str | None,
     head_dims: tuple[int, int] | None,
 ) -> Checkpoint:
     folder, tensors = stored.folder, stored.tensors
@@ -167,7 +173,7 @@ def _validated(
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
-    assets, tensors, notes = find_assets(stored, layout, kind, lora, config, asset_id, head_dims)
+    assets, tensors, notes = find_assets(stored, layout, kind, lora, config, asset_id, preset, head_dims)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
@@ -192,6 +198,7 @@ def find_assets(
     lora: tuple[str, ...],
     config: ModelConfig | None = None,
     asset_id: str | None = None,
+    preset: str | None = None,
     head_dims: tuple[int, int] | None = None,
 ) -> tuple[Assets, dict[str, Tensor], list[str]]:
     """The assets of stored weights, from our sidecar files or those of openpi or LeRobot; see `open_checkpoint`.
@@ -200,13 +207,17 @@ def find_assets(
     not the one that was written (`convert.checksums`).
     """
     verify_sidecars(stored.sidecars)
+    named = None if preset is None else get_preset(preset)
+    if named is not None and asset_id is None and norm_stats_files(stored.sidecars):
+        asset_id = named.asset_id
     tensors, tied_output, notes = _used(layout, kind, stored.tensors)
     notes = [*stored.notes, *notes]
     assets = Assets.load(stored.sidecars)
     if assets is not None:
-        model = assets.model
+        model, assumed = assets.model, assets.assumed
     else:
         said = read_model(stored.sidecars, kind)
+        assumed = unknown_fields(kind) if said is None else unsaid_fields(stored.sidecars)
         if config is None:
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             model = _sized(layout, kind, lora, shapes, said, head_dims)
@@ -220,9 +231,13 @@ def find_assets(
     if assets is None or asset_id not in (None, assets.asset_id):
         assets = read_assets(stored.sidecars, model, asset_id, stored.buffers)
         notes += inert_settings(stored.sidecars)
-        if (step := training_step(stored.folder)) is not None:
+        if assets.step is None:
+            step = _openpi_step(stored.sidecars) if stored.folder.name != PRETRAINED else training_step(stored.folder)
             assets = dataclasses.replace(assets, step=step)
-    return dataclasses.replace(assets, model=model), tensors, notes
+    if config is not None:  # says all; a preset changes what it says
+        assumed = () if named is None else FIELDS
+    assets = dataclasses.replace(assets, model=model, assumed=assumed)
+    return (assets if named is None else named.apply(assets, str(preset))), tensors, notes
 
 
 # Fields of a model config that say how its weights are to be used: those of a checkpoint remain with another config.
@@ -275,17 +290,34 @@ def training_step(folder: Path) -> int | None:
     return step if type(step) is int else None
 
 
+def _openpi_step(folder: Path) -> int | None:
+    """The step of a folder that Orbax's checkpoint manager wrote, which has it for a name; None of others."""
+    return int(folder.name) if folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").exists() else None
+
+
+def unknown_fields(kind: str) -> tuple[str, ...]:
+    """The fields of a model config that do not follow from the shapes of a checkpoint."""
+    return tuple(name for name in FIELDS if name != "action_dim" or not FAMILIES[kind].projections)
+
+
 def _step_folder(folder: Path, step: int | None) -> Path:
     """The checkpoint folder of a training run; any other folder is returned unchanged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
-    found = [f for f in (folder / "checkpoints").glob("*") if re.fullmatch("[0-9]{1,18}", f.name)]
+    ours = folder / "checkpoints"
+    root = ours if ours.is_dir() else folder
+    found = [f for f in root.glob("*") if re.fullmatch("[0-9]{1,18}", f.name) and (root == ours or _is_step(f))]
     steps = {int(f.name): f for f in found}
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
     chosen = steps[max(steps) if step is None else step] if steps else folder
     theirs = chosen / PRETRAINED  # of LeRobot's training runs, whose steps are named 020000, or last
     return theirs if theirs.is_dir() else chosen
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether a folder is a step of an openpi run, which are named by their step alone."""
+    return (folder / "params" / "_METADATA").exists()
 
 
 def _trained(folder: Path) -> dict[str, Tensor]:
@@ -296,7 +328,13 @@ def _trained(folder: Path) -> dict[str, Tensor]:
         )
     state = read_orbax(folder / "train_state")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
-    return read_orbax(folder / "params") | trained
+    if all(name.endswith("/value") for name in trained):  # openpi's; without a moving average it has none
+        trained = {name.removesuffix("/value"): tensor for name, tensor in trained.items()}
+    params = read_orbax(folder / "params")
+    unknown = sorted(trained.keys() - params.keys())
+    if unknown:
+        raise CheckpointError(f"{folder}: train_state has parameters that params has not: {', '.join(unknown[:5])}")
+    return params | trained
 
 
 def detect(

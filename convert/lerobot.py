@@ -403,18 +403,18 @@ def _tokenizers(
     declared = values.get("text_tokenizer_name", name)
     if declared != name:
         raise _unsupported(path, "tokenizer_name", name, f"in config.json it is {declared!r}")
-    source = PALIGEMMA if PALIGEMMA_NAMES.fullmatch(name) else f"{_address(name)}/tokenizer.model"
+    source = name if "://" in name else f"hf://{name}/tokenizer.model"
+    source = PALIGEMMA if PALIGEMMA_NAMES.fullmatch(name) else source
     own = _settings(steps, "action_tokenizer_processor").get("action_tokenizer_name")
     action = own or values.get("action_tokenizer_name", "lerobot/fast-action-tokenizer")
     return (
         {"kind": "sentencepiece", "source": source},
-        {"kind": "fast", "source": FAST_NAMES.get(action, _address(action)), "sha256": None},
+        {
+            "kind": "fast",
+            "source": action if "://" in action else FAST_NAMES.get(action, f"hf://{action}"),
+            "sha256": None,
+        },
     )
-
-
-def _address(name: str) -> str:
-    """A name on the hub, or a local path, as an address of `pi0.fetch`."""
-    return name if name.startswith(("/", ".")) or "://" in name else f"hf://{name}"
 
 
 def _robot(

@@ -109,17 +109,10 @@ def _scale(values: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """kernel + scale · b·a, float32; rows of the kernel are rows of `b`."""
+    """kernel + scale · b·a, float32. Computed whole, since sums of a part may round otherwise."""
 
     def read(index: Index) -> np.ndarray:
-        rows, rest = index[:1], index[1:]
-        second = np.asarray(b.read(rows), np.float32)
-        update = second @ np.asarray(a.read(()), np.float32) * np.float32(scale)
-        return np.asarray(kernel.read(rows), np.float32)[(...,)][_inner(rows, rest)] + update[_inner(rows, rest)]
+        base, first, second = (np.asarray(tensor.read(()), np.float32) for tensor in (kernel, a, b))
+        return (base + second @ first * np.float32(scale))[index]
 
     return dataclasses.replace(kernel, dtype=FLOAT32, read=read)
-
-
-def _inner(rows: Index, rest: Index) -> Index:
-    """The index of what is left of an array after its rows were selected."""
-    return (*([] if rows and isinstance(rows[0], int) else [slice(None)] * bool(rest)), *rest)

@@ -46,6 +46,12 @@ def read_model(folder: Path, kind: str) -> ModelConfig | None:
         raise LayoutError(f"{path} cannot be used: {error}") from error
 
 
+def unsaid_fields(folder: Path) -> tuple[str, ...]:
+    """The fields of a model config that the `config.json` read by `read_model` does not have: openpi's, two."""
+    values = read_optional(folder, "config.json") or {}
+    return () if "paligemma_variant" not in values or "type" in values else ("max_token_len", "image_keys")
+
+
 def norm_stats_files(folder: Path) -> dict[str, Path]:
     """All norm stats files of a checkpoint, by asset id, which may contain slashes. Raises AssetsError for links."""
     root = folder / "assets"

@@ -48,6 +48,7 @@ class Assets:
         robot: a name for `make_robot`, or {"name": name, **options}.
         step: the training step.
         training: the config of the experiment.
+        assumed: the fields of `model` that no file of the checkpoint says; they are those of released models.
     """
 
     model: ModelConfig
@@ -61,6 +62,7 @@ class Assets:
     action_tokenizer: dict[str, Any] | None = None
     subtasks: bool = False
     state_in_prompt: bool = True
+    assumed: tuple[str, ...] = ()
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -103,6 +105,9 @@ class Assets:
         try:
             values["model"] = ModelConfig.from_dict(values["model"])
             assets = from_dict(cls, values)
+            no_fields = set(assets.assumed) - {f.name for f in dataclasses.fields(ModelConfig)}
+            if no_fields:
+                raise ValueError(f"assumed has {sorted(no_fields)}, which are no fields of the model")
             changes: dict[str, Any] = {
                 field: _resolved(folder, getattr(assets, field), field) for field in ("tokenizer", "action_tokenizer")
             }

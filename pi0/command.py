@@ -131,6 +131,12 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The argument `--preset`."""
+    text = "the openpi config that the checkpoint was trained with, such as pi05_droid: says horizon, cameras, robot, …"
+    parser.add_argument("--preset", metavar="NAME", help=text)
+
+
 def add_head_dims(parser: argparse.ArgumentParser) -> None:
     """The argument `--head-dims`."""
     parser.add_argument(

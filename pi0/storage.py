@@ -30,7 +30,7 @@ def require_below(root: Path, path: Path) -> None:
     """Raise ValueError where a path below `root` is, or goes through, a symbolic link that leaves `root`."""
     try:
         target, base = path.resolve(), root.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+    except (OSError, RuntimeError, UnicodeError) as error:  # a loop of links, a name that is too long or no text
         raise ValueError(f"{path} cannot be resolved: {error}") from error
     if target == base or base in target.parents:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -34,7 +33,9 @@ FAST_VOCABULARY = 640  # the model's 1280 less the bundled tokenizer's 512 piece
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # targets: final to first loss, error to that of the mean action
 
 
-def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict[str, float]:
+def demo(
+    workdir: Path, steps: int | None = None, variant: str = "demo", *, overwrite: bool = False
+) -> dict[str, float]:
     """Run the demo in an empty `workdir` and return its figures. For π0-FAST it first fits an action tokenizer.
 
     `variant` is a model of `pi0.variants` that fits the bundled recordings. Writes checkpoints, `export/`,
@@ -58,7 +59,7 @@ def demo(workdir: Path, steps: int | None = None, variant: str = "demo") -> dict
         config = fit_fast(config, workdir / "fast")
 
     print_heading(f"1. Train a small {family.title} in JAX on recordings of a simulated robot")
-    metrics = train(config, workdir)
+    metrics = train(config, workdir, overwrite=overwrite)
     plot_loss(workdir / "metrics.jsonl", workdir / "loss.png")
 
     print_heading("2. Export it to PyTorch; every byte is read back and compared")
@@ -209,8 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     require_extra("jax", "jax", "flax", "grain", "optax", "orbax")  # before the last run is deleted
     require_extra("torch", "torch")
-    if args.workdir.exists() and not args.keep:
-        if not (args.workdir / "metrics.jsonl").exists() and any(args.workdir.iterdir()):
-            raise ValueError(f"{args.workdir} is not a run's folder; choose another --workdir")
-        shutil.rmtree(args.workdir)
-    demo(args.workdir, args.steps, args.variant)
+    ours = not args.workdir.exists() or (args.workdir / "metrics.jsonl").exists() or not any(args.workdir.iterdir())
+    if not (ours or args.keep):
+        raise ValueError(f"{args.workdir} is not a run's folder; choose another --workdir")
+    demo(args.workdir, args.steps, args.variant, overwrite=not args.keep)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.command import add_checkpoint, add_dataset, add_robot, exit_on_error, make_parser, output_path
+from pi0.command import add_checkpoint, add_dataset, add_preset, add_robot, exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import open_dataset
@@ -24,7 +24,9 @@ from pi0.datasets.statistics import frame_numbers
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
-from pi0.storage import new_folder
+from pi0.storage import new_folder, require_replaceable
+
+FILES: dict[str, Any] = {"marker": ("replay.json",), "files": ("episode_*.png",)}  # of the folder it writes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,13 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
         "examples:\n"
         "  pi0-replay runs/demo/export bundled://metaworld_v30 --episodes 3 7 11 15 --out runs/replay\n"
         "  pi0-replay runs/aloha data/aloha --framework jax --every 10\n"
-        "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --robot droid --asset-id droid\n\n"
+        "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --preset pi05_droid\n\n"
         "written to the folder:\n"
         "  replay.json, and episode_<number>.png, predicted and recorded actions over time",
     )
     add_checkpoint(parser)
     add_dataset(parser)
     add_robot(parser)
+    add_preset(parser)
+    parser.add_argument("--action-horizon", type=int, metavar="N", help="where neither checkpoint nor preset says it")
     parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="default: all")
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="default torch")
     parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
@@ -165,8 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="chunks at a time (default 16)")
     parser.add_argument("--threshold", type=float, default=0.1, help="of `within`: fraction of the recorded range")
     args = parser.parse_args(arguments)
-    if args.out is not None and args.out.exists() and not args.overwrite:  # fail before the work, not after it
-        raise FileExistsError(f"{args.out} exists already; choose another name or pass --overwrite")
+    if args.out is not None:  # fail before the work, not after it
+        require_replaceable(args.out, args.overwrite, **FILES)
     policy = load_policy(args)
     dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes, format=args.format)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
@@ -180,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def load_policy(args: argparse.Namespace) -> Policy:
     """The policy of the checkpoint in the framework. Raises ValueError for --device with JAX."""
-    names = ("robot", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
+    names = ("robot", "preset", "action_horizon", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
     options = {name: getattr(args, name) for name in names} | {"fallback": True}
     if args.device is not None:
         if args.framework != "torch":
@@ -195,7 +199,7 @@ def write_folder(
     """Write figures and plots, all or nothing. Raises FileExistsError."""
     from pi0.plots import plot_actions  # matplotlib is an extra, and slow to import
 
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, **FILES) as folder:
         (folder / "replay.json").write_text(json.dumps(figures, indent=2) + "\n")
         for e in episodes:
             title = f"episode {e.episode}: {e.task}"

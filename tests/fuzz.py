@@ -53,7 +53,7 @@ from pi0.fetch import fetch  # noqa: E402
 from pi0.parameters import parameters  # noqa: E402
 from pi0.policy.policy import fill_assets  # noqa: E402
 from pi0.reading import naming, read_json  # noqa: E402
-from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats  # noqa: E402
+from pi0.robots.normalize import NormStats, check_norm_stats, load_norm_stats, save_norm_stats  # noqa: E402
 from pi0.robots.pipeline import Pipeline  # noqa: E402
 from pi0.robots.registry import make_robot  # noqa: E402
 from pi0.run_config import RunConfig  # noqa: E402
@@ -182,6 +182,12 @@ def read_annotations(folder: Path, out: Path) -> None:
     questions[0]
 
 
+def read_norm_stats(folder: Path, out: Path) -> None:
+    stats = load_norm_stats(folder / "norm_stats.json")
+    with naming(folder):
+        check_norm_stats(stats, "quantile", {"state": 4, "actions": 4}, 8)
+
+
 READERS: dict[str, Callable[[Path, Path], Any]] = {
     "checkpoint": read_checkpoint,
     "dataset": read_dataset,
@@ -189,7 +195,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "run config": read_run_config,
     "text": read_text_tokenizer,
     "fast": read_fast,
-    "norm stats": lambda folder, out: load_norm_stats(folder / "norm_stats.json")["state"].apply(np.ones(4), "zscore"),
+    "norm stats": read_norm_stats,
     "annotations": read_annotations,
     "arrays": lambda folder, out: Inputs.load(folder / "inputs.npz", PI0),
 }

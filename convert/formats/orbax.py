@@ -76,12 +76,20 @@ def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
 def _kvstore(folder: Path, key: str) -> dict:
     if (folder / "manifest.ocdbt").exists():
         return _ocdbt(folder, key)
-    return {"driver": "file", "path": f"{(folder / key).resolve()}/"}
+    return {"driver": "file", "path": f"{_resolved(folder) / key}/"}
+
+
+def _resolved(folder: Path) -> Path:
+    """The absolute path of a folder. Raises CheckpointError for one that tensorstore takes for another."""
+    path = folder.resolve()
+    if "\\" in str(path):
+        raise CheckpointError(f"{path} has a backslash in its path, which tensorstore takes for a slash; rename it")
+    return path
 
 
 def _ocdbt(folder: Path, key: str) -> dict:
     """The specification of a key. The base is no URL, in which #, ?, % and | have a meaning."""
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}, "path": f"{key}/"}
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{_resolved(folder)}/"}, "path": f"{key}/"}
 
 
 def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:

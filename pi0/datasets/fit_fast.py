@@ -15,7 +15,8 @@ from pi0.fetch import fetch
 from pi0.robots.normalize import MODES
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
-from pi0.tokenizers.fast import FASTTokenizer
+from pi0.storage import require_replaceable
+from pi0.tokenizers.fast import FOLDER, FASTTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         kept, held_out = split_episodes(episode_numbers(root, args.format), args.held_out)
     except ValueError as error:
         raise ValueError(f"--held-out: {error}") from error
-    if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"{args.output} exists already: choose another folder, or --overwrite it")
+    require_replaceable(args.output, args.overwrite, **FOLDER)  # before the work, not after it
     robot = make_robot(args.robot)
 
     def dataset_of(episodes: list[int]) -> Dataset:

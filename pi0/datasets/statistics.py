@@ -219,13 +219,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--action-horizon", required=True, type=int, metavar="T", help="actions in a chunk")
     parser.add_argument("--out", required=True, type=output_path, metavar="FOLDER", help="where <asset id>/ is written")
     parser.add_argument("--asset-id", required=True, metavar="ID", help="the name of these norm stats")
+    parser.add_argument("--overwrite", action="store_true", help="replace the norm stats of this asset id")
     args = parser.parse_args(arguments)
     require_extra("plots", "matplotlib")  # before anything takes long
+    folder = below(args.out, args.asset_id)
+    if (folder / "norm_stats.json").exists() and not args.overwrite:
+        raise FileExistsError(f"{folder} has norm stats already; choose another --asset-id or pass --overwrite")
     robot, options = make_robot(args.robot), {"action_horizon": args.action_horizon, "cameras": []}
     dataset = open_dataset(args.dataset, robot, format=args.format, **options)
     stats = dataset_statistics(dataset, robot)
     print(report(stats))
-    folder = below(args.out, args.asset_id)
     norm_stats = {key: running.norm_stats() for key, running in stats.items()}
     save_norm_stats(folder / "norm_stats.json", norm_stats)
     panels = {

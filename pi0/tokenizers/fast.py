@@ -21,6 +21,7 @@ from pi0.tokenizers.text import require_sha256
 
 FAST = "hf://physical-intelligence/fast"
 FAST_FILES = ("tokenizer.json", "processor_config.json")
+FOLDER: dict[str, Any] = {"marker": FAST_FILES, "files": ("tokenizer_config.json",)}  # what `save` may replace
 SURROGATES = 0xD800  # the first code point that is not a character
 MAX_TOKEN = 10_000  # characters of one token, as in `fit`
 MAX_CHUNK = 4096  # actions of a chunk, and dimensions of an action
@@ -193,7 +194,7 @@ class FASTTokenizer:
         exists, unless it is a FAST tokenizer's to `overwrite`.
         """
         files = {**self._files, "tokenizer_config.json": _TOKENIZER_CONFIG}
-        with new_folder(Path(folder), overwrite, marker=FAST_FILES[:1], files=tuple(files)) as temporary:
+        with new_folder(Path(folder), overwrite, **FOLDER) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
         self.source = str(folder)

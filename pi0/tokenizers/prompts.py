@@ -89,9 +89,10 @@ class FASTPromptTokenizer:
     def extract_actions(
         self, tokens: Sequence[int] | np.ndarray, time_horizon: int, action_dim: int, fallback: bool = False
     ) -> tuple[np.ndarray, bool]:
-        """The chunk float64 [T, A] in generated tokens [N], between "Action: " and the first "|" or `<eos>`; and True.
+        """The chunk float64 [T, A] in generated tokens [N], after "Action: " to "|", `<eos>` or a second one; and True.
 
-        Raises FASTError if there is none; with `fallback` the result is zeros and False instead.
+        Tokens of text among them are skipped, as openpi does, if what remains is exactly one chunk. Raises FASTError
+        for anything else; with `fallback` the result is zeros and False instead, which is openpi's answer.
         """
         try:
             return self.fast.decode(self._answer([int(t) for t in tokens]), time_horizon, action_dim)
@@ -105,8 +106,9 @@ class FASTPromptTokenizer:
         if start == len(tokens):
             raise FASTError(f"the {len(tokens)} generated tokens have no 'Action: '")
         answer = tokens[start + len(self._start) :]
-        answer = answer[: min(_find(answer, self._end), _find(answer, [self.text.eos_id]))]
-        return [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+        answer = answer[: min(_find(answer, end) for end in (self._end, [self.text.eos_id], self._start))]
+        ids = [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+        return [i for i in ids if i < self.fast.vocab_size]  # without text; ids below 0 are special tokens, no text
 
 
 class RecipeTokenizer:

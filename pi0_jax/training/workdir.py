@@ -36,6 +36,8 @@ def check_workdir(workdir: Path, config: RunConfig, overwrite: bool = False) -> 
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is not a folder; choose another --workdir")
+    if "\\" in str(workdir.resolve()):
+        raise ValueError(f"{workdir} has a backslash in its path, which tensorstore takes for a slash; choose another")
     before = recorded_config(workdir)
     if before is None or overwrite:
         return

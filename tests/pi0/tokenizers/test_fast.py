@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -315,7 +316,10 @@ def generated(prompts: FASTPromptTokenizer) -> list[int]:
 def test_extract_actions_inverts_encode(prompts: FASTPromptTokenizer, fast: FASTTokenizer) -> None:
     answer = generated(prompts)
     expected = fast.decode(fast.encode(CHUNK))[0]
-    for tokens in (answer, answer[:-1], answer[:-2], [*answer, 7, 7], [*answer, *answer], np.array(answer, np.int32)):
+    stray = [9, *answer[:4], 9, *answer[4:-2], 7, *answer[-2:]]  # tokens of text, which openpi skips
+    again = [*answer[:-2], *answer]  # openpi cuts at a second "Action: "
+    arrays = (np.array(answer, np.int32),)
+    for tokens in (answer, answer[:-1], answer[:-2], [*answer, 7, 7], [*answer, *answer], stray, again, *arrays):
         actions, whole = prompts.extract_actions(tokens, T, A)
         assert whole
         np.testing.assert_array_equal(actions, expected)
@@ -328,7 +332,8 @@ def test_generated_tokens_that_are_no_actions(prompts: FASTPromptTokenizer) -> N
         ([eos], "no 'Action: '"),
         (answer[1:], "no 'Action: '"),
         ([*answer[:4], eos, *answer[4:]], "a chunk of"),
-        ([*answer[:4], 9, *answer[4:]], "not in 0 to 299"),
+        ([*answer[:4], 9, *answer[5:]], "a chunk of"),
+        ([*answer[:5], *answer], "a chunk of"),  # up to the second "Action: "
         ([*answer[:4], V - 1, *answer[4:]], r"not in 0 to 299: \[-128\]"),
     ]:
         with pytest.raises(FASTError, match=message):
@@ -352,3 +357,41 @@ def test_published() -> None:
     answer = generated(prompts)
     assert max(answer) <= 257152 - 129
     np.testing.assert_array_equal(prompts.extract_actions(answer, T, A)[0], fast.decode(fast.encode(CHUNK), T, A)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "x" * 999}},
+            "normalizer is 'Replace'",
+        ),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}}}, "pre_tokenizer is 'Split'"),
+        ({"decoder": {"type": "Sequence", "decoders": []}}, "decoder is 'Sequence'"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is 'TemplateProcessing'"),
+        ({"padding": {"strategy": {"Fixed": 2**40}}}, "padding is"),
+        ({"truncation": {"max_length": 3}}, "truncation is"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "model is 'WordPiece'"),
+        ({"model": {"type": "BPE", "vocab": {"x" * 10_001: 0}, "merges": []}}, "a token has 10001 characters"),
+        ({"added_tokens": [{"content": "y" * 10_001, "id": 1}]}, "a token has 10001 characters"),
+        ({"model": None}, "no table of tokens"),
+    ],
+)
+def test_components_that_may_take_forever(change: dict, said: str, folder: Path, tmp_path: Path) -> None:
+    """A file of a stranger may have regular expressions and normalizers that never end; FAST's has none."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=rf"copy is not a FAST tokenizer: .*tokenizer\.json: {said}"):
+        FASTTokenizer(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"time_horizon": 2**40}, {"action_dim": -1}, {"scale": 1e999}, {"min_token": 2**60}, {"vocab_size": "9"}]
+)
+def test_numbers_of_strangers(change: dict, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / "processor_config.json").read_text())
+    (copy / "processor_config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=rf"copy is not a FAST tokenizer: .*{next(iter(change))}"):
+        FASTTokenizer(copy)

@@ -12,6 +12,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pi0.fetch import fetch
 from pi0.sample import make_tokenizer
 from pi0.tokenizers.text import BUNDLED, PALIGEMMA, TextTokenizer, state_bins
 
@@ -139,3 +140,41 @@ def test_paligemma() -> None:
     ids, mask = tokenizer.encode_prompt("pick up the cup", 48)
     assert ids[mask][0] == 2 and ids[mask][-1] == 108
     assert text_of(tokenizer, (ids, mask)) == "pick up the cup\n"
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    size, out = len(content), bytearray([number << 3 | 2])
+    while size > 127:
+        out.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*out, size]) + content
+
+
+GROWING = (1024).to_bytes(4, "little") + bytes(1024) + b"x" * 100_000 + b"\0"
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (field(3, field(2, GROWING)), "its normalizer makes more than 256 bytes of one character"),
+        (field(5, field(2, GROWING)), "its normalizer makes more than 256 bytes"),
+        (field(1, field(1, b"y" * 1001)), "piece 512 has more than 1000 bytes"),
+        (b"\x0a\xff", "truncated|index out of range"),
+        (b"\x0f", "unknown wire type 7"),
+    ],
+)
+def test_models_that_take_unbounded_memory(extra: bytes, said: str, tmp_path) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(fetch(BUNDLED).read_bytes() + extra)
+    with pytest.raises(ValueError, match=rf"tokenizer\.model is not a SentencePiece model .*{said}"):
+        TextTokenizer(file)
+
+
+def test_what_is_no_model(tmp_path) -> None:
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="zero is not a regular file"):
+        TextTokenizer(tmp_path / "zero")
+    (tmp_path / "large").write_bytes(bytes(64 << 20) + b"x")
+    with pytest.raises(ValueError, match="large has more than 67,108,864 bytes"):
+        TextTokenizer(tmp_path / "large")

@@ -1,0 +1,181 @@
+"""A run's folder: of one run at a time, and nothing in it is lost by a start that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from pi0.assets import Assets
+from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
+from pi0_jax.training.train import train
+from pi0_jax.training.workdir import RunFolder, lock, recorded_config
+from tests.pi0_jax.training.test_train import small_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of two steps."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train(small_config(steps=2, eval_every=0), workdir)
+    return workdir
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (f for f in folder.rglob("*") if f.is_file() and f.name != ".lock")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def diverging(**changes):
+    return small_config(optimizer={"peak_lr": 1e30, "warmup_steps": 1, "clip_norm": 1e30}, eval_every=0, **changes)
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on .*\); wait"):
+        lock(tmp_path)
+    os.close(held)
+    os.close(lock(tmp_path))
+
+
+def test_the_lock_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from pi0_jax.training.workdir import lock; "
+    script += "lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(100)"
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"process {other.pid} on"):
+        RunFolder(tmp_path, small_config()).__enter__()
+    assert [f.name for f in tmp_path.iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    with RunFolder(tmp_path, small_config()):
+        assert (tmp_path / "config.json").exists()
+
+
+def test_a_failed_start_blocks_nothing(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        train(small_config(base_checkpoint=str(tmp_path / "nowhere")), workdir)
+    assert recorded_config(workdir) is None
+    with RunFolder(workdir, small_config(batch_size=4)):
+        assert json.loads((workdir / "config.json").read_text())["batch_size"] == 4
+
+
+@pytest.mark.parametrize("text", ['{"batch', "", "[]", "\xff"])
+def test_a_torn_config_is_told_by_the_checkpoint(text: str, run: Path) -> None:
+    (run / "config.json").write_bytes(text.encode("latin-1"))
+    assert recorded_config(run) == small_config(steps=2, eval_every=0)
+    with pytest.raises(ValueError, match="batch_size was 8 and is 4"):
+        train(small_config(batch_size=4), run)
+
+
+def test_a_config_that_was_changed_is_not_believed(run: Path) -> None:
+    """The checkpoints say what they were trained with, and are signed."""
+    (run / "config.json").write_text(json.dumps(small_config(batch_size=4).to_dict()))
+    with pytest.raises(ValueError, match="batch_size was 8 and is 4"):
+        train(small_config(batch_size=4), run)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_folders_of_something_else(overwrite: bool, tmp_path: Path) -> None:
+    export, lerobot = tmp_path / "export", tmp_path / "lerobot"
+    export.mkdir()
+    (export / "config.json").write_text('{"format": "pi0"}')
+    (export / "model.safetensors").write_text("weights of weeks")
+    (lerobot / "checkpoints" / "020000").mkdir(parents=True)
+    before = contents(tmp_path)
+    for folder in (export, lerobot):
+        with pytest.raises(ValueError, match="is not a run's folder"):
+            train(small_config(), folder, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data": {"root": "/no/such/dataset"}}, {"base_checkpoint": "/no/such/checkpoint"}, {"diverging": True}]
+)
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_start(changes: dict, run: Path) -> None:
+    (run / "notes.md").write_text("mine")
+    before = contents(run)
+    config = diverging(save_every=2) if "diverging" in changes else small_config(**changes)
+    with pytest.raises((ValueError, OSError, FloatingPointError)):
+        train(config, run, overwrite=True)
+    after = contents(run)
+    after.pop("non_finite.json", None)
+    assert after == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(run: Path) -> None:
+    (run / "notes.md").write_text("mine")
+    train(small_config(steps=3, batch_size=4, eval_every=0, save_every=1), run, overwrite=True)
+    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["2", "3"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 1 and recorded_config(run).batch_size == 4
+    assert (run / "notes.md").exists() and not (run / ".replaced").exists()
+
+
+def test_a_run_that_was_killed_while_it_replaced_another(run: Path) -> None:
+    before = contents(run)
+    folder = RunFolder(run, small_config(batch_size=4), overwrite=True)
+    folder.__enter__()
+    os.close(folder._lock)  # as by SIGKILL
+    assert not (run / "checkpoints").exists()
+    with pytest.raises(ValueError, match="batch_size was 8 and is 4"):
+        train(small_config(batch_size=4), run)
+    assert contents(run) == before
+
+
+def test_diverged_parameters_are_not_saved(tmp_path: Path) -> None:
+    """Between two lines of the log, too; the checkpoints before stay."""
+    train(small_config(steps=2, eval_every=0, save_every=1), tmp_path)
+    config = diverging(steps=9, log_every=100, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pi0_jax.training.workdir.FREE", ("steps", "log_every", "save_every", "eval_every", "optimizer"))
+        with pytest.raises(FloatingPointError, match=r"step \d is not finite, and nothing was saved"):
+            train(config, tmp_path)
+    steps = sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir() if f.name.isdigit())
+    assert steps and all(damage(tmp_path / "checkpoints" / str(step)) is None for step in steps)
+    for step in steps:
+        from convert.checkpoints import open_checkpoint
+
+        tensors = open_checkpoint(tmp_path, step=step).ours.values()
+        assert all(jnp.isfinite(tensor.read(())).all() for tensor in tensors)
+
+
+def test_a_diverged_checkpoint_of_an_older_version_is_put_aside(tmp_path: Path, capsys) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    state = {"params": {"a": jnp.ones(3)}, "frozen": {}, "ema": None}
+    bad = {**state, "params": {"a": jnp.array([1.0, jnp.nan, 1.0])}}
+    for step, tree in ((1, state), (2, bad)):
+        checkpoints.save(step, tree["params"], tree, Assets(small_config().model), {"validation_loss": jnp.nan})
+    checkpoints.close()
+    step, restored = Checkpoints(tmp_path, keep=5).restore_newest(state)
+    assert step == 1 and restored["params"]["a"].tolist() == [1, 1, 1]
+    assert "checkpoint 2 is damaged and put aside as damaged-2: it has NaN" in capsys.readouterr().out
+
+
+def test_checksums_that_were_lost_or_emptied(run: Path, capsys) -> None:
+    step = run / "checkpoints" / "2"
+    for text, said in (("{}", "was it emptied"), ("[1]", "holds list"), ('{"a": 3}', "is no table")):
+        (step / CHECKSUMS).write_text(text)
+        assert damage(step) and CHECKSUMS in damage(step) and said
+    (step / CHECKSUMS).unlink()
+    assert damage(step) is None
+    train(small_config(steps=2, eval_every=0), run)
+    assert (
+        "checkpoint 2 has no checksums.json: all of its arrays were read; it is signed again" in capsys.readouterr().out
+    )
+    assert (step / CHECKSUMS).exists()
+    (step / "params" / "d" / "more").write_text("of somebody else")
+    assert damage(step) == "params/d/more is not listed in checksums.json"
