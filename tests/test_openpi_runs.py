@@ -122,6 +122,12 @@ def test_a_preset(name: str):
     assert json.loads(json.dumps(preset.robot)) == preset.robot
 
 
+def test_the_wrist_of_pi0_fast_libero():
+    """openpi's data has π0's names in π0's order, so that the wrist is the second image of π0-FAST."""
+    preset = PRESETS["pi0_fast_libero"]
+    assert make_robot(preset.robot).cameras["wrist_image"] == preset.image_keys[1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inspection_names_the_preset(name: str, runs):
     found = inspect(runs[name])

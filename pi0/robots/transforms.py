@@ -152,7 +152,10 @@ class CameraMasks:
         own = {key.removeprefix("image/") for key in data if key.startswith("image/")}
         unknown = sorted(own - set(self.image_keys))
         if unknown:
-            raise ValueError(f"the model has no cameras {unknown}; it has {list(self.image_keys)}")
+            raise ValueError(
+                f"the model has no cameras {unknown}; it has {list(self.image_keys)}, to which the robot's option "
+                "`cameras` maps its own"
+            )
         if not own:
             raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; got the keys {sorted(data)}")
         missing = [key for key in self.image_keys if key not in own]
