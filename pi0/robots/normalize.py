@@ -160,7 +160,7 @@ def _entry(where: str, entry: object) -> NormStats:
     try:
         fields: dict[str, Any] = {f.name: entry.get(f.name) for f in dataclasses.fields(NormStats)}
         return NormStats(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
