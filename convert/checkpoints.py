@@ -6,33 +6,39 @@ Weights are read lazily, and nothing is written before all tensor names and shap
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
+import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from convert.checksums import verify_sidecars
+from convert.detection import detect, infer_config
 from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, read_sharded, write_safetensors
 from convert.fresh import source_config, with_fresh
-from convert.layouts.layout import Layout, infer_sizes
+from convert.layouts.layout import Layout
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
-from convert.sidecars import norm_stats_files, read_assets, read_model
-from convert.tensors import CheckpointError, Tensor
-from pi0.assets import NORM_STATS, Assets, check_asset_id
-from pi0.config import GemmaConfig, ModelConfig, VisionConfig
+from convert.lerobot import BUFFERS, inert_settings
+from convert.peft import ADAPTER, base_of, merge_adapter
+from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
+from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
+from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
+from pi0.config import ModelConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch
 from pi0.parameters import LayoutError
+from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
 from pi0.storage import below, require_below
-from pi0.variants import get_variant
+
+logger = logging.getLogger(__name__)
+
+PRETRAINED = "pretrained_model"  # the folder of a checkpoint of LeRobot's training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Checkpoint:
         ours: the parameters, by the names of `pi0.parameters`, read lazily.
         norm_stats: the norm stats files of all asset ids.
         fresh: the names of newly initialized parameters.
+        notes: what was read otherwise than stored.
     """
 
     folder: Path
@@ -54,6 +61,7 @@ class Checkpoint:
     ours: dict[str, Tensor]
     norm_stats: dict[str, Path] = dataclasses.field(default_factory=dict)
     fresh: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def in_layout(self, layout: str | Layout) -> dict[str, Tensor]:
         """The tensors of another layout, read lazily."""
@@ -64,13 +72,16 @@ class Checkpoint:
 class Stored:
     """The tensors stored in the file or folder `weights` of a checkpoint, by their names there.
 
-    `sidecars` is the folder of its sidecar files.
+    `sidecars` is the folder of its sidecar files, `notes` say what of it is computed. `buffers` are tensors beside its
+    parameters: norm stats, in policies of LeRobot 0.3.
     """
 
     folder: Path
     weights: Path
     sidecars: Path
     tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_tensors(
@@ -89,7 +100,14 @@ def read_tensors(
                 require_below(folder, file)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
-            return Stored(folder, file, folder, read(file))
+            tensors = read(file)
+            buffers = {name: tensors.pop(name) for name in list(tensors) if BUFFERS.fullmatch(name)}
+            return Stored(folder, file, folder, tensors, buffers)
+    if (folder / ADAPTER).exists():
+        base = read_tensors(base_of(folder))
+        tensors, note = merge_adapter(folder, base.tensors)
+        sidecars = folder if (folder / "config.json").exists() else base.sidecars
+        return dataclasses.replace(base, folder=folder, sidecars=sidecars, tensors=tensors, notes=(*base.notes, note))
     for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
         if (params / "_METADATA").exists():
             return Stored(folder, params, sidecars, read_orbax(params, dtype))
@@ -106,14 +124,19 @@ def open_checkpoint(
     asset_id: str | None = None,
     fresh: int | None = None,
     dtype: np.dtype | None = None,
+    preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
     Args:
         source: a local path, `gs://` or `hf://` address of a folder with an Orbax `params` folder, that folder itself,
-            a folder with `model.safetensors` or shards of it, an `.npz` file, or a training run's folder.
+            a folder with `model.safetensors` or shards of it, an `.npz` file, the folder of a training run, ours or
+            LeRobot's (`checkpoints/<step>`) or openpi's (`<step>`), or of a PEFT adapter, which is merged into its
+            base.
         config: the model config. Default: that of our, openpi's or LeRobot's `config.json`; without one, sizes follow
-            from shapes, and the rest (horizon, text length, cameras) is that of the released models.
+            from shapes, and the rest (horizon, text length, cameras) is that of the released models, which is noted in
+            `Assets.assumed`.
         layout: the layout of the source, by name or as "module:NAME". Default: detected from the tensors' names.
         step: the step of a training run (default: the newest).
         ema: whether to read the moving average of a training run's parameters, or the trained parameters.
@@ -121,12 +144,14 @@ def open_checkpoint(
         fresh: the seed with which parts that `config` has and the source lacks as a whole are initialized: an action
             expert (for PaliGemma's weights) or LoRA. Without it, such parts are missing tensors.
         dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
+        preset: the name of the openpi config it was trained with (`pi0.presets`), which says what no file does.
+        head_dims: the head dims of the language model and the vision tower, where neither a config nor shapes say them.
 
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
     with naming(stored.folder):
-        return _validated(stored, config, layout, asset_id, fresh, dtype)
+        return _validated(stored, config, layout, asset_id, fresh, dtype, preset, head_dims)
 
 
 def _validated(
@@ -136,6 +161,8 @@ def _validated(
     asset_id: str | None,
     fresh: int | None,
     dtype: np.dtype | None,
+    preset: str | None,
+    head_dims: tuple[int, int] | None,
 ) -> Checkpoint:
     folder, tensors = stored.folder, stored.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -144,7 +171,8 @@ def _validated(
     for name, tensor in tensors.items():
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
             raise LayoutError(f"{folder}: {name} has dtype {tensor.dtype}; expected a floating-point dtype")
-    assets = find_assets(stored, layout, kind, lora, config, asset_id)
+    assets, tensors, notes = find_assets(stored, layout, kind, lora, config, asset_id, preset, head_dims)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     norm_stats = norm_stats_files(stored.sidecars)
     new: list[str] = []
     if fresh is None:
@@ -156,7 +184,9 @@ def _validated(
         ours, new = with_fresh(assets.model, ours, fresh)
     if dtype is not None:  # a no-op for Orbax
         ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
-    return Checkpoint(folder, layout, assets, ours, norm_stats, new)
+    for note in notes:
+        logger.info("%s: %s", folder, note)
+    return Checkpoint(folder, layout, assets, ours, norm_stats, new, notes)
 
 
 def find_assets(
@@ -166,33 +196,126 @@ def find_assets(
     lora: tuple[str, ...],
     config: ModelConfig | None = None,
     asset_id: str | None = None,
-) -> Assets:
-    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot. See `open_checkpoint`.
+    preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
+) -> tuple[Assets, dict[str, Tensor], list[str]]:
+    """The assets of stored weights, from our sidecar files or those of openpi or LeRobot; see `open_checkpoint`.
 
-    Raises CheckpointError where a sidecar file is not the one that was written (`convert.checksums`).
+    Returns the tensors that count too, and notes on those that do not. Raises CheckpointError where a sidecar file is
+    not the one that was written (`convert.checksums`).
     """
     verify_sidecars(stored.sidecars)
+    named = None if preset is None else get_preset(preset)
+    if named is not None and asset_id is None and norm_stats_files(stored.sidecars):
+        asset_id = named.asset_id
+    tensors, tied_output, notes = _used(layout, kind, stored.tensors)
+    notes = [*stored.notes, *notes]
     assets = Assets.load(stored.sidecars)
+    if assets is not None:
+        model, assumed = assets.model, assets.assumed
+    else:
+        said = read_model(stored.sidecars, kind)
+        assumed = unknown_fields(kind) if said is None else unsaid_fields(stored.sidecars)
+        if config is None:
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            model = _sized(layout, kind, lora, shapes, said, head_dims)
+        elif said is not None:  # what config= replaces is sizes and inputs, not how the weights are to be used
+            model = dataclasses.replace(config, **{name: getattr(said, name) for name in CONVENTIONS})
+        else:
+            model = config
+        model = dataclasses.replace(model, tied_output=model.tied_output and tied_output)
+    if config is not None and assets is not None:
+        model = dataclasses.replace(config, **{name: getattr(model, name) for name in CONVENTIONS})
     if assets is None or asset_id not in (None, assets.asset_id):
-        shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        model = config or (assets and assets.model) or read_model(stored.sidecars, kind)
-        return read_assets(stored.sidecars, model or infer_config(layout, kind, shapes, lora), asset_id)
-    return assets if config is None else dataclasses.replace(assets, model=config)
+        assets = read_assets(stored.sidecars, model, asset_id, stored.buffers)
+        notes += inert_settings(stored.sidecars)
+        if assets.step is None:
+            step = _openpi_step(stored.sidecars) if stored.folder.name != PRETRAINED else training_step(stored.folder)
+            assets = dataclasses.replace(assets, step=step)
+    if config is not None:  # says all; a preset changes what it says
+        assumed = () if named is None else FIELDS
+    assets = dataclasses.replace(assets, model=model, assumed=assumed)
+    return (assets if named is None else named.apply(assets, str(preset))), tensors, notes
+
+
+# Fields of a model config that say how its weights are to be used: those of a checkpoint remain with another config.
+CONVENTIONS = ("time_periods", "text_format", "tied_output")
+
+
+def _used(layout: Layout, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool, list[str]]:
+    """The tensors that count where both a text embedding and an output projection are stored.
+
+    Returns whether these are one, and notes.
+    """
+    spelled = {layout.spell(name, tied_output=False): name for name in tensors}
+    names = {rule.ours: spelled.get(rule.theirs) for rule in layout.untied}
+    embedding, output = names.get("paligemma.embedding"), names.get("paligemma.output")
+    if embedding is None or output is None:
+        return tensors, True, []
+    rest = {name: tensor for name, tensor in tensors.items() if name != output}
+    if not FAMILIES[kind].action_tokens:
+        return rest, True, [f"{output} is not used: {FAMILIES[kind].title} writes no text in LeRobot"]
+    first, second = tensors[embedding], tensors[output]
+    if (first.shape, first.dtype) == (second.shape, second.dtype) and all(
+        same_bytes(first.read(part), second.read(part)) for part in pieces(first)
+    ):
+        return rest, True, []
+    return tensors, False, [f"the output projection {output} is not the text embedding {embedding}: both are kept"]
+
+
+def _sized(
+    layout: Layout,
+    kind: str,
+    lora: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    said: ModelConfig | None,
+    head_dims: tuple[int, int] | None,
+) -> ModelConfig:
+    """The model config of a file, `said`, with sizes from shapes; where it is None, all that shapes say."""
+    if said is not None and head_dims is None:
+        head_dims = said.paligemma.head_dim, said.vision.head_dim
+    found = infer_config(layout, kind, shapes, lora, head_dims)
+    if said is None:
+        return found
+    sizes = {name: getattr(found, name) for name in ("vision", "paligemma", "action_expert", "vocab_size")}
+    return dataclasses.replace(said, **sizes)
+
+
+def training_step(folder: Path) -> int | None:
+    """The step of a checkpoint of LeRobot's training, `checkpoints/<step>/pretrained_model`; None of others."""
+    state = read_optional(folder.parent, "training_state/training_step.json") if folder.name == PRETRAINED else None
+    step = (state or {}).get("step")
+    return step if type(step) is int else None
+
+
+def _openpi_step(folder: Path) -> int | None:
+    """The step of a folder that Orbax's checkpoint manager wrote, which has it for a name; None of others."""
+    return int(folder.name) if folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").exists() else None
+
+
+def unknown_fields(kind: str) -> tuple[str, ...]:
+    """The fields of a model config that do not follow from the shapes of a checkpoint."""
+    return tuple(name for name in FIELDS if name != "action_dim" or not FAMILIES[kind].projections)
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
     """The checkpoint folder of a training run; any other folder is returned unchanged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
-    found = [f for f in (folder / "checkpoints").glob("*") if re.fullmatch("[0-9]{1,18}", f.name)]
+    ours = folder / "checkpoints"
+    root = ours if ours.is_dir() else folder
+    found = [f for f in root.glob("*") if re.fullmatch("[0-9]{1,18}", f.name) and (root == ours or _is_step(f))]
     steps = {int(f.name): f for f in found}
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
-    if not steps:
-        return folder
-    chosen = steps[max(steps) if step is None else step]
-    theirs = chosen / "pretrained_model"  # of LeRobot's training runs, whose steps are named 020000
+    chosen = steps[max(steps) if step is None else step] if steps else folder
+    theirs = chosen / PRETRAINED  # of LeRobot's training runs, whose steps are named 020000, or last
     return theirs if theirs.is_dir() else chosen
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether a folder is a step of an openpi run, which are named by their step alone."""
+    return (folder / "params" / "_METADATA").exists()
 
 
 def _trained(folder: Path) -> dict[str, Tensor]:
@@ -203,78 +326,13 @@ def _trained(folder: Path) -> dict[str, Tensor]:
         )
     state = read_orbax(folder / "train_state")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
-    return read_orbax(folder / "params") | trained
-
-
-def detect(
-    shapes: Mapping[str, tuple[int, ...]], layouts: Iterable[Layout] = tuple(LAYOUTS.values())
-) -> tuple[Layout, str, tuple[str, ...]]:
-    """Detect the layout, the kind of model and its experts with LoRA, by the best match of tensor names.
-
-    Raises LayoutError where no name matches.
-    """
-    best, most = None, 0.0
-    for layout in layouts:
-        unused = {_stem(rule.theirs) for rule in layout.unused}
-        found = {_stem(layout.spell(name)) for name in shapes} - unused
-        for kind, lora in ((k, lora) for k in layout.kinds for lora in _lora_choices(layout, k)):
-            names = {_stem(rule.theirs.replace("{l}", "0")) for rule in layout.rules_for(kind, lora)}
-            score = len(names & found) / len(names | found)
-            if score > most:
-                best, most = (layout, kind, lora), score
-    if best is None:
-        tried = ", ".join(layout.name for layout in layouts)
-        raise LayoutError(f"no layout has tensors like {sorted(shapes)[:5]}; tried {tried}")
-    return best
-
-
-def _lora_choices(layout: Layout, kind: str) -> Iterator[tuple[str, ...]]:
-    """The combinations of experts that may have low-rank updates: none first, then all of them."""
-    yield ()
-    if layout.has_lora:
-        for count in range(len(FAMILIES[kind].experts), 0, -1):
-            yield from itertools.combinations(FAMILIES[kind].experts, count)
-
-
-def _stem(name: str) -> str:
-    """The name with any layer number replaced by #."""
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
-
-
-def infer_config(
-    layout: Layout, kind: str, shapes: Mapping[str, tuple[int, ...]], lora: tuple[str, ...] = ()
-) -> ModelConfig:
-    """Infer the model config from the shapes of a checkpoint. Raises LayoutError where a size does not follow.
-
-    LoRA's alpha does not follow from shapes and is taken to be the rank, as in all of openpi's variants.
-    """
-    sizes = infer_sizes(layout.rules_for(kind, lora), {layout.spell(name): shape for name, shape in shapes.items()})
-    vision, released = sizes["vision"], get_variant(kind)
-
-    def gemma(scope: str) -> GemmaConfig:
-        s = sizes[scope]
-        if not {"n", "k", "h"} <= s.keys():
-            raise LayoutError(
-                f"the layout {layout.name} does not distinguish heads and head dim, and the checkpoint has no "
-                f"config.json of ours: pass --model (config= in Python), for instance --model {kind}"
-            )
-        return GemmaConfig(s["d"], s["l"], s["m"], s["n"], s["k"], s["h"], s.get("r"))
-
-    experts = {name: gemma(name) for name in FAMILIES[kind].experts}
-    side = math.isqrt(vision["s"])
-    if side**2 != vision["s"]:
-        (name,) = (r.theirs for r in layout.rules_for(kind) if r.ours == "vision.position_embedding")
-        raise LayoutError(f"{name} holds {vision['s']} positions, which no square image has; pass config=")
-    resolution = (side * vision["p"], side * vision["p"])
-    return dataclasses.replace(
-        released,
-        vision=VisionConfig(vision["d"], vision["l"], vision["m"], vision["n"], vision["p"]),
-        paligemma=experts["paligemma"],
-        action_expert=experts.get("action_expert"),
-        vocab_size=sizes["paligemma"]["v"],
-        image_resolution=resolution,
-        action_dim=sizes["projections"]["a"] if "projections" in sizes else released.action_dim,
-    )
+    if all(name.endswith("/value") for name in trained):  # openpi's; without a moving average it has none
+        trained = {name.removesuffix("/value"): tensor for name, tensor in trained.items()}
+    params = read_orbax(folder / "params")
+    unknown = sorted(trained.keys() - params.keys())
+    if unknown:
+        raise CheckpointError(f"{folder}: train_state has parameters that params has not: {', '.join(unknown[:5])}")
+    return params | trained
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout) -> None:
@@ -285,6 +343,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout)
     target = find_layout(layout)
     if not target.writable:
         raise LayoutError(f"the layout {target.name} can only be read; writable layouts are {', '.join(WRITABLE)}")
+    if target.check_target is not None:
+        target.check_target(checkpoint.assets)
     tensors = checkpoint.in_layout(target)
     assets, dtype = checkpoint.assets, checkpoint.ours["paligemma.embedding"].dtype
     if target.format == "safetensors":

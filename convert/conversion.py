@@ -18,11 +18,11 @@ from convert.checksums import CHECKSUMS, is_sidecar, sign
 from convert.layouts.layout import Layout
 from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
-from convert.sidecars import variants_of
 from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
-from pi0.command import add_checkpoint, exit_on_error, make_parser, output_path
+from pi0.command import add_checkpoint, add_head_dims, add_preset, exit_on_error, make_parser, output_path
 from pi0.config import ModelConfig
 from pi0.parameters import LayoutError, lora_of, parameters
+from pi0.presets import describe_assumed
 from pi0.reading import naming
 from pi0.storage import local_path, new_folder, require_replaceable
 from pi0.variants import read_variant
@@ -49,6 +49,8 @@ def convert(
     config: ModelConfig | None = None,
     asset_id: str | None = None,
     fresh: int | None = None,
+    preset: str | None = None,
+    head_dims: tuple[int, int] | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -56,7 +58,7 @@ def convert(
     """Convert the checkpoint `source`, of any layout, to the layout `to`, written to the folder `target`.
 
     Args:
-        source, layout, ema, step, config, asset_id, fresh: see `open_checkpoint`.
+        source, layout, ema, step, config, asset_id, fresh, preset, head_dims: see `open_checkpoint`.
         to: the layout to write, by name or as "module:NAME".
         dtype: "keep", "float32" or "bfloat16" (rounded once).
         lora: "keep" or "merge".
@@ -83,13 +85,17 @@ def convert(
         ema=ema,
         asset_id=asset_id,
         fresh=fresh,
-        dtype=target_dtype if lora == "keep" else None,  # LoRA is merged in the stored dtype, then rounded
+        preset=preset,
+        head_dims=head_dims,
+        dtype=target_dtype if lora == "keep" else None,  # LoRA is merged as stored, then rounded once
     )
+    for note in checkpoint.notes:
+        log(note)
     if checkpoint.fresh:
         log(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} to {checkpoint.fresh[-1]}")
     checkpoint = _changed(checkpoint, target_dtype, lora, action_dim, action_horizon, log)
-    if target_layout.write_sidecars is not None and variants_of(checkpoint.assets.model) is None:
-        log(f"these sizes have no name in the layout {target_layout.name}: its own config.json is not written")
+    for note in () if target_layout.check_target is None else target_layout.check_target(checkpoint.assets):
+        log(note)
     if verify is None:
         verify = sum(math.prod(t.shape) for t in checkpoint.ours.values()) <= VERIFIED_SIZE
     size = sum(tensor.size for tensor in checkpoint.ours.values())
@@ -103,7 +109,9 @@ def convert(
         sign(folder, is_sidecar)
         if verify:
             verify_equal(checkpoint, open_checkpoint(folder, checkpoint.assets.model, layout=target_layout))
-    return open_checkpoint(target, checkpoint.assets.model, layout=target_layout)
+    written = open_checkpoint(target, checkpoint.assets.model, layout=target_layout)
+    assets = dataclasses.replace(written.assets, assumed=checkpoint.assets.assumed)
+    return dataclasses.replace(written, assets=assets)
 
 
 def _changed(
@@ -121,6 +129,10 @@ def _changed(
             raise LayoutError(f"{checkpoint.folder} has no LoRA to merge; omit --lora merge")
         log(f"LoRA of {' and '.join(lora_of(model))} merged in float32")
         model, ours = merge_lora(model, ours)
+        wider = [name for name, tensor in ours.items() if tensor.dtype != checkpoint.ours[name].dtype]
+        if wider and dtype is None:
+            stored = checkpoint.ours[wider[0]].dtype
+            log(f"{len(wider)} merged kernels are float32: {stored}, as stored, would round the updates (--dtype does)")
     if action_dim is not None and action_dim != model.action_dim:
         how = f"projections {'padded with zeros' if action_dim > model.action_dim else 'truncated'}"
         if model.action_expert is None:
@@ -132,7 +144,12 @@ def _changed(
         model = dataclasses.replace(model, action_horizon=action_horizon)
     if dtype is not None:
         ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
-    assets = dataclasses.replace(checkpoint.assets, model=model)
+    assumed = checkpoint.assets.assumed
+    if action_horizon is not None:
+        assumed = tuple(name for name in assumed if name != "action_horizon")
+    if assumed:
+        log(f"assumed, as in released models: {describe_assumed(model, assumed)}; --preset says more")
+    assets = dataclasses.replace(checkpoint.assets, model=model, assumed=assumed)
     return dataclasses.replace(checkpoint, assets=assets, ours=ours)
 
 
@@ -193,10 +210,12 @@ def main(arguments: list[str] | None = None) -> None:
         "  pi0-convert checkpoints/pi0_base/params exported --to pi0_torch    an openpi checkpoint to PyTorch\n"
         "  pi0-convert lora_run/params exported --to pi0_torch --lora merge   a LoRA fine-tuning, merged\n"
         "  pi0-convert exported back --to openpi_jax                          and back, byte for byte\n"
+        "  pi0-convert pi05_droid exported --to pi0_torch --preset pi05_droid   with what openpi's config says of it\n"
         "  pi0-convert exported theirs --to my_package.layouts:LAYOUT         a layout of your own\n"
         "  pi0-convert pt_224.npz start --to pi0_jax --model pi0 --fresh 0    PaliGemma and a new action expert",
     )
     add_checkpoint(parser, "source")
+    add_preset(parser)
     parser.add_argument("target", type=output_path, help="the folder to write; it must not exist")
     parser.add_argument("--to", required=True, help=f'the layout to write: {", ".join(WRITABLE)} or "module:NAME"')
     parser.add_argument("--layout", metavar="NAME", help='of the source (default: detected): a name or "module:NAME"')
@@ -214,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the model config, where neither a config.json nor shapes determine it (flat layouts do not distinguish "
         "heads and head dim): a variant of pi0.variants, such as pi0 or pi05, or a JSON file",
     )
+    add_head_dims(parser)
     parser.add_argument(
         "--fresh", type=int, metavar="SEED", help="initialize an action expert or LoRA that the source does not have"
     )

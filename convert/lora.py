@@ -15,8 +15,9 @@ from pi0.parameters import Parameter, lora_of, parameters
 def merge_lora(config: ModelConfig, ours: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and parameters (lazily) of the equivalent model without LoRA: kernel + a·b × scale.
 
-    Product and sum are float32, rounded once to the kernel's dtype. As in the forward pass (openpi `lora.py`), the
-    update of attention's output projection sums over heads in both factors, and the MLP's updates are not scaled.
+    Product, sum and result are float32, whatever the kernel's dtype: in openpi's runs it is bfloat16, and rounding to
+    it would lose most of a small update. Cast the result to round it once. As in the forward pass (openpi `lora.py`),
+    the update of attention's output projection sums over heads in both factors, and the MLP's updates are not scaled.
     """
     experts = lora_of(config)
     table = parameters(config)
@@ -48,7 +49,7 @@ def _equation(a: Parameter, b: Parameter, kernel: Parameter) -> str:
 def _merged(kernel: Tensor, a: Tensor, b: Tensor, equation: str, scale: float) -> Tensor:
     def layer(index: int) -> np.ndarray:
         base, first, second = (t.read((index,)).astype(np.float32) for t in (kernel, a, b))
-        return (base + np.einsum(equation, first, second, optimize=True) * np.float32(scale)).astype(kernel.dtype)
+        return base + np.einsum(equation, first, second, optimize=True) * np.float32(scale)
 
     def read(index: Index) -> np.ndarray:
         chosen = index[0] if index else slice(None)
@@ -56,4 +57,4 @@ def _merged(kernel: Tensor, a: Tensor, b: Tensor, equation: str, scale: float) -
             return layer(chosen)
         return np.stack([layer(i) for i in range(kernel.shape[0])[chosen]])
 
-    return dataclasses.replace(kernel, read=read)
+    return dataclasses.replace(kernel, dtype=np.dtype(np.float32), read=read)

@@ -1,8 +1,6 @@
-"""Read and write the sidecar files of openpi's and LeRobot's checkpoints: configs, norm stats, processors.
+"""Read and write the sidecar files of openpi's checkpoints, and choose between them and LeRobot's (`convert.lerobot`).
 
-openpi: `assets/<asset_id>/norm_stats.json`, and in PyTorch checkpoints a `config.json` of five fields. LeRobot:
-`config.json`, `policy_preprocessor.json`, `policy_postprocessor.json` and their safetensors files, with only those
-fields that every version since 0.4 supports.
+openpi: `assets/<asset_id>/norm_stats.json`, and in PyTorch checkpoints a `config.json` of five fields.
 """
 
 from __future__ import annotations
@@ -11,32 +9,20 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from convert.formats.safetensors import read_safetensors, write_safetensors
+from convert.lerobot import ASSET_ID, GEMMAS, read_lerobot_assets, read_lerobot_model
+from convert.lerobot_export import variants_of
 from convert.tensors import Tensor
 from pi0.assets import NORM_STATS, Assets, AssetsError, read_optional
 from pi0.config import ConfigError, ModelConfig
+from pi0.families import FAMILIES
+from pi0.numerics import TIME_PERIODS
 from pi0.parameters import LayoutError
-from pi0.robots.normalize import EPSILON, NormStats, load_norm_stats
-from pi0.storage import below, require_below
-from pi0.tokenizers.text import PALIGEMMA
-from pi0.variants import GEMMA_2B, GEMMA_300M, SO400M, get_variant
-
-GEMMAS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M}
-Step = tuple[str, dict[str, Any]]  # of a LeRobot processor: registered name, config
-
-PREPROCESSOR = "policy_preprocessor.json"
-FAST = "physical-intelligence/fast"
-LEROBOT_MODES = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
-LEROBOT_ASSET = "lerobot"  # the asset id of norm stats from its processors
-_IMAGES, _STATE, _ACTION = "observation.images.", "observation.state", "action"
-_TO_CPU: Step = ("device_processor", {"device": "cpu", "float_dtype": None})
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
+from pi0.robots.normalize import load_norm_stats
+from pi0.storage import require_below
+from pi0.variants import get_variant
 
 
 def read_model(folder: Path, kind: str) -> ModelConfig | None:
@@ -45,30 +31,25 @@ def read_model(folder: Path, kind: str) -> ModelConfig | None:
     Raises LayoutError for a config of another model family than that of the weights, `kind`, or with unknown values.
     """
     path, values = folder / "config.json", read_optional(folder, "config.json")
-    if values is None or "paligemma_variant" not in values:
+    if values is None or not {"paligemma_variant", "type"} & values.keys():
         return None
-    if values.get("type", kind) != kind:
-        raise LayoutError(f"{path} is of a {values['type']!r}, but its tensors are those of a {kind}")
+    if "type" in values:
+        return read_lerobot_model(folder, kind)
     try:
         model = dataclasses.replace(get_variant(kind), paligemma=GEMMAS[values["paligemma_variant"]])
         if model.action_expert is not None:
             model = dataclasses.replace(model, action_expert=GEMMAS[values["action_expert_variant"]])
-        if "type" not in values:  # openpi's
-            return dataclasses.replace(model, action_dim=values["action_dim"], action_horizon=values["action_horizon"])
-        features = values.get("input_features") or {}
-        cameras = tuple(name.removeprefix(_IMAGES) for name, f in features.items() if f["type"] == "VISUAL")
-        return dataclasses.replace(
-            model,
-            action_dim=values["max_action_dim"],
-            action_horizon=values["chunk_size"],
-            image_resolution=tuple(values["image_resolution"]),
-            image_keys=cameras or model.image_keys,
-            max_token_len=values["tokenizer_max_length"],
-        ).with_runtime(num_steps=values.get("num_inference_steps", model.runtime.num_steps))
+        return dataclasses.replace(model, action_dim=values["action_dim"], action_horizon=values["action_horizon"])
     except KeyError as error:
         raise LayoutError(f"{path} cannot be used: missing or unknown {error}") from error
     except (ConfigError, TypeError, AttributeError) as error:
         raise LayoutError(f"{path} cannot be used: {error}") from error
+
+
+def unsaid_fields(folder: Path) -> tuple[str, ...]:
+    """The fields of a model config that the `config.json` read by `read_model` does not have: openpi's, two."""
+    values = read_optional(folder, "config.json") or {}
+    return () if "paligemma_variant" not in values or "type" in values else ("max_token_len", "image_keys")
 
 
 def norm_stats_files(folder: Path) -> dict[str, Path]:
@@ -80,67 +61,61 @@ def norm_stats_files(folder: Path) -> dict[str, Path]:
             require_below(folder, path)
         except ValueError as error:
             raise AssetsError(str(error)) from error
-    return found
+    return {asset_id: path for asset_id, path in found.items() if asset_id != "."}
 
 
-def read_assets(folder: Path, model: ModelConfig, asset_id: str | None = None) -> Assets:
+def read_assets(
+    folder: Path, model: ModelConfig, asset_id: str | None = None, buffers: Mapping[str, Tensor] | None = None
+) -> Assets:
     """The assets of an openpi or LeRobot checkpoint, with the norm stats of `asset_id` (default: the only ones).
 
-    Raises LayoutError for an unknown `asset_id` or an unsupported normalization of LeRobot's.
+    `buffers` are norm stats among the weights. Raises LayoutError for an unknown `asset_id`, or a setting of LeRobot's
+    that is not supported.
     """
     files = norm_stats_files(folder)
     if asset_id is None and len(files) == 1:
         (asset_id,) = files
     if asset_id is not None and asset_id in files:
         return Assets(model, load_norm_stats(files[asset_id]), asset_id, model.family.normalization)
-    tokenizer = {"kind": "sentencepiece", "source": PALIGEMMA}
-    processor = read_optional(folder, PREPROCESSOR)
-    if processor is not None and asset_id in (None, LEROBOT_ASSET):
+    if asset_id in (None, ASSET_ID):
         try:
-            stats, mode = _lerobot_stats(folder, processor)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise LayoutError(f"{folder / PREPROCESSOR} cannot be used: {error!r}") from error
-        except LayoutError:
+            found = read_lerobot_assets(folder, model, buffers)
+        except (LayoutError, AssetsError):
             raise
-        except ValueError as error:
-            raise LayoutError(f"{folder / PREPROCESSOR} cannot be used: {error}") from error
-        return Assets(model, stats, LEROBOT_ASSET if stats else None, mode, tokenizer)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise LayoutError(f"{folder}: its processors cannot be used: {error!r}") from error
+        if found is not None:
+            return found
     if asset_id is not None:
         raise LayoutError(f"{folder} has no norm stats {asset_id!r}; it has {', '.join(files) or 'none'}")
     return Assets(model)
 
 
-def _lerobot_stats(folder: Path, processor: dict[str, Any]) -> tuple[dict[str, NormStats] | None, str | None]:
-    """The norm stats of a LeRobot preprocessor and their normalization mode; None where it has none."""
-    step, *others = [s for s in processor["steps"] if s.get("registry_name") == "normalizer_processor"] or [{}]
-    if others:
-        raise LayoutError(f"{folder / PREPROCESSOR} has {1 + len(others)} normalizers; one is supported")
-    if "state_file" not in step:
-        return None, None
-    modes = {step["config"]["norm_map"].get(name) for name in ("STATE", "ACTION")}
-    if len(modes) > 1 or not modes <= LEROBOT_MODES.keys():
-        raise LayoutError(f"{folder}: normalization {sorted(map(str, modes))}; known are {', '.join(LEROBOT_MODES)}")
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in read_safetensors(below(folder, step["state_file"])).items():
-        feature, _, field = name.rpartition(".")
-        if field in NormStats.__dataclass_fields__:
-            found.setdefault(feature, {})[field] = np.array(tensor.read(()))
-    if not {_STATE, _ACTION} <= found.keys():
-        raise LayoutError(f"{folder}: {step['state_file']} has no stats of {_STATE} and {_ACTION}")
-    stats = {"state": NormStats(**found[_STATE]), "actions": NormStats(**found[_ACTION])}  # type: ignore[arg-type]
-    return stats, LEROBOT_MODES[modes.pop()]
+def check_openpi(assets: Assets) -> list[str]:
+    """Notes on what openpi does otherwise with a model. Raises LayoutError for one that it cannot run."""
+    model, notes = assets.model, []
+    if "state_proj" in FAMILIES[model.kind].projections and model.state_dim is not None:
+        raise LayoutError(
+            f"openpi has one size for state and actions; this model has {model.state_size} and {model.action_dim}: it "
+            "cannot hold it"
+        )
+    if model.time_periods != TIME_PERIODS:
+        raise LayoutError(
+            f"openpi embeds the flow time with the periods {list(TIME_PERIODS)}, this model with "
+            f"{list(model.time_periods)}: openpi would run another model"
+        )
+    if model.text_format != "openpi":
+        notes.append("openpi lower-cases π0-FAST's prompt, writes no <bos> after it and skips a position, unlike here")
+    own = model.family.normalization
+    if assets.normalization not in (None, "zscore", "quantile"):
+        notes.append(f"openpi's own normalization is {own}; this checkpoint's is {assets.normalization}")
+    return notes
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def variants_of(model: ModelConfig) -> dict[str, str] | None:
-    """The names of a model's two experts in openpi and LeRobot; None where they have no name for its sizes."""
-    names = {gemma: name for name, gemma in GEMMAS.items()}
-    experts = {"paligemma_variant": model.paligemma, "action_expert_variant": model.action_expert or GEMMA_300M}
-    if model.vision != SO400M or not set(experts.values()) <= names.keys():
-        return None
-    return {field: names[expert] for field, expert in experts.items()}
+def check_openpi_torch(assets: Assets) -> list[str]:
+    """`check_openpi`, and whether openpi's `config.json` can say the sizes."""
+    unnamed = variants_of(assets.model) is None
+    return check_openpi(assets) + ["openpi has no name for these sizes: its config.json is not written"] * unnamed
 
 
 def write_openpi(folder: Path, assets: Assets, dtype: np.dtype) -> None:
@@ -149,95 +124,5 @@ def write_openpi(folder: Path, assets: Assets, dtype: np.dtype) -> None:
     if variants is not None:
         model = assets.model
         sizes = {"action_dim": model.action_dim, "action_horizon": model.action_horizon}
-        _write_json(folder / "config.json", {**sizes, **variants, "precision": dtype.name})
-
-
-def write_lerobot(folder: Path, assets: Assets, dtype: np.dtype) -> None:
-    """Write LeRobot's processors and, for a model whose sizes have a name there, its `config.json`.
-
-    LeRobot divides by std + eps and by q99 − q01; openpi adds its epsilon to both, a difference of 1e-6 of a unit. The
-    transforms of a robot adapter (`assets.robot`) are not included. Raises LayoutError for a normalization that LeRobot
-    does not have.
-    """
-    model, stats = assets.model, assets.norm_stats
-    dims = {
-        name: len(stats[key].mean) if stats else model.action_dim
-        for name, key in ((_STATE, "state"), (_ACTION, "actions"))
-    }
-    images = {f"{_IMAGES}{key}": _feature("VISUAL", 3, *model.image_resolution) for key in model.image_keys}
-    inputs = {**images, _STATE: _feature("STATE", dims[_STATE])}
-    outputs = {_ACTION: _feature("ACTION", dims[_ACTION])}
-    modes = {mode: name for name, mode in LEROBOT_MODES.items()}
-    mode = assets.normalization or model.family.normalization
-    if mode not in modes:
-        raise LayoutError(f"LeRobot has no normalization {mode!r}; it has {', '.join(modes)}")
-    norm_map = {"VISUAL": "IDENTITY", "STATE": modes[mode], "ACTION": modes[mode]}
-    variants = variants_of(model)
-    if variants is not None:
-        config: dict[str, Any] = {
-            "type": model.kind,
-            "input_features": inputs,
-            "output_features": outputs,
-            **variants,
-            "dtype": dtype.name,
-            "chunk_size": model.action_horizon,
-            "n_action_steps": model.action_horizon,
-            "max_state_dim": model.action_dim,
-            "max_action_dim": model.action_dim,
-            "image_resolution": list(model.image_resolution),
-            "tokenizer_max_length": model.max_token_len,
-            "normalization_mapping": norm_map,
-        }
-        if model.action_expert is not None:
-            config["num_inference_steps"] = model.runtime.num_steps
-        _write_json(folder / "config.json", config)
-    normalizer = {"eps": EPSILON, "norm_map": norm_map}
-    before: Step = ("normalizer_processor", {**normalizer, "features": inputs | outputs})
-    after: Step = ("unnormalizer_processor", {**normalizer, "features": outputs})
-    _write_processor(folder, "policy_preprocessor", _preprocessor(model, before), stats)
-    _write_processor(folder, "policy_postprocessor", [after, _TO_CPU], stats)
-
-
-def _preprocessor(model: ModelConfig, normalizer: Step) -> list[Step]:
-    """The steps of LeRobot's preprocessor."""
-    tokenizer = {
-        "max_length": model.max_token_len,
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": "max_length",
-        "truncation": True,
-        "tokenizer_name": "google/paligemma-3b-pt-224",
-    }
-    steps: list[Step] = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
-    text: list[Step] = [("tokenizer_processor", tokenizer)]
-    if model.family.action_tokens:
-        fast = {"trust_remote_code": True, "max_action_tokens": 256, "action_tokenizer_name": FAST}
-        text.append(("action_tokenizer_processor", fast))
-    if model.family.prompt == "text":
-        return [*steps, ("pi0_new_line_processor", {}), *text, _TO_CPU, normalizer]
-    return [*steps, normalizer, (f"{model.kind}_prepare_state_tokenizer_processor_step", {}), *text, _TO_CPU]
-
-
-def _feature(feature: str, *shape: int) -> dict[str, Any]:
-    return {"type": feature, "shape": list(shape)}
-
-
-def _write_processor(folder: Path, name: str, steps: list[Step], stats: Mapping[str, NormStats] | None) -> None:
-    """Write a LeRobot processor, with the norm stats of its (un)normalizer in a separate file."""
-    entries: list[dict[str, Any]] = []
-    for i, (step, config) in enumerate(steps):
-        entry: dict[str, Any] = {"registry_name": step, "config": config}
-        if step.endswith("normalizer_processor") and stats is not None:
-            entry["state_file"] = f"{name}_step_{i}_{step}.safetensors"
-            tensors = {
-                f"{feature}.{field}": Tensor.of(values.astype(np.float32))
-                for feature, key in ((_ACTION, "actions"), (_STATE, "state"))
-                for field, values in sorted(stats[key].present().items())
-            }
-            write_safetensors(folder / entry["state_file"], tensors)
-        entries.append(entry)
-    _write_json(folder / f"{name}.json", {"name": name, "steps": entries})
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        values = {**sizes, **variants, "precision": dtype.name}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -39,7 +39,8 @@ class Assets:
     """A model's config, and the config of the pipeline between a robot and the model.
 
     Attributes:
-        norm_stats: of "state" and "actions"; their folder is `asset_id`, and `normalization` the mode they are used in.
+        norm_stats: of "state" and "actions"; their folder is `asset_id`, and `normalization` the mode they are used in,
+            or {"state": mode, "actions": mode, "eps": LeRobot's epsilon}.
         tokenizer: `TextTokenizer.reference()`; `save` copies a local file.
         action_tokenizer: `FASTTokenizer.reference()` of π0-FAST; `save` copies its files.
         subtasks: whether π0.5 generates a subtask before its actions.
@@ -47,12 +48,13 @@ class Assets:
         robot: a name for `make_robot`, or {"name": name, **options}.
         step: the training step.
         training: the config of the experiment.
+        assumed: the fields of `model` that no file of the checkpoint says; they are those of released models.
     """
 
     model: ModelConfig
     norm_stats: dict[str, NormStats] | None = None
     asset_id: str | None = None
-    normalization: str | None = None
+    normalization: str | dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     robot: str | dict[str, Any] | None = None
     step: int | None = None
@@ -60,6 +62,7 @@ class Assets:
     action_tokenizer: dict[str, Any] | None = None
     subtasks: bool = False
     state_in_prompt: bool = True
+    assumed: tuple[str, ...] = ()
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
@@ -70,7 +73,7 @@ class Assets:
         if (self.norm_stats is None) != (self.asset_id is None):
             raise AssetsError("norm_stats and asset_id, the name of their folder below assets/, need each other")
         stats_file = None if self.asset_id is None else below(folder, check_asset_id(self.asset_id)) / NORM_STATS
-        if self.action_tokenizer is not None:
+        if self.action_tokenizer is not None and self.action_tokenizer.get("sha256") is not None:
             fast = FASTTokenizer.from_reference(self.action_tokenizer)
             fast.save(folder / "fast_tokenizer", overwrite=True)
             values["action_tokenizer"] = self.action_tokenizer | {"source": FAST_FOLDER}
@@ -102,6 +105,9 @@ class Assets:
         try:
             values["model"] = ModelConfig.from_dict(values["model"])
             assets = from_dict(cls, values)
+            no_fields = set(assets.assumed) - {f.name for f in dataclasses.fields(ModelConfig)}
+            if no_fields:
+                raise ValueError(f"assumed has {sorted(no_fields)}, which are no fields of the model")
             changes: dict[str, Any] = {
                 field: _resolved(folder, getattr(assets, field), field) for field in ("tokenizer", "action_tokenizer")
             }

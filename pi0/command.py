@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import json
+import os
 import re
 import sys
 import textwrap
@@ -129,9 +131,44 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
 
 
-@exit_on_error("pi0")
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The argument `--preset`."""
+    text = "the openpi config that the checkpoint was trained with, such as pi05_droid: says horizon, cameras, robot, …"
+    parser.add_argument("--preset", metavar="NAME", help=text)
+
+
+def add_head_dims(parser: argparse.ArgumentParser) -> None:
+    """The argument `--head-dims`."""
+    parser.add_argument(
+        "--head-dims",
+        type=_head_dims,
+        metavar="LANGUAGE,VISION",
+        help="head dims of the language model and the vision tower, where no file says them: layouts with flat heads "
+        "do not distinguish them from the number of heads (released models: 256,72)",
+    )
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    """Two whole numbers. Raises ValueError, which argparse reports."""
+    language, vision = (int(part) for part in text.split(","))
+    return language, vision
+
+
 def main() -> None:
     """The entry point of every command: `pi0 NAME …`, and `pi0-NAME …`."""
+    try:
+        _run_command()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # Interpreters whose JAX was interrupted while it compiled crash when they are finalized.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+
+
+@exit_on_error("pi0")
+def _run_command() -> None:
     name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
     arguments = sys.argv[1:]
     if not name:

@@ -13,7 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from pi0.families import FAMILIES, Family
+from pi0.families import FAMILIES, TEXT_FORMATS, Family, TextFormat
+from pi0.numerics import TIME_PERIODS
 
 KINDS = tuple(FAMILIES)
 T = typing.TypeVar("T")
@@ -199,6 +200,11 @@ class ModelConfig:
         image_resolution: (height, width) in pixels.
         action_dim, action_horizon: A and T of the padded action chunk.
         max_token_len: the text's length in tokens, π0-FAST's action tokens included.
+        state_dim: the padded state's dimensions, where they are not `action_dim`.
+        time_periods: the shortest and longest period of the flow time's embedding.
+        tied_output: whether text is written with the embedding; if not, with a projection of its own, which LeRobot's
+            training of π0-FAST makes of it.
+        text_format: how π0-FAST's prompts and tokens are laid out, one of `pi0.families.TEXT_FORMATS`.
     """
 
     kind: str
@@ -212,10 +218,14 @@ class ModelConfig:
     action_horizon: int = 50
     max_token_len: int = 48
     runtime: RuntimeConfig = RuntimeConfig()
+    state_dim: int | None = None
+    time_periods: tuple[float, float] = TIME_PERIODS
+    tied_output: bool = True
+    text_format: str = "openpi"
 
     def __post_init__(self) -> None:
         _require_positive(self, "model")
-        _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
+        self._require_conventions()
         attentions = self.family.attentions
         _require(
             self.runtime.attention in attentions,
@@ -244,6 +254,42 @@ class ModelConfig:
         )
         _require_limit("the number of image_keys", len(self.image_keys), "image_keys")
         _require_limit("the number of image tokens", len(self.image_keys) * self.image_tokens, "image tokens")
+
+    def _require_conventions(self) -> None:
+        size = self.state_dim
+        _require(
+            size is None or (type(size) is int and size > 0),
+            f"state_dim is {size!r}; it must be a positive whole number, or None for action_dim",
+        )
+        _require_limit("state_dim", size or 0, "action_dim")
+        periods = self.time_periods
+        _require(
+            isinstance(periods, tuple)
+            and len(periods) == 2
+            and all(type(p) is float for p in periods)
+            and 0 < periods[0] < periods[1] < float("inf"),
+            f"time_periods is {periods!r}; it must be the shortest and the longest period, two numbers above 0",
+        )
+        _require(
+            self.text_format in TEXT_FORMATS,
+            f"text_format is {self.text_format!r}; it must be one of {', '.join(TEXT_FORMATS)}",
+        )
+        _require(self.kind in KINDS, f"kind is {self.kind!r}; known kinds are {', '.join(KINDS)}")
+        _require(
+            self.family.action_tokens or (self.tied_output and self.text_format == "openpi"),
+            f"tied_output is {self.tied_output} and text_format {self.text_format}; only pi0_fast has others than true "
+            "and openpi",
+        )
+
+    @property
+    def state_size(self) -> int:
+        """The dimensions of the padded state."""
+        return self.action_dim if self.state_dim is None else self.state_dim
+
+    @property
+    def format(self) -> TextFormat:
+        """The record of its text format."""
+        return TEXT_FORMATS[self.text_format]
 
     @property
     def family(self) -> Family:

@@ -13,6 +13,27 @@ EXPERTS = ("paligemma", "action_expert")
 
 
 @dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """How π0-FAST's prompts and tokens are laid out, which is a property of a checkpoint.
+
+    Attributes:
+        lowercase: whether the instruction is lower-cased.
+        bos_after_prompt: whether a second `<bos>` follows the prompt; it begins what is written.
+        skipped_positions: positions between the prompt and the first written token.
+    """
+
+    lowercase: bool
+    bos_after_prompt: bool
+    skipped_positions: int
+
+
+TEXT_FORMATS = {
+    "openpi": TextFormat(lowercase=True, bos_after_prompt=False, skipped_positions=1),
+    "lerobot": TextFormat(lowercase=False, bos_after_prompt=True, skipped_positions=0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -52,7 +73,7 @@ FAMILIES = {
         title="π0",
         projections={
             "action_in_proj": "a d",
-            "state_proj": "a d",
+            "state_proj": "z d",
             "action_time_mlp_in": "u d",
             "action_time_mlp_out": "d e",
         },

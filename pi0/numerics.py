@@ -47,12 +47,14 @@ def rope_timescale(head_dim: int) -> np.ndarray:
     return np.power(ROPE_BASE, exponents.astype(np.float64)).astype(np.float32)
 
 
-def time_frequencies(width: int) -> np.ndarray:
+def time_frequencies(width: int, periods: tuple[float, float] = TIME_PERIODS) -> np.ndarray:
     """Angular frequencies of the flow time's embedding, float32 [width/2] (openpi `posemb_sincos`).
+
+    `periods`: the shortest and the longest.
 
     The fractions are i · fl32(1/(n−1)), as XLA computes `jnp.linspace` with which the released models were trained.
     """
-    shortest, longest = TIME_PERIODS
+    shortest, longest = periods
     count = width // 2
     fraction = np.arange(count, dtype=np.float32) * np.float32(1 / max(count - 1, 1))
     fraction[1:][-1:] = 1  # the last of two or more is exact

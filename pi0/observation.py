@@ -25,7 +25,7 @@ class Observation:
     """A batch of model inputs, as arrays of any one framework.
 
     `images[key]` [B, height, width, 3], uint8 or float32 in [−1, 1]; `image_masks[key]` [B] bool, False where the
-    camera is missing; `state` [B, A] float32, normalized and padded; `tokenized_prompt` [B, L] int32 and
+    camera is missing; `state` [B, S] float32, normalized and padded; `tokenized_prompt` [B, L] int32 and
     `tokenized_prompt_mask` [B, L] bool. π0-FAST trains on two more: `token_ar_mask` [B, L] int32, 1 where a token
     is attended to only from itself on (0: together with the token before it), and `token_loss_mask` [B, L] bool, True
     where a token is to be predicted. π0.5's recipe trains on two others: `token_group` [B, L] int32, the group of
@@ -55,7 +55,7 @@ class Observation:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ObservationError(f"unknown keys {unknown}; this model takes {sorted(known)}")
-        state = _array(data, "state", (None, config.action_dim), "float")
+        state = _array(data, "state", (None, config.state_size), "float")
         batch = state.shape[0]
         prompt = _array(data, "tokenized_prompt", (batch, config.max_token_len), "int")
         if prompt.size and not (prompt.min() >= 0 and prompt.max() < config.vocab_size):

@@ -29,7 +29,7 @@ _NORMS = ("attention_norm", "mlp_norm")
 
 # Axes. vision: l layers, p q patch, c channels, s tokens, d width, n heads, h head dim, m mlp, w PaliGemma's width.
 # Gemma: l layers, v vocabulary, d width, n heads, k key/value heads, h head dim, m mlp, t three widths.
-# Projections: a action dim, d and e the action expert's width, u twice that width.
+# Projections: a action dim, z state dim, d and e the action expert's width, u twice that width.
 _VISION = {
     "patch_embedding.kernel": "p q c d",
     "patch_embedding.bias": "d",
@@ -84,12 +84,13 @@ def lora_of(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name, expert in config.experts.items() if expert.lora_rank is not None)
 
 
-def axes_of(kind: str, lora: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+def axes_of(kind: str, lora: tuple[str, ...] = (), tied_output: bool = True) -> dict[str, tuple[str, ...]]:
     """Our parameters of a kind of model, where the experts `lora` have low-rank updates, and their axes."""
     family = FAMILIES[kind]
     table = {
         **{f"vision.{name}": axes for name, axes in _VISION.items()},
         "paligemma.embedding": "v d",
+        **({} if tied_output else {"paligemma.output": "v d"}),
         **{f"paligemma.{name}": axes for name, axes in (_GEMMA | _PLAIN_NORMS).items()},
         **{f"{expert}.{name}": axes for expert in lora for name, axes in _LORA.items()},
     }
@@ -128,7 +129,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
     if config.action_expert is not None:
         width = config.action_expert.width
         sizes["action_expert"] = {**gemma(config.action_expert), "v": config.vocab_size}
-        sizes["projections"] = {"a": config.action_dim, "d": width, "e": width, "u": 2 * width}
+        sizes["projections"] = {"a": config.action_dim, "z": config.state_size, "d": width, "e": width, "u": 2 * width}
     return sizes
 
 
@@ -137,7 +138,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     sizes = axis_sizes(config)
     return {
         name: Parameter(axes, tuple(sizes[scope_of(name)][a] for a in axes))
-        for name, axes in axes_of(config.kind, lora_of(config)).items()
+        for name, axes in axes_of(config.kind, lora_of(config), config.tied_output).items()
     }
 
 

@@ -13,6 +13,12 @@ from pi0.tokenizers.text import PALIGEMMA
 
 MAX_BFLOAT16_B2 = 0.99  # a second moment changes by 1 − b2 of itself, and bfloat16 has 8 bits of precision: 1/256
 EVERYTHING_BUT_LORA = r"^({experts})\.(?!.*\.lora\.)"
+# The fields of OptimizerConfig that only one optimizer or schedule reads.
+OPTIMIZERS = {
+    "adamw": ("b1", "b2", "eps", "weight_decay", "clip_norm", "moments_dtype"),
+    "sgd": ("momentum", "nesterov"),
+}
+SCHEDULES = {"cosine": ("final_lr", "decay_steps"), "rsqrt": ("timescale",)}
 SHARDING = {"n": "tensor", "k": "tensor?", "m": "tensor", "l": ""}
 
 
@@ -120,34 +126,66 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW after a linear warmup and with cosine decay; the defaults are openpi's.
+    """An optimizer and its learning rate, which decays after a linear warmup; the defaults are openpi's.
 
     Attributes:
+        name: "adamw", or "sgd" with momentum, without clipping or weight decay, as openpi has it.
+        schedule: "cosine", or "rsqrt": `peak_lr` · sqrt(`timescale` / (`timescale` + steps after warmup)).
         peak_lr: the learning rate after warmup.
-        final_lr: the learning rate at the last step.
+        final_lr: the learning rate at the end of the cosine decay and after it.
         warmup_steps: steps of warmup.
+        decay_steps: the step at which the cosine decay ends, warmup included (openpi: 30,000, however long it trains);
+            None: the last step of training.
+        timescale: of "rsqrt", in steps.
         b1, b2, eps: of Adam.
-        weight_decay: decoupled, of all parameters.
-        clip_norm: the largest global norm of the gradient.
+        momentum, nesterov: of SGD.
+        weight_decay: of AdamW: decoupled, of all parameters.
+        clip_norm: of AdamW: the largest global norm of the gradient.
         moments_dtype: the dtype Adam's moments are kept in, "float32" or "bfloat16".
     """
 
+    name: str = "adamw"
+    schedule: str = "cosine"
     peak_lr: float = 2.5e-5
     final_lr: float = 2.5e-6
     warmup_steps: int = 1000
+    decay_steps: int | None = None
+    timescale: float = 10_000.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-10
     clip_norm: float = 1.0
     moments_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, field)
+            _require(value in known, f"optimizer.{field} is {value!r}; it must be one of {', '.join(known)}")
+        self._check_unused()
+        _require(self.timescale > 0, f"optimizer.timescale is {self.timescale}; it must be positive")
+        _require(
+            self.decay_steps is None or self.decay_steps > self.warmup_steps,
+            f"optimizer.decay_steps is {self.decay_steps}; it must be more than the {self.warmup_steps} of warmup",
+        )
         object.__setattr__(self, "moments_dtype", canonical_dtype(self.moments_dtype, "optimizer.moments_dtype"))
         _require(
             self.moments_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
             f"optimizer.b2 is {self.b2}; with moments_dtype bfloat16 it must be at most {MAX_BFLOAT16_B2}",
         )
+
+    def _check_unused(self) -> None:
+        """Raise ConfigError for fields that are not at their default and that this optimizer does not read."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        others = [f for name, fields in OPTIMIZERS.items() if name != self.name for f in fields]
+        others += [f for name, fields in SCHEDULES.items() if name != self.schedule for f in fields]
+        for field in others:
+            _require(
+                getattr(self, field) == defaults[field],
+                f"optimizer.{field} is {getattr(self, field)!r}; {self.name} with a {self.schedule} schedule has none",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Measure the speed of sampling against the machine's roofline: `benchmark`, `pi0-bench`.
+"""Measure the speed of sampling, and of gradients, against the machine's roofline: `benchmark`, `pi0-bench`.
 
 Every case runs in a process of its own, for its own peak memory, with random weights, on which speed does not depend.
 The roofline of a stage is the time of its arithmetic at the speed of a large matrix product, or of reading its weights
@@ -29,8 +29,9 @@ from pi0.numerics import EOS_TOKEN
 from pi0.observation import Observation
 from pi0.storage import write_text
 from pi0.variants import read_variant
+from pi0_eval.parity.inputs import Inputs
 
-FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("model", "sampler"), ("sdpa", "flex", "flash", "eager")
+FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("model", "sampler", "gradients"), ("sdpa", "flex", "flash", "eager")
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -39,7 +40,7 @@ class Case:
     """One measurement.
 
     Attributes:
-        path: "model" for `sample` of the model, "sampler" for that of the `Sampler`.
+        path: "model" for `sample` of the model, "sampler" for that of the `Sampler`, "gradients" for those of the loss.
         backend: attention of PyTorch's sampler; empty for its default.
         compile: whether PyTorch's sampler is compiled; None for its default.
         steps: Euler steps, or decoded tokens of π0-FAST.
@@ -90,8 +91,9 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decoded tokens of π0-FAST, summed over rows, without the prefix; None for other models."""
-        return 1e3 * self.case.batch / self.stages_ms["step"] if self.case.config.family.action_tokens else None
+        """Decoded tokens of π0-FAST, summed over rows, without the prefix; None where none are."""
+        decodes = self.case.config.family.action_tokens and "step" in self.stages_ms
+        return 1e3 * self.case.batch / self.stages_ms["step"] if decodes else None
 
 
 def costs(config: ModelConfig, cameras: int, batch: int) -> dict[str, tuple[float, float]]:
@@ -126,8 +128,10 @@ def _layer(gemma: GemmaConfig) -> int:
 
 
 def roofline_ms(case: Case, flops: float, bandwidth: float) -> float:
-    """The least time of one call on a machine with these ceilings."""
+    """The least time of one call on a machine with these ceilings; gradients cost twice as much as the loss."""
     times = {n: max(f / flops, b / bandwidth) for n, (f, b) in costs(case.config, case.cameras, case.batch).items()}
+    if case.path == "gradients":  # no token is decoded, and no step repeated
+        times, case = {n: 3 * t for n, t in times.items()}, dataclasses.replace(case, steps=1)
     return 1e3 * (times["vision"] + times["prefix"] + case.steps * times["step"])
 
 
@@ -135,7 +139,7 @@ def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observ
     """An observation with the first cameras and text of the full length, and noise."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
-        "state": rng.normal(size=(batch, config.action_dim)),
+        "state": rng.normal(size=(batch, config.state_size)),
         "tokenized_prompt": rng.integers(0, config.vocab_size, (batch, config.max_token_len)),
         "tokenized_prompt_mask": np.ones((batch, config.max_token_len), bool),
     }
@@ -159,9 +163,14 @@ class Runs:
 
 
 def calls_of(
-    case: Case, sample: Callable[[int], Callable[[], Any]], sampler: Callable[[], Any]
+    case: Case,
+    sample: Callable[[int], Callable[[], Any]],
+    sampler: Callable[[], Any],
+    gradients: Callable[[Inputs], Callable[[], Any]],
 ) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
-    """The call of a case and its stages: of the model, sampling `sample(steps)`, or of the sampler."""
+    """The call of a case and its stages: of the model, sampling `sample(steps)` or `gradients`, or of the sampler."""
+    if case.path == "gradients":
+        return gradients(Inputs.random(case.config, case.batch)), {}
     if case.path == "model":
         return sample(case.steps), {"prefix": sample(1)} if case.config.family.action_tokens else {}
     made, inputs = sampler(), random_inputs(case.config, case.cameras, case.batch)
@@ -199,11 +208,14 @@ def jax_runs(case: Case) -> Runs:
         inputs = random_inputs(config, case.cameras, case.batch)
         return lambda: run(model, *inputs)
 
-    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, warm_up=False))
+    def gradients(inputs: Inputs) -> Callable[[], Any]:
+        run = jax.jit(jax.grad(lambda model, *inputs: model.compute_loss(*inputs).mean()))
+        return lambda: run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
+
+    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, warm_up=False), gradients)
     rows, inner, columns = product_shape(device.platform)
     a, b = jnp.ones((rows, inner), case.dtype), jnp.ones((inner, columns), case.dtype)
-    matmul, big = jax.jit(jnp.matmul), jnp.ones(2**26, jnp.uint32)
-    copy = jax.jit(lambda x: x + 1)
+    matmul, copy, big = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1), jnp.ones(2**26, jnp.uint32)
 
     def wait(run: Callable[[], Any]) -> Callable[[], Any]:
         return lambda: jax.block_until_ready(run())
@@ -242,8 +254,19 @@ def torch_runs(case: Case) -> Runs:
         inputs = to_device(observation, device), torch.from_numpy(noise).to(device)
         return lambda: model.sample(*inputs, steps)
 
+    def gradients(inputs: Inputs) -> Callable[[], Any]:
+        arrays = (torch.from_numpy(array).to(device) for array in (inputs.actions, inputs.noise, inputs.time))
+        batch = to_device(inputs.observation, device), *arrays
+
+        @torch.enable_grad()
+        def run() -> None:
+            model.zero_grad()
+            model.requires_grad_().compute_loss(*batch).mean().backward()
+
+        return run
+
     options: dict[str, Any] = {"attention": case.backend or None, "compile": case.compile, "warm_up": False}
-    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, **options))
+    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, **options), gradients)
     rows, inner, columns = product_shape(device.type)
     a, b = torch.ones(rows, inner, dtype=dtype, device=device), torch.ones(columns, inner, dtype=dtype, device=device)
     big = torch.ones(2**26, dtype=torch.int32, device=device)
@@ -373,7 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-bench`."""
     parser = make_parser(
         "pi0-bench",
-        "Measure the time of sampling, with random weights, and compare it with the machine's roofline.",
+        "Measure the time of sampling or gradients, with random weights, and compare it with the machine's roofline.",
         "examples:\n"
         "  pi0-bench                                                        58 M parameters, for a CPU\n"
         "  pi0-bench --model pi0 pi05 --dtype bfloat16 --cameras 1 2 3 --batch 1 8 32 --path sampler    for a GPU\n"
@@ -381,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", nargs="+", default=["bench"], help="variants of pi0.variants, or JSON files")
     parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS), help="default both")
-    parser.add_argument("--path", nargs="+", choices=PATHS, default=list(PATHS), help="default both")
+    parser.add_argument("--path", nargs="+", choices=PATHS, default=list(PATHS[:2]), help="default model and sampler")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="attention of PyTorch's sampler")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="PyTorch's sampler (default: on a GPU)"
@@ -401,11 +424,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plot is not None:
         from pi0.plots import plot_latency
 
-        bars = {
-            f"{r.case.model} {r.case.name}\n{r.case.dtype}, {r.case.cameras} cameras, batch {r.case.batch}": r
-            for r in report.results
-        }
-        plot_latency({n: (r.median_ms, report.roofline_ms(r)) for n, r in bars.items()}, args.plot)
+        label = "{0.model} {0.name}\n{0.dtype}, {0.cameras} cameras, batch {0.batch}".format
+        plot_latency({label(r.case): (r.median_ms, report.roofline_ms(r)) for r in report.results}, args.plot)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:

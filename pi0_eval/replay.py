@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.command import add_checkpoint, add_dataset, add_robot, exit_on_error, make_parser, output_path
+from pi0.command import add_checkpoint, add_dataset, add_preset, add_robot, exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import open_dataset
@@ -146,13 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
         "examples:\n"
         "  pi0-replay runs/demo/export bundled://metaworld_v30 --episodes 3 7 11 15 --out runs/replay\n"
         "  pi0-replay runs/aloha data/aloha --framework jax --every 10\n"
-        "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --robot droid --asset-id droid\n\n"
+        "  pi0-replay gs://openpi-assets/checkpoints/pi05_droid data/droid --preset pi05_droid\n\n"
         "written to the folder:\n"
         "  replay.json, and episode_<number>.png, predicted and recorded actions over time",
     )
     add_checkpoint(parser)
     add_dataset(parser)
     add_robot(parser)
+    add_preset(parser)
+    parser.add_argument("--action-horizon", type=int, metavar="N", help="where neither checkpoint nor preset says it")
     parser.add_argument("--episodes", type=int, nargs="+", metavar="N", help="default: all")
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="default torch")
     parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def load_policy(args: argparse.Namespace) -> Policy:
     """The policy of the checkpoint in the framework. Raises ValueError for --device with JAX."""
-    names = ("robot", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
+    names = ("robot", "preset", "action_horizon", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
     options = {name: getattr(args, name) for name in names} | {"fallback": True}
     if args.device is not None:
         if args.framework != "torch":

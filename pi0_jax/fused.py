@@ -23,7 +23,7 @@ Modulation = tuple[Array, ...]  # of a norm: 1 + scale; of an adaptive norm shif
 
 
 def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
-    """All parameters but the text embedding in the layout and the dtypes that `Sampler` reads, LoRA merged.
+    """All parameters but those of [vocabulary, width] in the layout and the dtypes that `Sampler` reads, LoRA merged.
 
     Without `text`, the language model ends with the keys and values of its last layer.
     """

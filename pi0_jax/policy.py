@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Policy(pi0.policy.policy.Policy):
         *,
         asset_id: str | None = None,
         config: ModelConfig | None = None,
+        preset: str | None = None,
+        head_dims: tuple[int, int] | None = None,
         dtype: Any = None,
         param_dtype: Any = None,
         num_steps: int | None = None,
@@ -45,19 +48,22 @@ class Policy(pi0.policy.policy.Policy):
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
-        `asset_id` chooses among several norm stats; `config`, `dtype` and `param_dtype` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up now, and `model` is None: its memory is free
-        again; compiled programs are kept in the user's own cache. `attention` is how the model computes it, see
-        `RuntimeConfig`; the sampler has its own. Raises what they do, and ValueError for both together.
+        `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
+        checkpoint does not. `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`;
+        `config`, `dtype` and `param_dtype` those of `load`; `num_steps`, `seed`, `fallback` and `subtask_every` those
+        of `Policy`; `overrides` what the checkpoint itself does not say, or says otherwise: `robot`, `action_horizon`,
+        `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by `pi0_jax.Sampler`, made and warmed up
+        now, and `model` is None: its memory is free again; compiled programs are kept in the user's own cache.
+        `attention` is how the model computes it, see `RuntimeConfig`; the sampler has its own. Raises what they do, and
+        ValueError for both together.
         """
         if use_sampler and attention is not None:
             raise ValueError(f"attention is {attention!r}: the sampler has its own; leave attention or use_sampler out")
-        checkpoint = open_checkpoint(source, config, asset_id=asset_id)
+        checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset, head_dims=head_dims)
         with naming(checkpoint.folder):
             assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
             Pipeline.from_assets(assets)  # before the weights are read
+        checkpoint = dataclasses.replace(checkpoint, assets=assets)
         model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, attention=attention)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
         if use_sampler:

@@ -32,7 +32,6 @@ from pi0_jax.loading import Model
 from pi0_jax.models.decoding import decode, written
 from pi0_jax.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
 from pi0_jax.models.layers import cast, gelu
-from pi0_jax.models.pi0_fast import SKIPPED_POSITIONS
 from pi0_jax.models.vision_language import pixels
 
 Cache = list[tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]]]  # one entry per layer
@@ -72,6 +71,8 @@ class Sampler:
         self.num_steps, self.eos_token = num_steps, eos_token
         self.weights = jax.jit(lay_out, static_argnums=(1, 2))(model, num_steps, tokens or subtasks)
         self.weights["embedding"] = model.paligemma.embedding[...]
+        if not self.config.tied_output:
+            self.weights["output"] = model.paligemma.output[...]
         self._make_programs()
         if warm_up:
             self.warm_up()
@@ -202,7 +203,7 @@ class FusedModel:
         """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
         cache, logits, seen = self.read_prefix(inputs, room=steps)
         places = jnp.pad(seen, ((0, 0), (0, steps)))
-        options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+        options: dict[str, Any] = {"skipped": self.config.format.skipped_positions, "eos_token": eos_token}
         return decode(logits, cache, places, seen.shape[1], steps, self.read_token, **options)[0]
 
     def suffix_length(self, inputs: Inputs) -> int:
@@ -316,7 +317,8 @@ class FusedModel:
     def read_logits(self, x: Float[Array, "B 1 W"]) -> Float[Array, "B V"]:
         """The vocabulary's logits, float32."""
         out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
-        return jnp.matmul(out, self.weights["embedding"].T).astype(jnp.float32)[:, 0]
+        output = self.weights["embedding" if self.config.tied_output else "output"]
+        return jnp.matmul(out, output.T).astype(jnp.float32)[:, 0]
 
     def denoise(
         self,

@@ -34,6 +34,7 @@ def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
         prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][gemma.num_heads * gemma.head_dim :],)}
     tree = {
         "embedding": (embedding if text else embedding.to(model.paligemma.dtype),),
+        **({} if model.config.tied_output else {"output": (model.paligemma.output,)}),
         "vision": vision_weights(model.vision),
         "prefix": prefix,
         "prefix_norms": norm_weights(model.paligemma, None, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Policy(pi0.policy.policy.Policy):
         *,
         asset_id: str | None = None,
         config: ModelConfig | None = None,
+        preset: str | None = None,
+        head_dims: tuple[int, int] | None = None,
         dtype: Any = None,
         param_dtype: Any = None,
         device: str | torch.device = "cpu",
@@ -43,19 +46,21 @@ class Policy(pi0.policy.policy.Policy):
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
 
-        `asset_id` chooses among several norm stats; `config`, `dtype`, `param_dtype` and `device` are those of `load`;
-        `num_steps`, `seed`, `fallback` and `subtask_every` those of `Policy`; `overrides` what the checkpoint itself
-        does not say, or says otherwise: `robot`, `default_prompt`, `norm_stats`, ... (see `fill_assets`). With
-        `use_sampler` it samples by `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`, and
-        `model` is None: its memory is free again. Raises what they do, and ValueError for these two without
-        `use_sampler`.
+        `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
+        checkpoint does not. `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`;
+        `config`, `dtype`, `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback` and
+        `subtask_every` those of `Policy`; `overrides` what the checkpoint itself does not say, or says otherwise:
+        `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by
+        `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`, and `model` is None: its memory
+        is free again. Raises what they do, and ValueError for these two without `use_sampler`.
         """
         if not use_sampler and (attention is not None or compile is not None):
             raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
-        checkpoint = open_checkpoint(source, config, asset_id=asset_id)
+        checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset, head_dims=head_dims)
         with naming(checkpoint.folder):
             assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
             Pipeline.from_assets(assets)  # before the weights are read
+        checkpoint = dataclasses.replace(checkpoint, assets=assets)
         model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
         if use_sampler:

@@ -32,7 +32,6 @@ from pi0_torch.loading import Model
 from pi0_torch.models.decoding import decode, written
 from pi0_torch.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
 from pi0_torch.models.layers import dtype_name, gelu
-from pi0_torch.models.pi0_fast import SKIPPED_POSITIONS
 from pi0_torch.models.vision_language import pixels
 
 Cache = list[tuple[Float[Tensor, "B K P H"], Float[Tensor, "B K P H"]]]  # one entry per layer
@@ -215,7 +214,7 @@ class FusedModel(nn.Module):
     def sample_tokens(self, inputs: Inputs, *, steps: int, eos_token: int) -> Int[Tensor, "B D"]:
         """Action tokens, greedily; see `Pi0Fast.sample_tokens`."""
         cache, logits, seen = self.read_prefix(inputs, room=steps)
-        options: dict[str, Any] = {"skipped": SKIPPED_POSITIONS, "eos_token": eos_token}
+        options: dict[str, Any] = {"skipped": self.config.format.skipped_positions, "eos_token": eos_token}
         return decode(logits, cache, F.pad(seen, (0, steps)), seen.shape[1], steps, self.read_token, **options)
 
     def suffix_length(self, inputs: Inputs) -> int:
@@ -333,9 +332,10 @@ class FusedModel(nn.Module):
 
     def read_logits(self, x: Float[Tensor, "B 1 W"]) -> Float[Tensor, "B V"]:
         """The vocabulary's logits, float32, multiplied in the wider dtype of the two."""
-        out, (embedding,) = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0)), self.weights["embedding"]
-        dtype = torch.promote_types(out.dtype, embedding.dtype)
-        return F.linear(out.to(dtype), embedding.to(dtype)).float()[:, 0]
+        out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
+        (output,) = self.weights["embedding" if self.config.tied_output else "output"]
+        dtype = torch.promote_types(out.dtype, output.dtype)
+        return F.linear(out.to(dtype), output.to(dtype)).float()[:, 0]
 
     def denoise(
         self,

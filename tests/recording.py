@@ -24,7 +24,8 @@ def write_recording(
 
     `split` has columns, and their dimensions, instead of `observation.state` or `action`.
     """
-    cameras = [f"observation.images.{name}" for name in robot.cameras]
+    names = robot.cameras if robot.adapts_images else {model: name for name, model in robot.cameras.items()}.values()
+    cameras = [f"observation.images.{name}" for name in names]  # of several names for a camera, one
     count, rng = len(TASKS) * frames, np.random.default_rng(0)
     time = np.tile(np.arange(frames), len(TASKS))
     episode = np.repeat(np.arange(len(TASKS)), frames)

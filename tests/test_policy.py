@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -332,7 +334,20 @@ def test_fast_policies_act_alike(framework: str, kind: str, folders, policy_of):
     policy = FRAMEWORKS[framework].from_pretrained(folders[kind], use_sampler=True)
     item, options = recorded("metaworld"), {} if kind == "pi0_fast" else {"noise": noise()}
     expected = policy_of(kind, framework).infer(item, **options)["actions"]
+    assert policy.model is None  # whose later changes the sampler would not see
     assert_equal(policy.infer(item, **options)["actions"], expected)
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert_equal(other.infer(item, **options)["actions"], expected)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi0_fast"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_copies_of_a_policy_are_independent(framework: str, kind: str, folders):
+    policy = FRAMEWORKS[framework].from_pretrained(folders[kind], seed=3)
+    copies, item = [copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))], recorded("metaworld")
+    chunks = [[each.infer(item)["actions"] for _ in range(2)] for each in (policy, *copies)]
+    for own in chunks[1:]:  # each draws its own noise, from the same state
+        np.testing.assert_array_equal(own, chunks[0])
 
 
 @pytest.mark.parametrize("layout", ["openpi_jax", "lerobot"])

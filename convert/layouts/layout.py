@@ -65,8 +65,12 @@ class Layout:
             tensor that is stored under several names must be identical in all of them.
         unused: tensors that no model of ours has and the original's strict loader expects: optional when reading,
             written as zeros. Their `ours` gives the scope of their axes.
+        untied: the rules of embedding and output projection where these differ (`ModelConfig.tied_output`), in a layout
+            that has one name for both otherwise; the names in them are not respelled then.
         write_sidecars: writes the sidecar files that the original's loader needs, given the folder, the assets and
             the dtype of the weights.
+        check_target: raises LayoutError for assets that the original cannot run, and returns notes on what it will do
+            otherwise.
         config_folder: where our `config.json` is written, relative to the checkpoint's folder.
     """
 
@@ -77,7 +81,9 @@ class Layout:
     root: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     unused: tuple[Rule, ...] = ()
+    untied: tuple[Rule, ...] = ()
     write_sidecars: Callable[[Path, Assets, np.dtype], None] | None = None
+    check_target: Callable[[Assets], list[str]] | None = None
     config_folder: str = "assets"
 
     @property
@@ -90,14 +96,20 @@ class Layout:
         """Whether it can hold low-rank updates."""
         return any(".lora." in rule.ours for rule in self.rules)
 
-    def rules_for(self, kind: str, lora: tuple[str, ...] = ()) -> list[Rule]:
+    def rules_for(self, kind: str, lora: tuple[str, ...] = (), tied_output: bool = True) -> list[Rule]:
         """The rules for one model family, exactly one per parameter. Raises LayoutError otherwise."""
         if kind not in self.kinds:
             raise LayoutError(f"the layout {self.name} cannot hold {kind}; it holds {', '.join(self.kinds)}")
-        wanted = axes_of(kind, lora)
+        wanted = axes_of(kind, lora, tied_output)
+        if not (tied_output or self.untied or any(rule.ours == "paligemma.output" for rule in self.rules)):
+            raise LayoutError(
+                f"the layout {self.name} has one tensor for the text embedding and the output projection, and those of "
+                "this model differ (LeRobot trains them apart): it cannot hold it"
+            )
         if lora and not self.has_lora:
             raise LayoutError(f"the layout {self.name} cannot hold LoRA; merge it: --lora merge")
-        rules = [rule for rule in self.rules if rule.ours in wanted]
+        apart = {} if tied_output else {rule.ours: rule for rule in self.untied}
+        rules = [rule for rule in self.rules if rule.ours in wanted and rule.ours not in apart] + list(apart.values())
         names = [rule.ours for rule in rules]
         wrong = sorted({n for n in names if names.count(n) > 1} | (wanted.keys() - set(names)))
         if wrong:
@@ -106,11 +118,17 @@ class Layout:
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """All tensors of this layout with their shapes, in a fixed order. Nothing is allocated."""
-        return _shapes(self.rules_for(config.kind, lora_of(config)), config)
+        return _shapes(self._rules_of(config), config)
 
-    def spell(self, name: str) -> str:
+    def _rules_of(self, config: ModelConfig) -> list[Rule]:
+        return self.rules_for(config.kind, lora_of(config), config.tied_output)
+
+    def spell(self, name: str, tied_output: bool = True) -> str:
         """The canonical spelling of a tensor name."""
+        apart = () if tied_output else [rule.theirs for rule in self.untied]
         for pattern, written in self.spellings:
+            if name in apart:
+                break
             name = re.sub(pattern, written, name)
         return name
 
@@ -125,25 +143,25 @@ class Layout:
 
     def check(self, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
         """Raise LayoutError unless `found` has exactly this layout's tensors with the shapes of `config`."""
-        shapes, spelled = self.shapes(config), {name: self.spell(name) for name in found}
+        shapes, spelled = self.shapes(config), {name: self.spell(name, config.tied_output) for name in found}
         known = shapes | _shapes(self.unused, config)
         expected = {name: shape for name, shape in shapes.items() if name not in spelled.values()}
         expected |= {name: known[written] for name, written in spelled.items() if written in known}
         compare_shapes(expected, found, f"a {config.kind} checkpoint in the layout {self.name}")
 
-    def respelled(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def respelled(self, source: Mapping[str, Tensor], tied_output: bool = True) -> dict[str, Tensor]:
         """The tensors of a checkpoint by their canonical spelling."""
         names: dict[str, list[str]] = {}
         for name in source:
-            names.setdefault(self.spell(name), []).append(name)
+            names.setdefault(self.spell(name, tied_output), []).append(name)
         return {name: _one_of({n: source[n] for n in found}) for name, found in names.items()}
 
     def to_ours(self, config: ModelConfig, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our parameters, read lazily from tensors in this layout. Raises LayoutError unless they fit exactly."""
         self.check(config, {name: tensor.shape for name, tensor in source.items()})
-        source = self.respelled(source)
+        source = self.respelled(source, config.tied_output)
         table, sizes = parameters(config), axis_sizes(config)
-        rules = {rule.ours: rule for rule in self.rules_for(config.kind, lora_of(config))}
+        rules = {rule.ours: rule for rule in self._rules_of(config)}
         return {
             name: _ours_from(rules[name], parameter, sizes[scope_of(name)], source) for name, parameter in table.items()
         }
@@ -154,7 +172,7 @@ class Layout:
         compare_shapes({n: p.shape for n, p in table.items()}, {n: t.shape for n, t in ours.items()}, "our parameters")
         sizes = axis_sizes(config)
         parts: dict[str, list[tuple[Rule, int | None]]] = {}
-        for rule in self.rules_for(config.kind, lora_of(config)):
+        for rule in self._rules_of(config):
             stacked = "{l}" in rule.theirs
             names = _names(rule, sizes[scope_of(rule.ours)]["l"] if stacked else 1)
             for layer, name in enumerate(names):
@@ -285,8 +303,8 @@ def infer_sizes(rules: Iterable[Rule], found: Mapping[str, tuple[int, ...]]) -> 
         if name not in found or len(found[name]) != len(rule.groups):
             raise LayoutError(f"{name}: expected a tensor with axes [{rule.axes}], found {found.get(name, 'none')}")
         for group, size in zip(rule.groups, found[name], strict=True):
-            if len(group) == 1 and not _is_index(group):
-                _unify(scope, group[0], size, name)
+            if not _is_index(group):
+                _unify(scope, " ".join(group), size, name)  # flat axes by all of their letters
     return {scope: {a: size for a, (size, _) in letters.items()} for scope, letters in sizes.items()}
 
 

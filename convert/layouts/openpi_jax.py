@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from convert.layouts.layout import Layout, Rule
+from convert.sidecars import check_openpi
 
 _IMG = "PaliGemma/img"
 _BLOCK = f"{_IMG}/Transformer/encoderblock"
@@ -78,7 +79,7 @@ def _gemma(ours: str, n: str) -> tuple[Rule, ...]:
 _PROJECTIONS = (
     ("action_in_proj", "a d"),
     ("action_out_proj", "d a"),
-    ("state_proj", "a d"),
+    ("state_proj", "z d"),
     ("action_time_mlp_in", "u d"),
     ("action_time_mlp_out", "d e"),
     ("time_mlp_in", "d e"),
@@ -96,4 +97,5 @@ LAYOUT = Layout(
         *(Rule(f"{name}.bias", f"{name}/bias", axes.split()[1]) for name, axes in _PROJECTIONS),
     ),
     root=("params",),
+    check_target=check_openpi,
 )

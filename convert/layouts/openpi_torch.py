@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.layouts.layout import Layout, Rule
-from convert.sidecars import write_openpi
+from convert.sidecars import check_openpi_torch, write_openpi
 
 _LAYER_NORMS = (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2"))
 _RMS_NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
@@ -19,7 +19,7 @@ _HEADS = (("query", "q_proj", "n h"), ("key", "k_proj", "k h"), ("value", "v_pro
 _PROJECTIONS = (
     ("action_in_proj", "d a"),
     ("action_out_proj", "a d"),
-    ("state_proj", "d a"),
+    ("state_proj", "d z"),
     ("action_time_mlp_in", "d u"),
     ("action_time_mlp_out", "e d"),
     ("time_mlp_in", "e d"),
@@ -82,16 +82,18 @@ def gemma_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
 def transformers_layout(
     name: str,
     prefix: str,
-    tower: str,
-    other_tower: str,
     kinds: tuple[str, ...],
     write_sidecars: Callable[..., Any],
+    check: Callable[..., Any],
+    untied: bool = False,
 ) -> Layout:
     """The layout of models built from transformers' modules; all tensor names start with `prefix`.
 
-    `tower` is the vision tower's path, `other_tower` a regular expression for an alternative one that is read too.
+    The vision tower's names of transformers since 5.6, without `vision_model`, are read too. `untied`: whether
+    `lm_head` may differ from `embed_tokens`.
     """
     paligemma = f"{prefix}paligemma_with_expert.paligemma"
+    tower, embedding = "vision_tower.vision_model", f"{paligemma}.model.language_model.embed_tokens.weight"
     expert = f"{prefix}paligemma_with_expert.gemma_expert"
     return Layout(
         name,
@@ -110,14 +112,23 @@ def transformers_layout(
         kinds=kinds,
         format="safetensors",
         spellings=(
+            # of transformers before 4.52, and LeRobot 0.3
+            (r"\.paligemma\.language_model\.(lm_head\.)", r".paligemma.\1"),
+            (r"\.paligemma\.language_model\.model\.", ".paligemma.model.language_model."),
+            (r"\.paligemma\.(vision_tower|multi_modal_projector)\.", r".paligemma.model.\1."),
             (r"\.paligemma\.model\.language_model\.embed_tokens\.weight$", ".paligemma.lm_head.weight"),
-            (rf"\.paligemma\.model\.{other_tower}\.", f".paligemma.model.{tower}."),
+            (r"\.paligemma\.model\.vision_tower\.(?!vision_model\.)", f".paligemma.model.{tower}."),
         ),
+        untied=(
+            Rule("paligemma.embedding", embedding, "v d"),
+            Rule("paligemma.output", f"{paligemma}.lm_head.weight", "v d"),
+        )
+        if untied
+        else (),
         unused=(Rule("action_expert.embedding", f"{expert}.lm_head.weight", "v d"),),
         write_sidecars=write_sidecars,
+        check_target=check,
     )
 
 
-LAYOUT = transformers_layout(
-    "openpi_torch", "", "vision_tower.vision_model", r"vision_tower(?!\.vision_model\.)", ("pi0", "pi05"), write_openpi
-)
+LAYOUT = transformers_layout("openpi_torch", "", ("pi0", "pi05"), write_openpi, check_openpi_torch)

@@ -6,6 +6,7 @@ from convert.layouts.layout import Layout, Rule
 from pi0.families import FAMILIES
 from pi0.parameters import axes_of
 
-_AXES = {name: axes for k, family in FAMILIES.items() for name, axes in axes_of(k, family.experts).items()}
+_ALL = (axes_of(k, family.experts, tied_output=False) for k, family in FAMILIES.items())
+_AXES = {name: axes for table in _ALL for name, axes in table.items()}
 
 LAYOUT = Layout("pi0_jax", tuple(Rule(name, name.replace(".", "/"), " ".join(axes)) for name, axes in _AXES.items()))

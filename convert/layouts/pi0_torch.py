@@ -27,7 +27,8 @@ def _rule(name: str, axes: tuple[str, ...]) -> Rule:
     return Rule(name, theirs, " ".join(flat))
 
 
-_AXES = {name: axes for k, family in FAMILIES.items() for name, axes in axes_of(k, family.experts).items()}
+_ALL = (axes_of(k, family.experts, tied_output=False) for k, family in FAMILIES.items())
+_AXES = {name: axes for table in _ALL for name, axes in table.items()}
 
 LAYOUT = Layout(
     "pi0_torch",

@@ -24,7 +24,7 @@ from pi0.datasets.lerobot_tables import (
     texts_of,
     vector_size,
 )
-from pi0.datasets.video import EncodedImages, Video
+from pi0.datasets.video import MAX_GROUP, EncodedImages, Video
 
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 SUBTASKS = ("subtask_index", "subtask", "language_persistent")  # the first that a dataset has
@@ -49,8 +49,10 @@ class LeRobotDataset(Dataset):
 
     Cameras are named in full, as `observation.images.<name>`. `tasks` and `subtasks` have one text per number;
     `decoded` counts the video frames decoded so far, those between a keyframe and the requested frame included.
+    `max_bytes` limits the images in a row group of a file, which is read as a whole: a subclass may raise it.
     """
 
+    max_bytes = MAX_GROUP
     subtasks: dict[int, str]
     decoded: int
     _files: OpenFiles
@@ -88,7 +90,10 @@ class LeRobotDataset(Dataset):
         try:
             segment = episode.segment(camera)
             if segment is None:
-                images, damaged = self._open(EncodedImages, episode.file, camera, self.max_pixels), frame
+                images, damaged = (
+                    self._open(EncodedImages, episode.file, camera, self.max_pixels, self.max_bytes),
+                    frame,
+                )
                 return images.frame(self._first_rows[episode.index] + frame)
             video = self._open(Video, segment.file, self.fps, self.max_pixels)
             video.check(segment.start, segment.end, episode.length)

@@ -56,7 +56,7 @@ def placeholder(config: ModelConfig, batch: int, cameras: int, length: int) -> O
     return Observation(
         images={key: np.zeros((batch, *config.image_resolution, 3), np.uint8) for key in keys},
         image_masks={key: np.ones(batch, bool) for key in keys},
-        state=np.zeros((batch, config.action_dim), np.float32),
+        state=np.zeros((batch, config.state_size), np.float32),
         tokenized_prompt=np.zeros((batch, length), np.int32),
         tokenized_prompt_mask=np.ones((batch, length), bool),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ from pi0.assets import Assets, AssetsError
 from pi0.fetch import fetch
 from pi0.observation import Observation, ObservationError, check_actions
 from pi0.policy.subtasks import SubtaskSampler
+from pi0.presets import describe_assumed, fitting_presets
 from pi0.robots.normalize import NormStats, load_norm_stats
 from pi0.robots.pipeline import Pipeline
 from pi0.robots.registry import ROBOTS, make_robot
 from pi0.tokenizers.fast import FAST, FASTError, FASTTokenizer
 from pi0.tokenizers.text import PALIGEMMA, TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Policy(abc.ABC):
@@ -107,6 +111,10 @@ class Policy(abc.ABC):
         if isinstance(observations, Mapping) or not len(observations):
             raise ObservationError(f"a batch is a list of observations, not empty; got {type(observations).__name__}")
         rows = [self._row(observation, i, len(observations)) for i, observation in enumerate(observations)]
+        dummies: dict[str, np.ndarray] = {}  # of cameras that are masked in some rows
+        for row in rows:
+            dummies |= {key: np.zeros_like(value) for key, value in row.items() if key.startswith("image/")}
+        rows = [dummies | row for row in rows]
         data = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         return Observation.from_dict(data, self.config).prompt_only()
 
@@ -147,19 +155,24 @@ def fill_assets(
     robot: str | Mapping[str, Any] | None = None,
     default_prompt: str | None = None,
     norm_stats: str | Path | dict[str, NormStats] | None = None,
-    normalization: str | None = None,
+    normalization: str | dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     action_tokenizer: str | Path | None = None,
     state_in_prompt: bool | None = None,
+    action_horizon: int | None = None,
 ) -> Assets:
     """A checkpoint's assets with overrides, and with what it does not say, as those of openpi and LeRobot do not.
 
     `robot` as `make_robot` takes it, with `default_prompt` for observations without one; `norm_stats`, or the address
-    of their file; `normalization`, one of `MODES` (default: that of the family's released models); the addresses of the
-    tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and whether π0.5's prompt has the
-    state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the asset ids of all norm stats of
-    the checkpoint, to name in an error. Raises AssetsError where robot or norm stats are still missing.
+    of their file; `normalization`, a mode or one each of state and actions (default: that of the family's released
+    models); the addresses of the tokenizers (default: PaliGemma's, and for π0-FAST physical-intelligence/fast); and
+    whether π0.5's prompt has the state in it (default: yes; in openpi's `pi05_libero` it does not). `known` are the
+    asset ids of all norm stats of the checkpoint, to name in an error. `action_horizon` is that of the model's
+    training, where the checkpoint does not say it: no tensor depends on it, but a model that samples another one than
+    it was trained with gives other actions. Raises AssetsError where horizon, robot or norm stats are still missing,
+    and for a horizon that the checkpoint says otherwise; what else is assumed (`Assets.assumed`) is logged.
     """
+    assets = _with_horizon(assets, known, action_horizon)
     changes: dict[str, Any] = {}
     reference = robot or assets.robot
     if reference is None:
@@ -186,3 +199,24 @@ def fill_assets(
     if state_in_prompt is not None:
         changes["state_in_prompt"] = state_in_prompt
     return dataclasses.replace(assets, **changes)
+
+
+def _with_horizon(assets: Assets, known: Collection[str], action_horizon: int | None) -> Assets:
+    """The assets with a horizon that is said, by their file or by `action_horizon`; see `fill_assets`."""
+    model = assets.model
+    if "action_horizon" in assets.assumed:
+        if action_horizon is None:
+            presets = ", ".join(fitting_presets(model, assets.assumed, known)) or "none of those known"
+            raise AssetsError(
+                "the checkpoint does not say its action horizon, and with another one than in training a model gives "
+                f"other actions: pass preset=, the openpi config it was trained with (fitting are {presets}), or "
+                f"action_horizon= (that of the released {model.family.title} base model is {model.action_horizon})"
+            )
+        model = dataclasses.replace(model, action_horizon=action_horizon)
+        assumed = tuple(name for name in assets.assumed if name != "action_horizon")
+        assets = dataclasses.replace(assets, model=model, assumed=assumed)
+    elif action_horizon not in (None, model.action_horizon):
+        raise AssetsError(f"action_horizon is {action_horizon}, but the checkpoint says {model.action_horizon}")
+    if assets.assumed:
+        logger.warning("assumed, as in released models: %s", describe_assumed(model, assets.assumed))
+    return assets

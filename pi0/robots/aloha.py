@@ -21,6 +21,8 @@ HORN, ARM = 0.022, 0.036  # metres, links of the gripper
 class Aloha(Robot):
     """Two arms with a camera above and one at either wrist; in simulation only the one above ("top").
 
+    openpi masks the wrist cameras that a frame lacks: set the option `optional_cameras` to them for that.
+
     state [14] and actions [T, 14]: for each arm six joints in radians and the gripper from 0 (closed) to 1 (open).
     `adapt_to_pi` converts to the joint signs and gripper angles of the base models' data; with `delta` the joints of
     the model's actions are relative to the state, the grippers never (openpi `aloha_policy.py`).

@@ -14,7 +14,25 @@ from pi0.reading import read_json
 from pi0.storage import write_text
 
 EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
-MODES = ("zscore", "quantile", "quantile01")
+# LeRobot's modes, with its epsilon, an option: "mean_std" adds it to the divisor of what goes in, and not to the factor
+# of what comes out; the others replace a range of zero by it.
+LEROBOT_MODES = {
+    "MEAN_STD": "mean_std",
+    "MIN_MAX": "min_max",
+    "QUANTILES": "quantiles",
+    "QUANTILE10": "quantile10",
+    "IDENTITY": "identity",
+}
+LEROBOT_EPSILON = 1e-8  # its default
+MODES = ("zscore", "quantile", "quantile01", *LEROBOT_MODES.values())
+KEYS = ("state", "actions")
+RANGES = {  # the statistics that a mode maps to [-1, 1]
+    "quantile": ("q01", "q99"),
+    "quantile01": ("q01", "q99"),
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+    "quantile10": ("q10", "q90"),
+}
 REQUIRED = ("mean", "std")
 PADDING = 1e-6  # |mean| and std, at most, of dimensions that are padding
 
@@ -23,8 +41,8 @@ PADDING = 1e-6  # |mean| and std, at most, of dimensions that are padding
 class NormStats:
     """Statistics of D dimensions over many frames: each field float64 [D], in the units of the data.
 
-    `q01` and `q99` are optional for "zscore"; `min` and `max` are informative, no mode uses them. Raises ValueError for
-    lengths that differ or NaN.
+    All but `mean` and `std` are optional, where the mode does not use them. Raises ValueError for lengths that differ,
+    or NaN.
     """
 
     mean: np.ndarray
@@ -33,6 +51,8 @@ class NormStats:
     q99: np.ndarray | None = None
     min: np.ndarray | None = None
     max: np.ndarray | None = None
+    q10: np.ndarray | None = None
+    q90: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.present().items():
@@ -45,10 +65,14 @@ class NormStats:
                 dim = int(np.argmin(np.isfinite(array)))
                 raise ValueError(f"norm stats: {name}[{dim}] is {array[dim]}; expected finite numbers")
             object.__setattr__(self, name, array)
-        if (self.q01 is None) != (self.q99 is None):
-            raise ValueError("norm stats: q01 and q99 go together; one of them is missing")
-        crossed = np.zeros(0) if self.q01 is None or self.q99 is None else self.q01 > self.q99
-        for name, wrong in {"std < 0": self.std < 0, "q01 > q99": crossed}.items():
+        checks = {"std < 0": self.std < 0}
+        for low, high in dict.fromkeys(RANGES.values()):
+            first, second = getattr(self, low), getattr(self, high)
+            if (first is None) != (second is None):
+                raise ValueError(f"norm stats: {low} and {high} go together; one of them is missing")
+            if first is not None and low != "min":
+                checks[f"{low} > {high}"] = first > second
+        for name, wrong in checks.items():
             if wrong.any():
                 raise ValueError(f"norm stats: {name} in dimensions {np.flatnonzero(wrong).tolist()}")
 
@@ -65,70 +89,102 @@ class NormStats:
         q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
         return cls(x.mean(axis=0), x.std(axis=0), q01, q99, x.min(axis=0), x.max(axis=0))
 
-    def apply(self, x: np.ndarray, mode: str) -> np.ndarray:
+    def apply(self, x: np.ndarray, mode: str, eps: float = LEROBOT_EPSILON) -> np.ndarray:
         """Normalize x [..., D'] to float64 [..., D'] by `mode`, one of MODES.
 
-        "zscore": (x - mean) / (std + EPSILON); "quantile": 2 (x - q01) / (q99 - q01 + EPSILON) - 1; "quantile01":
-        (x - q01) / (q99 - q01). Dimensions beyond the stats pass through, stats beyond the data are ignored (openpi
-        `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero range.
+        "zscore": (x - mean) / (std + EPSILON); "quantile": 2 (x - q01) / (q99 - q01 + EPSILON) - 1; "quantile01": (x -
+        q01) / (q99 - q01); and LeRobot's, with its `eps`. Dimensions beyond the stats pass through, stats beyond the
+        data are ignored (openpi `transforms.py`). Raises ValueError for NaN, another mode, or a "quantile01" of zero
+        range.
         """
-        offset, scale, shift = self._affine(mode, np.shape(x)[-1])
+        offset, scale, shift = self._affine(mode, np.shape(x)[-1], eps)
         out = np.array(x, np.float64)
         _require_finite(out, "data to normalize")
         used = out[..., : len(offset)]
         used[...] = (used - offset) / scale - shift
         return out
 
-    def invert(self, x: np.ndarray, mode: str) -> np.ndarray:
-        """Undo `apply`: normalized x [..., D'] back to the data's units, float64 [..., D']. Raises as `apply` does."""
-        offset, scale, shift = self._affine(mode, np.shape(x)[-1])
+    def invert(self, x: np.ndarray, mode: str, eps: float = LEROBOT_EPSILON, exact: bool = False) -> np.ndarray:
+        """Undo `apply`: normalized x [..., D'] back to the data's units, float64 [..., D']. Raises as `apply` does.
+
+        LeRobot's "mean_std" multiplies by std alone; with `exact`, it is undone like the others.
+        """
+        offset, scale, shift = self._affine(mode, np.shape(x)[-1], eps)
+        if mode == "mean_std" and not exact:
+            scale = self.std[: len(offset)]
         out = np.array(x, np.float64)
         _require_finite(out, "data to un-normalize")
         used = out[..., : len(offset)]
         used[...] = (used + shift) * scale + offset
         return out
 
-    def _affine(self, mode: str, dims: int) -> tuple[np.ndarray, np.ndarray, float]:
+    def _affine(self, mode: str, dims: int, eps: float = LEROBOT_EPSILON) -> tuple[np.ndarray, np.ndarray, float]:
         """Offset [D], scale [D] and shift such that normalized = (x - offset) / scale - shift."""
         if mode not in MODES:
             raise ValueError(f"unknown normalization mode {mode!r}; choose one of {list(MODES)}")
-        if mode == "zscore":
-            return self.mean[:dims], self.std[:dims] + EPSILON, 0.0
-        if self.q01 is None or self.q99 is None:
-            raise ValueError(f"mode {mode!r} needs q01 and q99, which these norm stats do not have")
-        q01, q99 = self.q01[:dims], self.q99[:dims]
+        if mode == "identity":
+            return np.zeros(0), np.ones(0), 0.0
+        if mode not in RANGES:
+            return self.mean[:dims], self.std[:dims] + (EPSILON if mode == "zscore" else eps), 0.0
+        names = RANGES[mode]
+        low, high = (getattr(self, name) for name in names)
+        if low is None:
+            raise ValueError(f"mode {mode!r} needs {' and '.join(names)}, which these norm stats do not have")
+        low, high = low[:dims], high[:dims]
         if mode == "quantile":
-            return q01, (q99 - q01 + EPSILON) / 2, 1.0
-        constant = np.flatnonzero(q99 == q01).tolist()
+            return low, (high - low + EPSILON) / 2, 1.0
+        constant = np.flatnonzero(high == low).tolist()
+        if mode != "quantile01":
+            return low, np.where(high == low, eps, high - low) / 2, 1.0
         if constant:
             raise ValueError(f"mode 'quantile01' divides by q99 - q01, which is 0 in dimensions {constant}")
-        return q01, q99 - q01, 0.0
+        return low, high - low, 0.0
 
     def present(self) -> dict[str, np.ndarray]:
         """The statistics that are not None, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 
-def check_norm_stats(stats: Mapping[str, NormStats], mode: str, dims: Mapping[str, int], padded: int) -> None:
-    """Raise ValueError unless norm stats normalize by `mode` a robot's state and actions of `dims` each.
+Normalization = str | Mapping[str, Any]  # a mode, or {"state": mode, "actions": mode, "eps": LeRobot's epsilon}
+
+
+def modes_of(normalization: Normalization) -> tuple[dict[str, str], float]:
+    """The modes of "state" and "actions", and LeRobot's epsilon. Raises ValueError for anything else."""
+    if isinstance(normalization, str):
+        modes, eps = dict.fromkeys(KEYS, normalization), LEROBOT_EPSILON
+    elif isinstance(normalization, Mapping) and {*KEYS} <= {*normalization} <= {*KEYS, "eps"}:
+        modes, eps = {key: normalization[key] for key in KEYS}, normalization.get("eps", LEROBOT_EPSILON)
+    else:
+        raise ValueError(f"normalization is {normalization!r:.200}; it must be a mode, or one each of {list(KEYS)}")
+    unknown = sorted({str(mode) for mode in modes.values() if mode not in MODES})
+    if unknown:
+        raise ValueError(f"unknown normalization mode {unknown[0]!r}; choose one of {list(MODES)}")
+    if type(eps) not in (int, float) or not 0 <= eps < 1:
+        raise ValueError(f"normalization: eps is {eps!r}; it must be a number from 0 to 1")
+    return modes, float(eps)
+
+
+def check_norm_stats(
+    stats: Mapping[str, NormStats], normalization: Normalization, dims: Mapping[str, int], padded: Mapping[str, int]
+) -> None:
+    """Raise ValueError unless norm stats normalize a robot's state and actions of `dims` each.
 
     Stats of more dimensions are allowed as openpi has them, padded to the model's: `padded` in all, or zeros.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown normalization mode {mode!r}; choose one of {list(MODES)}")
+    modes, _ = modes_of(normalization)
     missing = [key for key in dims if key not in stats]
     if missing:
         raise ValueError(f"norm stats lack {missing}; they have {sorted(stats)}")
     for key, size in dims.items():
         one = stats[key]
         extra = any(np.abs(x[size:]).max(initial=0) > PADDING for x in (one.mean, one.std))
-        if len(one.mean) < size or (len(one.mean) != padded and extra):
+        if len(one.mean) < size or (len(one.mean) != padded[key] and extra):
             raise ValueError(
                 f"norm stats of {key!r} have {len(one.mean)} dimensions, the robot has {size}: they are of another "
                 "robot; compute its own with pi0-stats"
             )
         try:
-            one._affine(mode, size)
+            one._affine(modes[key], size)
         except ValueError as error:
             raise ValueError(f"norm stats of {key!r}: {error}") from error
 

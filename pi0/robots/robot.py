@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,13 +26,15 @@ class Robot:
     overrides `adapt_state`, `adapt_actions` and `restore_actions`, and to change images `adapt_images`.
 
     The fields are the options that a checkpoint may set: `cameras`, from the robot's names to the model's, all of
-    which a frame must have (of several names for one model camera, exactly one); `delta`, whether the model's actions
-    are relative to the state in `delta_dims`; `default_prompt`, for frames without an instruction.
+    which a frame must have (of several names for one model camera, exactly one) but for `optional_cameras`, which are
+    masked where a frame lacks them; `delta`, whether the model's actions are relative to the state in `delta_dims`;
+    `default_prompt`, for frames without an instruction.
     """
 
     cameras: Mapping[str, str]
     delta: bool = False
     default_prompt: str | None = None
+    optional_cameras: Sequence[str] = ()
 
     state_dim = 0
     action_dim = 0
@@ -42,6 +45,11 @@ class Robot:
     def __post_init__(self) -> None:
         if not isinstance(self.cameras, Mapping) or not self.cameras:
             raise ValueError(f"{self._name}: cameras is {self.cameras!r}; it maps names of cameras to the model's")
+        unknown = sorted(set(self.optional_cameras) - self.cameras.keys())
+        if unknown or isinstance(self.optional_cameras, str):
+            raise ValueError(f"{self._name}: optional_cameras is {self.optional_cameras!r}; it lists some of `cameras`")
+        if self.optional_cameras and self.adapts_images:
+            raise ValueError(f"{self._name}: optional_cameras is for robots without `adapt_images`")
         if not isinstance(self.delta, bool) or (self.delta and not self.delta_dims):
             raise ValueError(f"{self._name}: delta is {self.delta!r}; {'true or' if self.delta_dims else 'only'} false")
 
@@ -63,6 +71,7 @@ class Robot:
         ranges, and for two different values of one thing.
         """
         item = _flatten(item)
+        item |= {key: _text(item[key]) for key in ("prompt", "task") if key in item}
         self._refuse_two(item)
         keys = self.state_keys(item)
         if (state := self._vectors(item, keys)).ndim != 1:
@@ -183,19 +192,30 @@ class Robot:
         for camera in dict.fromkeys(self.cameras.values()):
             names = [name for name, target in self.cameras.items() if target == camera]
             found = [keys[name] for name in names if name in keys]
+            if not found and set(names) <= set(self.optional_cameras):
+                continue
             if len(found) != (len(names) if self.adapts_images else 1):
                 raise ValueError(
                     f"{self._name}: {found or 'no image'} for the model's {camera}, which takes "
                     f"{'all' if self.adapts_images else 'one'} of {names}, in a frame of {sorted(item)}; the robot's "
-                    "option `cameras` lists its cameras"
+                    "option `cameras` lists its cameras, `optional_cameras` those that frames may lack"
                 )
         images = self.adapt_images({name: to_uint8(item[key], key) for name, key in keys.items()})
-        if images.keys() != set(self.cameras.values()):
+        if images.keys() != {self.cameras[name] for name in keys}:
             raise ValueError(
                 f"{self._name}.adapt_images returned {sorted(images)}, not the model's cameras of `cameras`"
             )
         masks = {f"image_mask/{camera}": np.bool_(True) for camera in images}
         return {f"image/{camera}": to_uint8(image, camera) for camera, image in images.items()} | masks
+
+
+def _text(prompt: Any) -> Any:
+    """A prompt as openpi's clients send it: text or UTF-8, or an array without axes of either."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
+        prompt = prompt.item()
+    with contextlib.suppress(UnicodeDecodeError):  # refused as no text
+        return prompt.decode("utf-8") if isinstance(prompt, bytes) else prompt
+    return prompt
 
 
 def default_cameras(**cameras: str) -> Any:

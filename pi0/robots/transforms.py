@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pi0.robots.normalize import MODES, NormStats
+from pi0.robots.normalize import KEYS, Normalization, NormStats, modes_of
 from pi0.tokenizers.prompts import FASTPromptTokenizer, RecipeTokenizer
 from pi0.tokenizers.text import TextTokenizer
 
@@ -94,18 +94,18 @@ class Normalize:
     """
 
     stats: Mapping[str, NormStats]
-    mode: str
+    mode: Normalization
     _warned: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown normalization mode {self.mode!r}; choose one of {list(MODES)}")
+        modes_of(self.mode)
         missing = [key for key in ("state", "actions") if key not in self.stats]
         if missing:
             raise ValueError(f"norm stats lack {missing}; they have {sorted(self.stats)}")
 
     def __call__(self, data: Data) -> Data:
-        out = data | {k: self.stats[k].apply(data[k], self.mode) for k in ("state", "actions") if k in data}
+        modes, eps = modes_of(self.mode)
+        out = data | {k: self.stats[k].apply(data[k], modes[k], eps) for k in KEYS if k in data}
         if "state" in out and "actions" not in out:
             self._warn_of_far(np.asarray(data["state"]), out["state"])
         return out
@@ -122,7 +122,9 @@ class Normalize:
 
     def inverse(self, data: Data) -> Data:
         """Un-normalize `actions`, and `state` where present."""
-        return data | {k: self.stats[k].invert(data[k], self.mode) for k in ("state", "actions") if k in data}
+        modes, eps = modes_of(self.mode)
+        exact = {"state": True, "actions": False}  # the state is the robot's, as it was given
+        return data | {k: self.stats[k].invert(data[k], modes[k], eps, exact[k]) for k in KEYS if k in data}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +272,7 @@ class TokenizeRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class PadDims:
-    """Pad `state` [S] and `actions` [T, A] with zeros to float32 [action_dim] and [T, action_dim], the model's dims.
+    """Pad `state` [S] and `actions` [T, A] with zeros to float32 [state_dim] and [T, action_dim], the model's dims.
 
     With `cut_state` (π0-FAST, which reads the state as text) a longer state is cut. `inverse` cuts `actions`, where
     present, back to `robot_action_dim`. Raises ValueError for more dimensions than the model has.
@@ -279,6 +281,7 @@ class PadDims:
     action_dim: int
     robot_action_dim: int
     cut_state: bool = False
+    state_dim: int | None = None  # default: action_dim
 
     def __post_init__(self) -> None:
         if not 0 < self.robot_action_dim <= self.action_dim:
@@ -292,11 +295,12 @@ class PadDims:
 
     def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, np.float32)
+        size = (self.state_dim if key == "state" else None) or self.action_dim
         if self.cut_state and key == "state":
-            x = x[..., : self.action_dim]
-        extra = self.action_dim - x.shape[-1]
+            x = x[..., :size]
+        extra = size - x.shape[-1]
         if extra < 0:
-            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model has {self.action_dim}")
+            raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model has {size}")
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
+from pi0.families import TEXT_FORMATS, TextFormat
 from pi0.tokenizers.fast import FASTError, FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer, one_line, state_bins
+
+logger = logging.getLogger(__name__)
 
 SKIPPED_IDS = 128  # the last ids of PaliGemma's vocabulary, which are not FAST tokens
 
@@ -18,58 +22,77 @@ class FASTPromptTokenizer:
     FAST token k has id `vocab_size` − 1 − 128 − k. `vocab_size` is the model's (default: the text tokenizer's, as for
     PaliGemma, whose last pieces occur in no prompt). `text.encoded` and `text.truncated` count prompts.
 
-    Raises ValueError if the FAST tokens do not fit into the model's vocabulary.
+    `text_format` is the checkpoint's. Raises ValueError if the FAST tokens do not fit into the model's vocabulary; in
+    LeRobot's format that is logged, since LeRobot does not check it.
     Source: `FASTTokenizer` in openpi's models/tokenizer.py.
     """
 
-    def __init__(self, text: TextTokenizer, fast: FASTTokenizer, vocab_size: int | None = None):
-        self.text, self.fast = text, fast
-        self.vocab_size = text.vocab_size if vocab_size is None else vocab_size
+    def __init__(
+        self,
+        text: TextTokenizer,
+        fast: FASTTokenizer,
+        vocab_size: int | None = None,
+        text_format: TextFormat = TEXT_FORMATS["openpi"],
+    ):
+        self.text, self.fast, self.format = text, fast, text_format
+        # LeRobot counts from the end of the text tokenizer's vocabulary, which is PaliGemma's.
+        self.vocab_size = text.vocab_size if vocab_size is None or text_format.bos_after_prompt else vocab_size
         self._start, self._end = text.encode("Action: "), text.encode("|")
         taken = text.vocab_size
         if self.vocab_size == text.vocab_size:
             taken = 1 + max(text.encode("Task: , State: -0123456789;\nAction: |"))
         if self.vocab_size - SKIPPED_IDS - fast.vocab_size < taken:
-            raise ValueError(
-                f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {self.vocab_size} above {taken} ids of "
-                f"text; the model's vocab_size must be at least {text.vocab_size + SKIPPED_IDS + fast.vocab_size}"
-            )
+            size = self.vocab_size
+            problem = f"{fast.vocab_size} FAST tokens do not fit into a vocabulary of {size} above {taken} ids of text"
+            if not text_format.bos_after_prompt:
+                least = text.vocab_size + SKIPPED_IDS + fast.vocab_size
+                raise ValueError(f"{problem}; the model's vocab_size must be at least {least}")
+            logger.warning("%s: some are text too, as LeRobot has them. Are these the policy's tokenizers?", problem)
 
     def encode_prompt(
         self, text: str, max_len: int, state: np.ndarray, actions: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """`<bos>Task: {text}, State: {bins};\\n`, and with actions [T, A] `Action: {FAST tokens}|<eos>`.
 
-        The text is stripped and lower-cased, its underscores become spaces; state [S] and actions are normalized.
+        The text is stripped and lower-cased, its underscores become spaces; state [S] and actions are normalized. In
+        LeRobot's format its case is kept, newlines become spaces too, and a `<bos>` precedes the actions.
 
         Returns `tokenized_prompt` int32 [max_len], padded with 0 or cut; `tokenized_prompt_mask` bool [max_len], True
         for tokens; `token_ar_mask` int32 and `token_loss_mask` bool [max_len], 1 and True for the target tokens.
         Raises ValueError for a bad state or bad actions.
         """
         bins = " ".join(map(str, state_bins(state)))
-        text = text.lower().strip().replace("_", " ")
+        text = text.lower().strip().replace("_", " ") if self.format.lowercase else one_line(text)
         prefix = self.text.encode(f"Task: {text}, State: {bins};\n", add_bos=True)
+        start = [self.text.bos_id] * self.format.bos_after_prompt
         answer = [] if actions is None else [*self._start, *self.action_ids(actions)]
-        ids, mask = self.text.pad(prefix + answer, max_len)
-        in_answer = mask & (np.arange(max_len) >= len(prefix))
+        ids, mask = self.text.pad([*prefix, *start, *answer], max_len)
+        places, first = np.arange(max_len), len(prefix) + len(start)
+        # In training, LeRobot's <bos> is the first of the tokens that are attended to only from themselves on.
+        causal = len(prefix) if actions is not None else first
         return {
             "tokenized_prompt": ids,
             "tokenized_prompt_mask": mask,
-            "token_ar_mask": in_answer.astype(np.int32),
-            "token_loss_mask": in_answer,
+            "token_ar_mask": (mask & (places >= causal)).astype(np.int32),
+            "token_loss_mask": mask & (places >= first),
         }
 
     def action_ids(self, actions: np.ndarray) -> list[int]:
         """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`."""
         ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
+        if min(ids) < 0:
+            raise ValueError(
+                f"a FAST token has the id {min(ids)} in a vocabulary of {self.vocab_size}: it is too small"
+            )
         return [*ids, *self._end, self.text.eos_id]
 
     def extract_actions(
         self, tokens: Sequence[int] | np.ndarray, time_horizon: int, action_dim: int, fallback: bool = False
     ) -> tuple[np.ndarray, bool]:
-        """The chunk float64 [T, A] in generated tokens [N], between "Action: " and the first "|" or `<eos>`; and True.
+        """The chunk float64 [T, A] in generated tokens [N], after "Action: " to "|", `<eos>` or a second one; and True.
 
-        Raises FASTError if there is none; with `fallback` the result is zeros and False instead.
+        Tokens of text among them are skipped, as openpi does, if what remains is exactly one chunk. Raises FASTError
+        for anything else; with `fallback` the result is zeros and False instead, which is openpi's answer.
         """
         try:
             return self.fast.decode(self._answer([int(t) for t in tokens]), time_horizon, action_dim)
@@ -83,8 +106,9 @@ class FASTPromptTokenizer:
         if start == len(tokens):
             raise FASTError(f"the {len(tokens)} generated tokens have no 'Action: '")
         answer = tokens[start + len(self._start) :]
-        answer = answer[: min(_find(answer, self._end), _find(answer, [self.text.eos_id]))]
-        return [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+        answer = answer[: min(_find(answer, end) for end in (self._end, [self.text.eos_id], self._start))]
+        ids = [self.vocab_size - 1 - SKIPPED_IDS - t for t in answer]
+        return [i for i in ids if i < self.fast.vocab_size]  # without text; ids below 0 are special tokens, no text
 
 
 class RecipeTokenizer:

@@ -34,7 +34,7 @@ class Inputs:
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, config.max_token_len + 1, batch)
         data: dict[str, np.ndarray] = {
-            "state": rng.normal(size=(batch, config.action_dim)),
+            "state": rng.normal(size=(batch, config.state_size)),
             "tokenized_prompt": rng.integers(0, config.vocab_size, (batch, config.max_token_len)),
             "tokenized_prompt_mask": np.arange(config.max_token_len) < lengths[:, None],
         }

@@ -23,9 +23,9 @@ from pi0_jax.models.layers import Linear
 from pi0_jax.models.vision_language import VisionLanguageModel
 
 
-def embed_time(time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
-    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
-    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width)
+def embed_time(time: Float[Array, " B"], width: int, periods: tuple[float, float]) -> Float[Array, "B W"]:
+    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies` of `periods`, float32."""
+    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width, periods)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

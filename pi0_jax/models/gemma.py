@@ -126,7 +126,8 @@ def make_norm(width: int, *, adaptive: bool, dtype: str, rngs: nnx.Rngs) -> RMSN
 
 
 class Expert(nnx.Module):
-    """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too.
+    """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too,
+    and unless `tied_output`, the output projection [V, W].
 
     Rotated queries are rounded to `query_dtype` (default: `dtype`).
     """
@@ -137,6 +138,7 @@ class Expert(nnx.Module):
         *,
         adaptive: bool = False,
         vocab_size: int | None = None,
+        tied_output: bool = True,
         dtype: str,
         query_dtype: str | None = None,
         remat: str,
@@ -146,6 +148,9 @@ class Expert(nnx.Module):
         self.head_dim, self.dtype, self.remat, self.attention = config.head_dim, dtype, remat, attention
         if vocab_size is not None:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
+        self.tied_output = tied_output
+        if not tied_output:
+            self.output = nnx.Param(self.embedding[...])
         stack = nnx.split_rngs(splits=config.depth)(
             nnx.vmap(
                 lambda rngs: Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype, rngs=rngs)
@@ -160,8 +165,9 @@ class Expert(nnx.Module):
         return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
 
     def logits(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
-        """The vocabulary's logits, tied to the embedding, float32; multiplied in the wider dtype of the two."""
-        return jnp.matmul(x, self.embedding[...].T).astype(jnp.float32)
+        """The vocabulary's logits, float32; multiplied in the wider dtype of the two."""
+        output = self.embedding if self.tied_output else self.output
+        return jnp.matmul(x, output[...].T).astype(jnp.float32)
 
 
 def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:

@@ -36,7 +36,7 @@ class Pi05(FlowModel):
 
     def condition(self, time: Float[Array, " B"]) -> Float[Array, "B W"]:
         """The condition of the action expert's adaptive norms."""
-        embedded = embed_time(time, self.time_mlp_in.kernel.shape[0])
+        embedded = embed_time(time, self.time_mlp_in.kernel.shape[0], self.config.time_periods)
         return nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedded))))
 
     def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:

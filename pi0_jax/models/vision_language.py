@@ -35,6 +35,7 @@ class VisionLanguageModel(nnx.Module):
         self.paligemma = Expert(
             config.paligemma,
             vocab_size=config.vocab_size,
+            tied_output=config.tied_output,
             dtype=config.runtime.dtype,
             query_dtype=numerics.rounding(config.family.query_rounding, config.runtime.dtype),
             remat=config.runtime.remat,

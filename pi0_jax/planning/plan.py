@@ -138,7 +138,7 @@ def abstract_batch(model: ModelConfig, batch_size: int, *inputs: str) -> tuple[O
     observation = Observation(
         images={key: rows(jnp.uint8, *model.image_resolution, 3) for key in model.image_keys},
         image_masks={key: rows(jnp.bool) for key in model.image_keys},
-        state=rows(jnp.float32, model.action_dim),
+        state=rows(jnp.float32, model.state_size),
         tokenized_prompt=rows(jnp.int32, tokens),
         tokenized_prompt_mask=rows(jnp.bool, tokens),
         **{name: training[name] for name in inputs},

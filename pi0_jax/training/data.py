@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
@@ -84,6 +85,10 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         begin = time.perf_counter()
+        # A process that starts inherits what is blocked: an interrupt would end it before it can ignore that.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        self._batches.start_prefetch()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         batch = next(self._batches)
         self.waited += time.perf_counter() - begin
         return batch

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, linear warmup and cosine decay, clipping by global norm."""
+"""The optimizer, AdamW with clipping or SGD, and its schedule: warmup, then cosine or inverse square root decay."""
 
 from __future__ import annotations
 
@@ -14,18 +14,30 @@ from pi0.run_config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup to `peak_lr`, then cosine decay to `final_lr` at `total_steps`."""
+    """Learning rate by step: linear warmup to `peak_lr`, then the config's decay; see `OptimizerConfig`.
+
+    Cosine decay ends at `decay_steps`, by default at `total_steps`. Source: openpi `training/optimizer.py`.
+    """
+    if config.schedule == "rsqrt":
+        init = config.peak_lr / (config.warmup_steps + 1)
+        warmup = optax.linear_schedule(init, config.peak_lr, config.warmup_steps)
+        scale = config.timescale
+        return optax.join_schedules(
+            [warmup, lambda step: config.peak_lr / jnp.sqrt((scale + step) / scale)], [config.warmup_steps]
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=config.peak_lr / (config.warmup_steps + 1),
         peak_value=config.peak_lr,
         warmup_steps=config.warmup_steps,
-        decay_steps=total_steps,
+        decay_steps=total_steps if config.decay_steps is None else config.decay_steps,
         end_value=config.final_lr,
     )
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay on all parameters."""
+    """Clipping, then AdamW with decoupled weight decay on all parameters; or SGD with momentum and neither."""
+    if config.name == "sgd":
+        return optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.moments_dtype == "bfloat16":
         adam = in_bfloat16(adam)

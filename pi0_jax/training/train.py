@@ -36,7 +36,7 @@ from pi0_jax.training.sharding import (
     make_mesh,
     state_shardings,
 )
-from pi0_jax.training.trainable import join, split, table
+from pi0_jax.training.trainable import join, kernels, split, table
 from pi0_jax.training.validation import action_dims, action_metrics, show_cameras, validate
 from pi0_jax.training.workdir import RunFolder, check_workdir
 
@@ -251,7 +251,11 @@ def train_step(
     batch: tuple[Observation, jax.Array],
     key: jax.Array,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One update; returns the new state and its scalars."""
+    """One update; returns the new state and its scalars.
+
+    `param_norm` is the global norm of all parameters that train; `kernel_norm` is what openpi logs as `param_norm`:
+    that of kernels and LoRA alone, frozen ones too, without embeddings, norms and biases.
+    """
 
     def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         return mean_loss(merge(config.model, join(params, state["frozen"])), *rows, config.recipe)
@@ -263,7 +267,8 @@ def train_step(
     params = optax.apply_updates(state["params"], updates)
     decay = config.ema_decay
     ema = update_ema(state["ema"], params, decay) if state["ema"] is not None and decay is not None else None
-    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)} | parts
+    norms = {"grad_norm": grads, "param_norm": params, "kernel_norm": kernels(join(params, state["frozen"]))}
+    scalars = {"loss": loss} | {name: optax.tree.norm(tree) for name, tree in norms.items()} | parts
     return {"params": params, "frozen": state["frozen"], "ema": ema, "opt_state": opt_state}, scalars
 
 

@@ -6,7 +6,11 @@ import math
 import re
 from typing import Any
 
+import jax.numpy as jnp
+
 from pi0_jax.loading import flatten, unflatten
+
+NO_KERNEL = re.compile(r"(^|[._])(bias|scale|embedding)$")
 
 
 def split(params: dict[str, Any], pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -27,6 +31,15 @@ def split(params: dict[str, Any], pattern: str) -> tuple[dict[str, Any], dict[st
 def join(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `split`."""
     return unflatten(flatten(trained) | flatten(frozen))
+
+
+def kernels(params: dict[str, Any]) -> dict[str, Any]:
+    """The kernels and low-rank updates of nested parameters by dotted names, as float32.
+
+    Without biases, scales of norms and embeddings (openpi `scripts/train.py`, `kernel_params`).
+    """
+    kept = {name: x for name, x in flatten(params).items() if not NO_KERNEL.search(name)}
+    return {name: x.astype(jnp.float32) for name, x in kept.items()}
 
 
 def table(trained: dict[str, Any], frozen: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ from pi0_torch.models.layers import Linear
 from pi0_torch.models.vision_language import VisionLanguageModel
 
 
-def embed_time(time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
-    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies`, float32."""
-    angles = time.float()[:, None] * torch.from_numpy(numerics.time_frequencies(width)).to(time.device)
+def embed_time(time: Float[Tensor, " B"], width: int, periods: tuple[float, float]) -> Float[Tensor, "B W"]:
+    """Sine and cosine of the flow time at `pi0.numerics.time_frequencies` of `periods`, float32."""
+    angles = time.float()[:, None] * torch.from_numpy(numerics.time_frequencies(width, periods)).to(time.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 

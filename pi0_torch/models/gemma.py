@@ -131,7 +131,8 @@ def make_norm(width: int, *, adaptive: bool, dtype: str) -> RMSNorm | AdaptiveRM
 
 
 class Expert(nn.Module):
-    """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too.
+    """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too,
+    and unless `tied_output`, the output projection [V, W].
 
     Rotated queries are rounded to `query_dtype` (default: `dtype`).
     """
@@ -142,6 +143,7 @@ class Expert(nn.Module):
         *,
         adaptive: bool = False,
         vocab_size: int | None = None,
+        tied_output: bool = True,
         dtype: str,
         query_dtype: str | None = None,
         remat: str,
@@ -150,6 +152,9 @@ class Expert(nn.Module):
         self.head_dim, self.dtype, self.remat = config.head_dim, getattr(torch, dtype), remat
         if vocab_size is not None:
             self.embedding = nn.Parameter(torch.randn(vocab_size, config.width).mul_(0.01))
+        self.tied_output = tied_output
+        if not tied_output:
+            self.output = nn.Parameter(self.embedding.detach().clone())
         self.layers = nn.ModuleList(
             Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype) for _ in range(config.depth)
         )
@@ -161,9 +166,10 @@ class Expert(nn.Module):
         return x * torch.tensor(np.sqrt(np.float32(x.shape[-1])), dtype=self.dtype, device=x.device)
 
     def logits(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T V"]:
-        """The vocabulary's logits, tied to the embedding, float32; multiplied in the wider dtype of the two."""
-        dtype = torch.promote_types(x.dtype, self.embedding.dtype)
-        return F.linear(x.to(dtype), self.embedding.to(dtype)).float()
+        """The vocabulary's logits, float32; multiplied in the wider dtype of the two."""
+        output = self.embedding if self.tied_output else self.output
+        dtype = torch.promote_types(x.dtype, output.dtype)
+        return F.linear(x.to(dtype), output.to(dtype)).float()
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ class Pi05(FlowModel):
 
     def condition(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
         """The condition of the action expert's adaptive norms."""
-        embedded = embed_time(time, self.time_mlp_in.weight.shape[1])
+        embedded = embed_time(time, self.time_mlp_in.weight.shape[1], self.config.time_periods)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
 
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:

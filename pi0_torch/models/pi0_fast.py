@@ -16,8 +16,6 @@ from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.vision_language import VisionLanguageModel
 
-SKIPPED_POSITIONS = 1  # between the prompt and the first token: the released implementation skips one
-
 
 class Pi0Fast(VisionLanguageModel):
     """π0-FAST: PaliGemma alone."""
@@ -98,12 +96,12 @@ class Pi0Fast(VisionLanguageModel):
         The options and errors are those of `decoding.decode`; `max_decoding_steps` defaults to the config's.
 
         The prefix runs once; every new token's keys and values go to their place in a cache of the final length. Token
-        i has the position prefix length + i + 1: the released implementation skips one, and its checkpoints are used
-        that way. It also shifts the prefix to the right end of the cache, which changes nothing: attention
-        depends on positions and the mask, not on places.
+        i has the position prefix length + i + 1: openpi skips one, and its checkpoints are used that way (LeRobot skips
+        none, see `pi0.families.TextFormat`). openpi also shifts the prefix to the right end of the cache, which changes
+        nothing: attention depends on positions and the mask, not on places.
         """
         steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
         prefix, valid = self.embed_prefix(observation)
         out, cache = self.read_prefix(prefix, valid, block_mask(self.text_blocks(observation), valid))
         options = {"temperature": temperature, "rng": rng, "allowed": allowed, "eos_token": eos_token}
-        return self.decode(out, cache, valid, steps, skipped=SKIPPED_POSITIONS, **options)[0]
+        return self.decode(out, cache, valid, steps, skipped=self.config.format.skipped_positions, **options)[0]

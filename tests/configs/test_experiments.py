@@ -12,6 +12,7 @@ import pytest
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.experiments import read_config
 from pi0.observation import Observation
+from pi0.presets import PRESETS
 from pi0.robots.normalize import MODES
 from pi0.robots.registry import make_robot
 from pi0.run_config import RunConfig
@@ -21,7 +22,7 @@ from pi0.variants import get_variant
 
 pytest.importorskip("ml_collections")
 import pi0_jax
-from configs import debug
+from configs import debug, openpi
 from pi0_jax.training.data import load_data
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
 from pi0_jax.training.train import train
@@ -130,3 +131,16 @@ def test_validation_episodes_are_a_list_or_a_fraction(value: str, expected: obje
         plain = list(expected) if isinstance(expected, tuple) else expected
         assert config.data.validation_episodes == (tuple(plain) if isinstance(plain, list) else plain)
         assert config.to_dict()["data"]["validation_episodes"] == plain
+
+
+@pytest.mark.parametrize("name", openpi.RECIPES)
+def test_a_recipe_of_openpi(name: str):
+    """It trains what its preset opens."""
+    config, preset = read_config(f"openpi:{name}", []), PRESETS[name]
+    assert not preset.misfits(config.model) and config.data.asset_id == preset.asset_id
+    assert config.data.robot == preset.robot and config.data.state_in_prompt == preset.state_in_prompt
+    assert {name for name, expert in config.model.experts.items() if expert.lora_rank} == set(preset.lora)
+    assert bool(config.freeze) == bool(preset.lora) == (config.ema_decay is None)
+    assert config.optimizer.decay_steps in (30_000, 1_000_000)
+    with pytest.raises(ValueError, match="openpi's are pi0_libero, "):
+        openpi.get_config("pi05_droid")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from convert.checkpoints import detect, infer_config
+from convert.detection import detect, infer_config
 from convert.layouts.layout import Layout, Rule
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
@@ -18,6 +19,7 @@ from pi0.config import KINDS, GemmaConfig, ModelConfig, VisionConfig
 from pi0.parameters import LayoutError, lora_of, parameters
 from pi0.variants import VARIANTS, get_variant
 
+UNTIED = ("pi0_jax", "pi0_torch", "lerobot")  # layouts with a tensor for an output projection of its own
 COUNTS = {"pi0": 3_238_048_528, "pi05": 3_353_433_872, "pi0_fast": 2_923_335_408}
 
 
@@ -40,6 +42,8 @@ def configs(draw) -> ModelConfig:
         vocab_size=draw(size),
         image_resolution=(patch * draw(size), patch * draw(size)),
         action_dim=draw(size),
+        state_dim=draw(st.none() | size),
+        tied_output=kind != "pi0_fast" or draw(st.booleans()),
     )
 
 
@@ -125,6 +129,7 @@ def test_no_two_parameters_share_memory():
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed: int, half: bool):
     hypothesis.assume(config.kind in LAYOUTS[name].kinds)
+    hypothesis.assume(config.tied_output or name in UNTIED)
     layout, rng, dtype = LAYOUTS[name], np.random.default_rng(seed), np.dtype(ml_dtypes.bfloat16 if half else "float32")
     ours = {n: Tensor.of(random_bytes(p.shape, dtype, rng)) for n, p in parameters(config).items()}
     theirs = layout.from_ours(config, ours)
@@ -137,7 +142,7 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
         assert same_bytes(back[n].read(()), whole), n
         for layer in range(parameter.shape[0]) if parameter.axes[0] == "l" else ():  # alone, or part of the whole
             assert same_bytes(back[n].read((layer,)), whole[layer]), n
-    for n, rule in ((r.theirs, r) for r in layout.rules_for(config.kind)):
+    for n, rule in ((r.theirs, r) for r in layout.rules_for(config.kind, (), config.tied_output)):
         assert rule.groups[0] != ("l",) or theirs[n].sliced, n
     for tensors, wholes in ((theirs, stored), (back, ours)):
         for n, tensor in tensors.items():
@@ -153,6 +158,7 @@ def test_there_and_back_returns_every_byte(name: str, config: ModelConfig, seed:
 @hypothesis.given(config=configs())
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_sizes_follow_from_shapes(config: ModelConfig):
+    config = dataclasses.replace(config, tied_output=True)
     side = config.image_resolution[0]
     shapes = LAYOUTS["openpi_jax"].shapes(
         ModelConfig.from_dict(config.to_dict() | {"image_resolution": [side, side]}).with_runtime(dtype="bfloat16")
@@ -161,6 +167,8 @@ def test_sizes_follow_from_shapes(config: ModelConfig):
     found = infer_config(layout, kind, shapes, lora)
     assert (layout.name, found.image_resolution) == ("openpi_jax", (side, side))
     fields = ("kind", "vision", "paligemma", "action_expert", "vocab_size")
+    if config.kind == "pi0":
+        assert found.state_size == config.state_size
     for field in (*fields, *(("action_dim",) if config.kind != "pi0_fast" else ())):  # no tensor of π0-FAST says it
         assert getattr(found, field) == getattr(config, field), field
 
@@ -232,6 +240,18 @@ def test_full_size_pytorch_names_and_shapes(name: str, file: str, kind: str):
     assert detect(shapes) == (layout, kind, ())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lerobots_names_under_newer_transformers_are_read(kind: str):
+    """Since 5.6, above LeRobot's own limit, the vision tower has no `vision_model`."""
+    listed = json.loads((Path(__file__).parents[1] / "layouts" / f"lerobot_{kind}_transformers_5_6.json").read_text())
+    shapes, layout = {n: tuple(s) for n, (s, _) in listed.items()}, LAYOUTS["lerobot"]
+    assert not any("vision_model" in n for n in shapes) and any(
+        "vision_model" in n for n in layout.shapes(get_variant(kind))
+    )
+    layout.check(get_variant(kind), shapes)
+    assert detect(shapes) == (layout, kind, ())
+
+
 def test_full_size_lerobot_pi0_fast():
     """It holds the embedding twice and has no action expert."""
     listed = json.loads((Path(__file__).parents[1] / "layouts" / "lerobot_pi0_fast.json").read_text())
@@ -252,7 +272,7 @@ def test_pytorch_weights_are_as_openpi_converts_them(name: str, kind: str):
     n, width, image, layers = config.paligemma, config.vision.width, "PaliGemma/img", "PaliGemma/llm/layers"
     heads = f"{image}/Transformer/encoderblock/MultiHeadDotProductAttention_0"
     language, expert = "paligemma.model.language_model.layers.1", "gemma_expert.model.layers.1"
-    tower = "paligemma.model.vision_tower" + (".vision_model" if name == "openpi_torch" else "")
+    tower = "paligemma.model.vision_tower.vision_model"
     query, (key, value), out = (jax[f"{layers}/attn/{x}/w"][1] for x in ("q_einsum", "kv_einsum", "attn_vec_einsum"))
     expected = {
         f"{language}.self_attn.q_proj.weight": query.transpose(0, 2, 1).reshape(n.num_heads * n.head_dim, n.width),
@@ -293,9 +313,9 @@ def test_either_copy_or_both_are_read_and_what_is_unused_may_be_there(name: str,
         layout.to_ours(config, stored)
 
 
-@pytest.mark.parametrize("name", list(PALIGEMMA))
-def test_copies_that_differ_are_refused_by_both_names(name: str):
-    """Before anything is made of them: by a zero's sign, a dtype, a shape."""
+def test_copies_that_differ_are_refused_by_both_names():
+    """Before anything is made of them: by a zero's sign, a dtype, a shape. In LeRobot's they may differ (below)."""
+    name = "openpi_torch"
     config, layout, (one, other) = get_variant("tiny"), LAYOUTS[name], names_of_the_embedding(name)
     _, stored = pytorch_checkpoint(name, config)
     zeros = np.zeros(stored[one].shape, np.float32)
@@ -307,6 +327,17 @@ def test_copies_that_differ_are_refused_by_both_names(name: str):
         assert one in str(error.value) and other in str(error.value)
     with pytest.raises(LayoutError, match=re.escape(other)):
         layout.to_ours(config, stored | {other: Tensor.of(zeros[1:])})
+
+
+def test_an_output_projection_of_its_own_is_refused_where_it_has_no_place():
+    config = get_variant("tiny_pi0_fast", tied_output=False)
+    assert {"paligemma.output", "paligemma.embedding"} <= parameters(config).keys()
+    for name, layout in LAYOUTS.items():
+        if config.kind in layout.kinds and name not in UNTIED:
+            with pytest.raises(LayoutError, match=f"the layout {name} has one tensor for the text embedding and"):
+                layout.shapes(config)
+    head, embedding = names_of_the_embedding("lerobot")
+    assert {head, embedding} <= LAYOUTS["lerobot"].shapes(config).keys()
 
 
 @pytest.mark.parametrize("name", list(PALIGEMMA))

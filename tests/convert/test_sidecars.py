@@ -14,7 +14,8 @@ from convert.checkpoints import open_checkpoint
 from convert.conversion import convert
 from convert.formats.safetensors import read_safetensors
 from convert.inspection import inspect
-from convert.sidecars import read_assets, read_model, variants_of, write_lerobot
+from convert.lerobot_export import variants_of, write_lerobot
+from convert.sidecars import read_assets, read_model
 from pi0.assets import Assets, AssetsError
 from pi0.parameters import LayoutError
 from pi0.robots.normalize import NormStats, save_norm_stats
@@ -29,9 +30,11 @@ KINDS = ("pi0", "pi05")
 def test_a_policy_of_lerobot_is_read(kind: str):
     model = read_model(POLICIES / kind, kind)
     released = get_variant(kind)
-    assert model == dataclasses.replace(released, image_keys=("top", "wrist"), action_horizon=20, action_dim=16)
+    expected = dataclasses.replace(released, image_keys=("top", "wrist"), action_horizon=20, action_dim=16)
+    assert model == expected.with_runtime(dtype="float32")  # as LeRobot computes it
     assets = read_assets(POLICIES / kind, model)
-    assert assets.normalization == {"pi0": "zscore", "pi05": "quantile"}[kind]
+    mode = {"pi0": "mean_std", "pi05": "quantiles"}[kind]
+    assert assets.normalization == {"state": mode, "actions": mode, "eps": 1e-8}
     assert assets.tokenizer is not None and assets.tokenizer["source"].startswith("gs://big_vision/")
     state, actions = assets.norm_stats["state"], assets.norm_stats["actions"]
     np.testing.assert_array_equal(state.mean, np.arange(4) + 1.5)
@@ -40,7 +43,7 @@ def test_a_policy_of_lerobot_is_read(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_what_lerobot_writes(kind: str, tmp_path):
-    """Field by field, but for what we leave at its default, its switched-off steps, and openpi's epsilon."""
+    """Field by field, but for what we leave at its default."""
     model = read_model(POLICIES / kind, kind)
     write_lerobot(tmp_path, read_assets(POLICIES / kind, model), np.dtype(np.float32))
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, POLICIES / kind))
@@ -48,10 +51,10 @@ def test_what_is_written_is_what_lerobot_writes(kind: str, tmp_path):
     assert ours.items() <= theirs.items()
     for name in ("policy_preprocessor", "policy_postprocessor"):
         ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, POLICIES / kind))
-        wanted = [s for s in theirs["steps"] if s["registry_name"].split("_")[0] not in ("relative", "absolute")]
+        wanted = theirs["steps"]
         assert [s["registry_name"] for s in ours["steps"]] == [s["registry_name"] for s in wanted]
         for one, other in zip(ours["steps"], wanted, strict=True):
-            assert one["config"] | {"eps": 0} == other["config"] | {"eps": 0}
+            assert one["config"] == other["config"]
             if "state_file" in other:
                 a, b = (
                     read_safetensors(tmp_path / one["state_file"]),
@@ -69,7 +72,8 @@ def test_a_policy_converts_with_what_lies_beside_it(tmp_path):
     shutil.rmtree(folder / "assets")  # as LeRobot would have written it
     assert inspect(folder).problems and "--model" in inspect(folder).problems[0]  # LeRobot has no name for its sizes
     converted = convert(folder, tmp_path / "out", to="pi0_jax", config=checkpoint.assets.model)
-    assert converted.assets.asset_id == "lerobot" and converted.assets.normalization == "zscore"
+    assert converted.assets.asset_id == "lerobot"
+    assert converted.assets.normalization == {"state": "mean_std", "actions": "mean_std", "eps": 1e-6}
     for key, stats in checkpoint.assets.norm_stats.items():
         np.testing.assert_allclose(converted.assets.norm_stats[key].mean, stats.mean, rtol=1e-6)  # float32 there
     assert (tmp_path / "out" / "assets" / "lerobot" / "norm_stats.json").exists()
@@ -146,8 +150,8 @@ def test_a_config_that_is_no_object_is_refused(tmp_path):
 def test_unknown_normalization_is_refused(tmp_path):
     shutil.copytree(POLICIES / "pi0", tmp_path / "x")
     file = tmp_path / "x" / "policy_preprocessor.json"
-    file.write_text(file.read_text().replace("MEAN_STD", "MIN_MAX"))
-    with pytest.raises(LayoutError, match="MIN_MAX"):
+    file.write_text(file.read_text().replace("MEAN_STD", "MAD"))
+    with pytest.raises(LayoutError, match="MAD"):
         read_assets(tmp_path / "x", get_variant("pi0"))
     ours = dataclasses.replace(random_checkpoint().assets, normalization="quantile01")
     with pytest.raises(LayoutError, match="quantile01"):

@@ -5,10 +5,13 @@ import json
 from typing import Any
 
 import hypothesis
+import ml_dtypes
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from pi0.config import ConfigError, GemmaConfig, ModelConfig, VisionConfig
+from pi0.config import ConfigError, GemmaConfig, ModelConfig, VisionConfig, canonical_dtype
+from pi0.run_config import DataConfig, OptimizerConfig, RunConfig
 from pi0.variants import VARIANTS, get_variant
 
 TINY = get_variant("tiny")
@@ -192,3 +195,26 @@ def test_configs_of_version_0_1_are_read():
     assert ModelConfig.from_dict(flat) == config
     with pytest.raises(ConfigError, match="unknown fields"):
         ModelConfig.from_dict(flat | {"runtime": values["runtime"]})
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16), "jax.numpy:bfloat16", "torch:bfloat16"]
+)
+def test_dtypes_of_any_framework(dtype: Any):
+    """In every config they become names, which JSON can hold."""
+    if isinstance(dtype, str) and ":" in dtype:
+        module, _, name = dtype.partition(":")
+        dtype = getattr(pytest.importorskip(module), name)
+    config = TINY.with_runtime(dtype=dtype)
+    assert config == TINY.with_runtime(dtype="bfloat16") and ModelConfig.from_dict(config.to_dict()) == config
+    data = DataConfig(robot="metaworld", asset_id="x")
+    optimizer = OptimizerConfig(moments_dtype=dtype)
+    run = RunConfig(config, data, optimizer=optimizer, frozen_dtype=dtype)
+    assert RunConfig.from_dict(run.to_dict()) == run and run.frozen_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "torch.float16", np.float64, np.dtype("int8"), float, 16, None, ["float32"]])
+def test_other_dtypes_are_refused(dtype: Any):
+    for name in ("dtype", "frozen_dtype"):
+        with pytest.raises(ConfigError, match=f"^{name} is .*; it must be one of float32, bfloat16"):
+            canonical_dtype(dtype, name)

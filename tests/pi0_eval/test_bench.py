@@ -53,6 +53,12 @@ def test_roofline_is_arithmetic_or_memory():
     assert roofline_ms(CASE, flops=1e18, bandwidth=1e9) == pytest.approx(550, rel=0.1)
 
 
+def test_gradients_cost_three_times_the_loss():
+    """Two products for each of the loss, and the action expert reads its suffix once."""
+    loss, gradients = dataclasses.replace(CASE, steps=1), dataclasses.replace(CASE, path="gradients")
+    assert roofline_ms(gradients, 1e12, 1e15) == pytest.approx(3 * roofline_ms(loss, 1e12, 1e15))
+
+
 def test_report(tmp_path: Path):
     slower = dataclasses.replace(RESULT, case=dataclasses.replace(CASE, path="model"), stages_ms={}, flops=1e11)
     report = Report([RESULT, slower])
@@ -85,15 +91,16 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "tiny_pi0_fast"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("path", ["model", "sampler"])
+@pytest.mark.parametrize("path", ["model", "sampler", "gradients"])
 def test_a_run(model: str, framework: str, path: str):
     backend = "sdpa" if (framework, path) == ("torch", "sampler") and model == "tiny" else ""
     case = Case(model, framework, path, backend, None, "bfloat16", cameras=1, batch=2, steps=2, repeats=3)
     (result,) = benchmark([case]).results
     assert result.best_ms <= result.median_ms <= result.p99_ms
     assert result.peak_mib > 100 and result.flops > 1e9 and result.bandwidth > 1e8
-    assert bool(result.stages_ms) == (path == "sampler" or model == "tiny_pi0_fast")
-    assert (result.tokens_per_second is None) == (model == "tiny")
+    decodes = model == "tiny_pi0_fast" and path != "gradients"
+    assert bool(result.stages_ms) == (path == "sampler" or decodes)
+    assert (result.tokens_per_second is None) == (not decodes)
 
 
 def test_options_without_effect_make_no_cases():

@@ -33,7 +33,7 @@ def assets(robot: object = "metaworld") -> Assets:
         get_variant("tiny", max_token_len=24),
         norm_stats={
             "state": NormStats.from_data(DATASET.table("observation.state")),
-            "actions": NormStats.from_data(DATASET.table("action")),
+            "actions": NormStats.from_data(DATASET.table("action")[:, -make_robot(robot).action_dim :]),
         },
         asset_id="metaworld",
         normalization="zscore",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -201,6 +202,18 @@ def test_lora_is_merged(variant: str, highest_precision: None):
     actions = sampler.sample(observation, inputs.noise)
     expected = jax.jit(lambda m, o, n: m.sample(o, n, 3))(model, observation, inputs.noise)
     assert distance(actions, expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_independent(how: Any):
+    model = random_model(config("pi0", depth=1, num_steps=1))
+    inputs = seen(model.config, 1, model.config.image_keys, 4, seed=0)
+    sampler = Sampler(model, warm_up=False)
+    before = np.asarray(sampler.sample(inputs.observation, inputs.noise))
+    other = how(sampler)
+    for array in jax.tree.leaves(sampler.weights):
+        array.delete()
+    np.testing.assert_array_equal(other.sample(inputs.observation, inputs.noise), before)
 
 
 def test_stages():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import sys
 from functools import partial
 from typing import Any
@@ -70,6 +72,52 @@ def test_tensors_do_too():
     from_numpy = sampler.sample(inputs.observation, inputs.noise)
     on_device = sampler.sample(pi0_torch.to_device(inputs.observation), torch.from_numpy(inputs.noise))
     np.testing.assert_array_equal(from_numpy, on_device)
+
+
+def storages(module: torch.nn.Module) -> set[int]:
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_lora", "tiny_pi05", "tiny_pi0_fast"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_a_snapshot(variant: str, dtype: str):
+    """After any change of the model's weights it computes with all of the old ones."""
+    model = random_model(get_variant(variant, dtype=dtype)).to(getattr(torch, dtype))
+    inputs = Inputs.random(model.config, batch=2)
+    sampler = Sampler(model, num_steps=3, compile=False, warm_up=False)
+    assert not storages(model) & storages(sampler.weights)
+    before, run = sampler.sample(inputs.observation, inputs.noise), sampler.sample
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(run(inputs.observation, inputs.noise), before)
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in model.state_dict().items()})
+    assert torch.equal(run(inputs.observation, inputs.noise), before)
+
+
+def test_the_text_embedding_is_kept_as_it_is_read():
+    """It is the largest tensor: in the compute dtype, but where logits are multiplied in its own."""
+    pi0, fast = (random_model(get_variant(name, dtype="bfloat16")) for name in ("tiny", "tiny_pi0_fast"))
+    kept = [Sampler(model, compile=False, warm_up=False).weights["embedding"][0].dtype for model in (pi0, fast)]
+    assert kept == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("compile", [False, True])
+def test_copies_are_independent(how: Any, compile: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = random_model(config("pi05", depth=1, num_steps=1))
+    inputs = seen(model.config, 1, model.config.image_keys, 4, seed=0)
+    sampler = Sampler(model, subtasks=True, compile=compile, warm_up=False)
+    before = sampler.sample(inputs.observation, inputs.noise)
+    other = how(sampler)
+    assert not storages(sampler.weights) & storages(other.weights)
+    for parameter in sampler.weights.parameters():
+        parameter.data.zero_()
+    assert torch.equal(other.sample(inputs.observation, inputs.noise), before)
+    assert not torch.equal(sampler.sample(inputs.observation, inputs.noise), before)
+    tokens, actions = other.sample_with_subtask(inputs.observation, inputs.noise)
+    assert tokens.shape[0] == 1 and actions.isfinite().all()
 
 
 def graphs() -> int:

@@ -146,6 +146,10 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "assets" / "lab" / "arm"
     assert {f.name for f in folder.iterdir()} == {"norm_stats.json", "norm_stats.png"}
     loaded = fetch_norm_stats(tmp_path, "lab/arm")  # as a checkpoint's
+    again = fetch_norm_stats(tmp_path / "assets", "lab/arm")  # as `--out` was given
+    np.testing.assert_array_equal(again["state"].mean, loaded["state"].mean)
+    with pytest.raises(FileNotFoundError, match=r"no norm stats of 'arm': neither .*/assets/arm/.* nor .*/arm/"):
+        fetch_norm_stats(tmp_path, "arm")
     assert loaded.keys() == load_norm_stats(folder / "norm_stats.json").keys() == {"state", "actions"}
     recorded = LeRobotDataset(METAWORLD, cameras=[]).table("observation.state")
     np.testing.assert_allclose(loaded["state"].mean, recorded.mean(axis=0), rtol=1e-5)

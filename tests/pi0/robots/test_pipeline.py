@@ -115,7 +115,10 @@ def test_refusals(change: dict, named: str):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"robot": "droid"}, "'metaworld' of robot 'droid': norm stats of 'state' have 4 dimensions, the robot has 8"),
+        (
+            {"robot": "droid"},
+            "assets 'metaworld' do not fit Droid: norm stats of 'state' have 4 dimensions",
+        ),
         ({"norm_stats": {}}, "norm stats lack"),
         ({"normalization": "minmax"}, "unknown normalization mode"),
         (
@@ -126,11 +129,21 @@ def test_refusals(change: dict, named: str):
             {"robot": {"name": "generic", "cameras": {"a": "base_0_rgb"}, "state": [[0, 5]], "actions": [[0, 4]]}},
             "norm stats of 'state' have 4 dimensions, the robot has 5",
         ),
+        (
+            {"robot": {"name": "metaworld", "cameras": {"corner": "base_0_rgb", "wrist": "third_rgb"}}},
+            r"its cameras are the model's \['third_rgb'\]; the model has",
+        ),
     ],
 )
 def test_norm_stats_are_checked_at_load(change: dict, problem: str):
     with pytest.raises(AssetsError, match=problem):
         Pipeline.from_assets(dataclasses.replace(assets("tiny"), **change))
+
+
+def test_a_missing_prompt_is_named_by_the_frame_s_keys():
+    live = {"corner": np.zeros((6, 8, 3), np.uint8), "wrist": np.zeros((6, 8, 3), np.uint8), "state": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"no `prompt` or `task` in a frame of \['corner', 'state', 'wrist'\]"):
+        Pipeline.from_assets(assets("tiny"))(live)
 
 
 def test_a_prompt_that_would_be_cut(tmp_path, caplog: pytest.LogCaptureFixture):

@@ -303,7 +303,7 @@ def test_the_same_value_twice_is_fine():
     ("change", "named"),
     [
         ({"task": "open \ud800"}, "task is no valid Unicode"),
-        ({"task": b"open"}, "task is b'open'; expected text"),
+        ({"task": b"\xff"}, r"task is b.\\xff.; expected text"),  # no UTF-8
         ({"prompt": "open \udfff"}, "prompt is no valid Unicode"),
         (
             {"observation.state": ["1", "2", "3", "4"]},

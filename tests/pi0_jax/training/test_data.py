@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from configs.metaworld_demo import get_config
+from pi0.assets import AssetsError
 from pi0.config import ModelConfig
 from pi0.datasets.batches import Batches
 from pi0.datasets.errors import DataError
+from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.run_config import RunConfig
 from pi0.variants import get_variant
 from pi0_jax.training.data import Batch, Loader, load_data
@@ -197,3 +199,28 @@ def test_a_robot_with_options_and_stats_of_a_base_checkpoint(tmp_path: Path):
     relative.save(tmp_path / "assets")
     again, _, _ = load_data(with_data(norm_stats_from=str(tmp_path)))
     np.testing.assert_array_equal(again.norm_stats["actions"].mean, after)
+
+
+@pytest.mark.parametrize(
+    ("dims", "normalization", "problem"),
+    [
+        (14, None, "have 14 dimensions, the robot has 4"),
+        (2, None, "have 2 dimen"),
+        (4, "quantile", "needs q01 and q99"),
+    ],
+)
+def test_norm_stats_of_another_robot_are_not_trained_with(dims: int, normalization: str | None, problem: str, tmp_path):
+    stats = {key: NormStats(np.ones(dims), np.ones(dims)) for key in ("state", "actions")}
+    save_norm_stats(tmp_path / "assets" / "metaworld" / "norm_stats.json", stats)
+    with pytest.raises(AssetsError, match=problem):
+        load_data(with_data(norm_stats_from=str(tmp_path), normalization=normalization))
+
+
+def test_a_loader_counts_examples_whose_text_is_cut():
+    config = small_config()
+    short = dataclasses.replace(config, model=dataclasses.replace(config.model, max_token_len=3))
+    for run, cut in ((config, False), (short, True)):
+        _, batches, _ = load_data(run)
+        with Loader(batches, run.model, np.arange(2), lambda batch: batch) as loader:
+            next(loader), next(loader)
+            assert loader.read >= 4 and loader.truncated == (loader.read if cut else 0)

@@ -33,6 +33,21 @@ def test_a_window_counts_its_steps_and_not_what_it_is_paused_for(monkeypatch: py
     assert np.isnan(window.means(flops=0)["loss"])
 
 
+def test_a_window_reports_examples_whose_text_is_cut(caplog: pytest.LogCaptureFixture):
+    loader = Waited()
+    window = Window(loader, batch_size=4)
+    for _ in range(2):
+        window.rows.append({"loss": jnp.float32(1)})
+        loader.read, loader.truncated = loader.read + 8, loader.truncated + 2
+        assert window.means(flops=0)["truncated_prompts"] == 0.25
+        window.restart()
+    (record,) = caplog.records  # once
+    assert "the text of 25.0 % of the examples is cut" in record.message
+    window.rows.append({"loss": jnp.float32(1)})
+    loader.read += 8
+    assert "truncated_prompts" not in window.means(flops=0)
+
+
 @pytest.mark.parametrize("last", [PROFILED.stop + 1, PROFILED.start + 1])
 def test_a_trace_is_written_even_if_the_run_ends_early(last: int, tmp_path: Path):
     with Trace(tmp_path, start=3) as trace:

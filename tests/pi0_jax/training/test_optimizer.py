@@ -12,10 +12,10 @@ import pytest
 from configs.metaworld_demo import get_config
 from pi0.config import ATTENTIONS, REMATS, ConfigError, ModelConfig
 from pi0.observation import Observation
-from pi0.run_config import RunConfig
+from pi0.run_config import OptimizerConfig, RunConfig
 from pi0.variants import get_variant
 from pi0_jax.loading import flatten, merge
-from pi0_jax.training.optimizer import accumulate, make_optimizer
+from pi0_jax.training.optimizer import accumulate, make_optimizer, make_schedule
 from pi0_jax.training.train import init_state, train_step
 
 CONFIG = RunConfig.from_dict(get_config("tiny").to_dict())
@@ -119,3 +119,34 @@ def test_attention_that_cannot_be_is_refused():
     for variant, attention in (("tiny", "flash"), ("tiny", "cudnn"), ("tiny_pi0_fast", "xla")):
         with pytest.raises(ConfigError, match="attention is"):
             get_variant(variant, attention=attention)
+
+
+def test_the_decay_may_outlast_training():
+    """openpi's ends at 30,000 steps, however long it trains (`CosineDecaySchedule`)."""
+    config = OptimizerConfig(decay_steps=30_000)
+    schedule = make_schedule(config, 20_000)
+    fraction = (20_000 - 1000) / (30_000 - 1000)
+    expected = 2.5e-6 + (2.5e-5 - 2.5e-6) * (1 + np.cos(np.pi * fraction)) / 2
+    np.testing.assert_allclose(schedule(20_000), expected, rtol=1e-5)
+    np.testing.assert_allclose(make_schedule(OptimizerConfig(), 20_000)(20_000), 2.5e-6, rtol=1e-5)
+
+
+def test_inverse_square_root_decay():
+    """openpi `RsqrtDecaySchedule`: it counts from the end of warmup."""
+    schedule = make_schedule(OptimizerConfig(schedule="rsqrt", peak_lr=5e-5), 20_000)
+    expected = {0: 5e-5 / 1001, 500: (5e-5 / 1001 + 5e-5) / 2, 1000: 5e-5, 31_000: 2.5e-5}
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-4)  # a float32 difference at step 0
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd(nesterov: bool):
+    """openpi `SGD`: momentum, and neither clipping nor weight decay."""
+    config = OptimizerConfig(name="sgd", momentum=0.9, nesterov=nesterov)
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    params, trace = jnp.array([1.0, -2.0]), np.zeros(2)
+    state = optimizer.init(params)
+    for grad in (np.array([30.0, -40.0]), np.array([1.0, 2.0])):
+        update, state = optimizer.update(jnp.asarray(grad), state, params)
+        trace = grad + 0.9 * trace
+        np.testing.assert_allclose(update, -0.1 * (grad + 0.9 * trace if nesterov else trace), rtol=1e-6)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from convert.checkpoints import open_checkpoint
 from convert.conversion import convert
+from convert.layouts.registry import LAYOUTS
+from convert.tensors import Tensor
 from pi0.variants import get_variant
 from pi0_eval.parity.compare import FLOAT32_TOLERANCE, errors
 from pi0_eval.parity.frameworks import exact_matmuls, run_jax, run_torch
@@ -15,7 +18,7 @@ from pi0_eval.parity.inputs import Inputs
 from pi0_jax.loading import abstract_model, flatten, parameters_of, unflatten
 from pi0_jax.training.optimizer import make_schedule
 from pi0_jax.training.train import train
-from pi0_jax.training.trainable import join, split, table
+from pi0_jax.training.trainable import join, kernels, split, table
 from tests.pi0_jax.training.test_train import small_config
 
 LORA = get_variant("tiny_lora")
@@ -100,3 +103,18 @@ def test_patterns_that_cannot_be_meant():
 def test_the_table_counts():
     text = table({"a": {"lora": {"a": np.zeros((2, 3))}}}, {"a": {"kernel": np.zeros(1000)}})
     assert [line.split()[-2:] for line in text.splitlines()[1:]] == [["0", "1,000"], ["6", "0"], ["6", "1,000"]]
+
+
+@pytest.mark.parametrize("variant", ["tiny_lora", "tiny_pi05", "tiny_pi0_fast"])
+def test_openpi_s_norm_is_of_kernels(variant: str):
+    """The same parameters as in openpi's `train_step`, by its pattern and its names."""
+    config, rng = get_variant(variant), np.random.default_rng(0)
+    shapes = parameters_of(abstract_model(config))
+    params = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    theirs = LAYOUTS["openpi_jax"].from_ours(config, {name: Tensor.of(x) for name, x in params.items()})
+    pattern = re.compile(".*/(bias|scale|pos_embedding|input_embedding)")
+    chosen = [t.read(()) for name, t in theirs.items() if not pattern.fullmatch(name) and len(t.shape) > 1]
+    ours = list(kernels(unflatten({name: jax.numpy.asarray(x) for name, x in params.items()})).values())
+    assert sum(x.size for x in ours) == sum(x.size for x in chosen)
+    norms = [np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in xs)) for xs in (map(np.asarray, ours), chosen)]
+    np.testing.assert_allclose(*norms, rtol=1e-12)
