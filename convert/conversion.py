@@ -155,16 +155,14 @@ def _changed(
 
 
 def _resized(model: ModelConfig, ours: Mapping[str, Tensor], action_dim: int) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The parameters with another size of the axis `a`."""
+    """The parameters with another size of the axis `a`, and of the state's where it is the same."""
     model = dataclasses.replace(model, action_dim=action_dim)
     result = {}
     for name, parameter in parameters(model).items():
-        if "a" not in parameter.axes:
+        if ours[name].shape == parameter.shape:
             result[name] = ours[name]
             continue
-        array = ours[name].read(())
-        axis = parameter.axes.index("a")
-        kept = np.take(array, range(min(action_dim, array.shape[axis])), axis)
+        kept = ours[name].read(())[tuple(slice(size) for size in parameter.shape)]
         widths = [(0, wanted - found) for wanted, found in zip(parameter.shape, kept.shape, strict=True)]
         result[name] = Tensor.of(np.pad(kept, widths))
     return model, result
