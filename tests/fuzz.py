@@ -186,7 +186,7 @@ def read_annotations(folder: Path, out: Path) -> None:
 def read_norm_stats(folder: Path, out: Path) -> None:
     stats = load_norm_stats(folder / "norm_stats.json")
     with naming(folder):
-        check_norm_stats(stats, "quantile", {"state": 4, "actions": 4}, 8)
+        check_norm_stats(stats, "quantile", {"state": 4, "actions": 4}, {"state": 8, "actions": 8})
 
 
 READERS: dict[str, Callable[[Path, Path], Any]] = {
