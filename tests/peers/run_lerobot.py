@@ -4,8 +4,8 @@
 
 LeRobot has no name for small sizes: SIZES is a JSON file of a model config, to which its models are shrunk. TOKENIZER
 is a SentencePiece model in place of PaliGemma's, which cannot be had without the network. FRAMES is an npz file of
-frames, `prompt` and `noise`. What `from_pretrained(strict=True)` prints is in OUT, too. DTYPE is what LeRobot computes in,
-instead of what `config.json` says.
+frames, `prompt` and `noise`. What `from_pretrained(strict=True)` prints is in OUT, too. DTYPE is what LeRobot computes
+in, instead of what `config.json` says.
 """
 
 from __future__ import annotations
