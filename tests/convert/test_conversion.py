@@ -76,7 +76,7 @@ def test_dtypes_of_other_libraries(tmp_path):
     source = write(random_checkpoint(), tmp_path / "source")
     result = convert(source, tmp_path / "out", to="pi0_torch", dtype=np.dtype(ml_dtypes.bfloat16))
     assert {tensor.dtype.name for tensor in result.ours.values()} == {"bfloat16"}
-    with pytest.raises(ValueError, match="dtype is .*float16.*; it must be one of"):
+    with pytest.raises(ValueError, match=r"dtype is .*float16.*; it must be one of"):
         convert(source, tmp_path / "half", to="pi0_torch", dtype=np.float16)
     assert not (tmp_path / "half").exists()
 
