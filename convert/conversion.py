@@ -20,7 +20,7 @@ from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
 from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
 from pi0.command import add_checkpoint, add_head_dims, add_preset, exit_on_error, make_parser, output_path
-from pi0.config import ModelConfig
+from pi0.config import ModelConfig, canonical_dtype
 from pi0.parameters import LayoutError, lora_of, parameters
 from pi0.presets import describe_assumed
 from pi0.reading import naming
@@ -40,7 +40,7 @@ def convert(
     *,
     to: str | Layout,
     layout: str | Layout | None = None,
-    dtype: str = "keep",
+    dtype: Any = "keep",
     lora: str = "keep",
     ema: bool = True,
     step: int | None = None,
@@ -71,6 +71,7 @@ def convert(
     Returns the opened result. Raises CheckpointError or LayoutError, also for NaN and infinite values, and
     FileExistsError where `target` exists; then nothing is left behind.
     """
+    dtype = dtype if isinstance(dtype, str) else canonical_dtype(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     target, target_layout, target_dtype = local_path(target), find_layout(to), DTYPES[dtype]

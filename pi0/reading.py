@@ -42,8 +42,9 @@ def naming(file: str | Path) -> Iterator[None]:
     """Begin the message of an error that is raised inside with the name of the file, where it does not have it."""
     try:
         yield
-    except ValueError as error:
-        if str(file) in str(error) or "__init__" in vars(type(error)):
+    except (ValueError, OSError) as error:
+        own = type(error).__module__ != "builtins" and "__init__" in vars(type(error))  # made from other arguments
+        if str(file) in str(error) or own or len(error.args) != 1:
             raise
         raise type(error)(f"{file}: {error}") from error
 

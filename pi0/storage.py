@@ -42,12 +42,14 @@ def require_below(root: Path, path: Path) -> None:
     raise ValueError(f"{path} is a link to {target}, outside of {root}; put the file itself there")
 
 
-def require_links_below(root: Path) -> None:
-    """Raise ValueError where a symbolic link in the folder `root` leaves it."""
+def require_files_below(root: Path) -> None:
+    """Raise ValueError where the folder `root` has a symbolic link that leaves it, a pipe or a device."""
     for folder, folders, files in os.walk(root):
-        for name in (*folders, *files):
-            if os.path.islink(os.path.join(folder, name)):
-                require_below(root, Path(folder, name))
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                require_below(root, path)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is not a regular file")
 
 
 def local_path(target: str | Path) -> Path:

@@ -15,7 +15,7 @@ import pytest
 hypothesis.settings.register_profile("seeded", derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("seeded")
 
-OPT_IN = ("slow", "gpu", "network", "sim")
+OPT_IN = ("slow", "gpu", "network", "sim", "peers")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

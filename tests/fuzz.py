@@ -139,9 +139,9 @@ def read_checkpoint(folder: Path, out: Path) -> None:
         overrides["action_tokenizer"] = "bundled://fast_tokenizer"
     with naming(checkpoint.folder):  # as a policy's `from_pretrained`
         pipeline = Pipeline.from_assets(fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides))
-    image = np.zeros((30, 40, 3), np.uint8)
-    frame = {key: image for key in pipeline.robot.cameras} | {"state": np.ones(4), "prompt": "open the drawer"}
-    pipeline(frame, actions=False)
+        image = np.zeros((30, 40, 3), np.uint8)
+        frame = {key: image for key in pipeline.robot.cameras} | {"state": np.ones(4), "prompt": "open the drawer"}
+        pipeline(frame, actions=False)
     convert(folder, out, to="pi0_jax" if checkpoint.layout.name != "pi0_jax" else "pi0_torch")
 
 
@@ -179,13 +179,14 @@ def read_annotations(folder: Path, out: Path) -> None:
     dataset = open_dataset(folder.parent / "recording", make_robot(ROBOT), action_horizon=5)
     AnnotatedDataset(dataset, folder / "subtasks.jsonl")[0]
     questions = Questions(folder / "questions.jsonl", "base_0_rgb")
-    questions[0]
+    if len(questions):
+        questions[0]
 
 
 def read_norm_stats(folder: Path, out: Path) -> None:
     stats = load_norm_stats(folder / "norm_stats.json")
     with naming(folder):
-        check_norm_stats(stats, "quantile", {"state": 4, "actions": 4}, 8)
+        check_norm_stats(stats, "quantile", {"state": 4, "actions": 4}, {"state": 8, "actions": 8})
 
 
 READERS: dict[str, Callable[[Path, Path], Any]] = {

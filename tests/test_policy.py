@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -338,6 +339,15 @@ def test_fast_policies_act_alike(framework: str, kind: str, folders, policy_of):
     assert_equal(policy.infer(item, **options)["actions"], expected)
     for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert_equal(other.infer(item, **options)["actions"], expected)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_noise_of_any_framework(framework: str, policy_of):
+    policy, item = policy_of("pi0", framework), recorded("metaworld")
+    given = torch.from_numpy(noise()).bfloat16()
+    expected = policy.infer(item, given.float().numpy())["actions"]
+    for same in (given, given.clone().requires_grad_(), jnp.asarray(given.float().numpy(), jnp.bfloat16)):
+        np.testing.assert_array_equal(policy.infer(item, same)["actions"], expected)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi0_fast"])

@@ -13,7 +13,7 @@ import tensorstore as ts
 
 from convert.tensors import PIECE, CheckpointError, Index, Tensor, contiguous, pieces
 from pi0.reading import read_json, require_stored
-from pi0.storage import below, require_links_below
+from pi0.storage import below, require_files_below
 
 # Bytes of decoded rows to cache while slices smaller than a chunk are read.
 CACHED = 5 << 29
@@ -32,7 +32,7 @@ def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
     try:
-        require_links_below(folder)
+        require_files_below(folder)
         keys = {name: ".".join(path) for name, path in _strip(paths).items()}
         for key in keys.values():
             below(folder, key)

@@ -17,6 +17,9 @@ from pi0.datasets.errors import DataError
 from pi0.datasets.images import MAX_PIXELS, check_size, read_image
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # no playlists, which would open other files
+# PyAV's since 17. Before, as LeRobot has it (av<16), the index is made of the packets, for which the file is read once.
+HAS_INDEX = int(av.__version__.split(".")[0]) >= 17
+ONE_THREAD = {"threads": 1} if HAS_INDEX else {}
 MAX_GROUP = 2**30  # bytes of the images in a row group of a Parquet file: default of `EncodedImages.max_bytes`
 
 
@@ -93,7 +96,7 @@ class Video:
         if frame.time >= time + self._half or frame.is_corrupt:
             self._next = -1
             raise DataError(f"the frame at {time:.3f} s is damaged", self.file)
-        return self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return self._converter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray()
 
     def _open(self) -> None:
         """Open the file and read its index: time and end in bytes of every frame, and which frames are keyframes."""
@@ -108,13 +111,13 @@ class Video:
         stream = container.streams.video[0] if container.streams.video else None
         if stream is not None:
             self._check_header(stream)
-        entries = [] if stream is None else [entry for entry in stream.index_entries if not entry.is_discard]
+        entries = [] if stream is None else [entry for entry in _index_of(container, stream) if not entry.is_discard]
         if stream is None or stream.time_base is None or not stream.frames or not entries:
             raise DataError("has no index of its frames; write it as MP4: `ffmpeg -i FILE -c copy FILE.mp4`", self.file)
         # One thread: a forked process has none of the parent's threads, and would wait for them forever.
         stream.codec_context.thread_count = 1
         # The index has decoding times: presentation times but for their order and start.
-        times = np.sort(np.array([entry.timestamp for entry in entries], float))
+        times = np.sort(np.array([_decoding_time(entry) for entry in entries], float))
         self._times = (times - times[0] + (stream.start_time or 0)) * float(stream.time_base)
         self._ends = np.array([entry.pos + entry.size for entry in entries])
         self._keyframes = np.flatnonzero([entry.is_keyframe for entry in entries])
@@ -131,8 +134,9 @@ class Video:
             raise DataError(
                 f"has mode {pixels.name}: 16-bit or depth, not 8-bit colors; leave this camera out", self.file
             )
-        if len(stream.index_entries) > self._size:
-            raise DataError(f"has {self._size} bytes for {len(stream.index_entries)} frames", self.file)
+        count = max(stream.frames, len(stream.index_entries) if HAS_INDEX else 0)
+        if count > self._size:
+            raise DataError(f"has {self._size} bytes for {count} frames", self.file)
         stream.codec_context.options = {"max_pixels": str(self.max_pixels)}  # a frame may differ from the header
 
     def _seek(self, keyframe: float, time: float) -> None:
@@ -146,6 +150,17 @@ class Video:
             if first is None or first.time < time + self._half:
                 break
         self._frames = iter([]) if first is None else itertools.chain([first], self._frames)
+
+
+def _index_of(container: Any, stream: Any) -> Any:
+    """The entries of a video's index, or its packets, in the order of the file."""
+    if HAS_INDEX:
+        return stream.index_entries
+    return [packet for packet in container.demux(stream) if packet.size]  # the last one is empty
+
+
+def _decoding_time(entry: Any) -> int:
+    return entry.timestamp if HAS_INDEX else entry.dts
 
 
 class EncodedImages:

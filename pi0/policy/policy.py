@@ -14,7 +14,7 @@ import numpy as np
 
 from pi0.assets import Assets, AssetsError
 from pi0.fetch import fetch
-from pi0.observation import Observation, ObservationError, check_actions
+from pi0.observation import Observation, ObservationError, check_actions, to_numpy
 from pi0.policy.subtasks import SubtaskSampler
 from pi0.presets import describe_assumed, fitting_presets
 from pi0.robots.normalize import NormStats, load_norm_stats
@@ -72,7 +72,7 @@ class Policy(abc.ABC):
 
     def infer(self, observation: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
         """Predict an action chunk for one observation: `infer_batch` of one, without the axis B."""
-        result = self.infer_batch([observation], None if noise is None else np.asarray(noise)[None])
+        result = self.infer_batch([observation], None if noise is None else to_numpy(noise)[None])
         return {key: value if key == "timing" else value[0] for key, value in result.items()}
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]], noise: np.ndarray | None = None) -> dict[str, Any]:

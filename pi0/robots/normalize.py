@@ -86,8 +86,8 @@ class NormStats:
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"norm stats need data [N, D] of at least 2 frames; got shape {list(x.shape)}")
         _require_finite(x, "data")
-        q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-        return cls(x.mean(axis=0), x.std(axis=0), q01, q99, x.min(axis=0), x.max(axis=0))
+        q01, q10, q90, q99 = np.quantile(x, [0.01, 0.1, 0.9, 0.99], axis=0)
+        return cls(x.mean(axis=0), x.std(axis=0), q01, q99, x.min(axis=0), x.max(axis=0), q10, q90)
 
     def apply(self, x: np.ndarray, mode: str, eps: float = LEROBOT_EPSILON) -> np.ndarray:
         """Normalize x [..., D'] to float64 [..., D'] by `mode`, one of MODES.
@@ -216,7 +216,7 @@ def _entry(where: str, entry: object) -> NormStats:
     try:
         fields: dict[str, Any] = {f.name: entry.get(f.name) for f in dataclasses.fields(NormStats)}
         return NormStats(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 

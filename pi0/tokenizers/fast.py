@@ -34,7 +34,7 @@ COMPONENTS = {
     "pre_tokenizer": ("ByteLevel",),
     "post_processor": (None, "ByteLevel"),
     "decoder": ("ByteLevel",),
-    "model": (None, "BPE"),  # files of the first versions do not name it
+    "model": ("without a type", "BPE"),  # as in files of the first versions
 }
 
 
@@ -222,7 +222,7 @@ def check_components(values: Mapping[str, Any]) -> None:
     """Raise ValueError for a tokenizer.json with other components than a FAST tokenizer's."""
     for name, allowed in COMPONENTS.items():
         part = values.get(name)
-        found = part.get("type") if isinstance(part, dict) else part
+        found = part.get("type", "without a type") if isinstance(part, dict) else part
         if found not in allowed:
             raise ValueError(f"tokenizer.json: {name} is {found!r:.80}; of a FAST tokenizer it is {allowed[-1]}")
     model = values.get("model")

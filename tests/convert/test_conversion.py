@@ -72,6 +72,15 @@ def test_action_dims_are_cut_or_padded(action_dim: int, source, tmp_path):
     np.testing.assert_array_equal(found["paligemma.embedding"], before["paligemma.embedding"])
 
 
+def test_dtypes_of_other_libraries(tmp_path):
+    source = write(random_checkpoint(), tmp_path / "source")
+    result = convert(source, tmp_path / "out", to="pi0_torch", dtype=np.dtype(ml_dtypes.bfloat16))
+    assert {tensor.dtype.name for tensor in result.ours.values()} == {"bfloat16"}
+    with pytest.raises(ValueError, match=r"dtype is .*float16.*; it must be one of"):
+        convert(source, tmp_path / "half", to="pi0_torch", dtype=np.float16)
+    assert not (tmp_path / "half").exists()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["state_proj.bias", "paligemma.layers.mlp.up.kernel"])
 def test_values_that_are_not_finite_are_refused_by_name(bad: float, name: str, tmp_path, capsys):

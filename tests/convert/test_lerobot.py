@@ -55,11 +55,7 @@ def frames(expected: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def exact_policy(framework: str, folder: Path, **options: Any) -> Any:
-    """A policy whose products are exact: float32, as LeRobot's config says."""
-    if framework == "pi0_jax":
-        import jax
-
-        jax.config.update("jax_default_matmul_precision", "highest")
+    """A policy of a golden folder, float32 as LeRobot's config says."""
     cls = importlib.import_module(framework).Policy
     return cls.from_pretrained(folder, tokenizer=GOLDEN / "tokenizer.model", **{"head_dims": HEAD_DIMS} | options)
 
@@ -68,6 +64,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.usefixtures("highest_precision")
 @pytest.mark.parametrize("framework", ["pi0_jax", "pi0_torch"])
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "pi0_fast"])
 def test_actions_are_lerobots(name: str, framework: str, policy):
@@ -78,6 +75,7 @@ def test_actions_are_lerobots(name: str, framework: str, policy):
     assert relative(found, expected["actions"]) < TOLERANCE
 
 
+@pytest.mark.usefixtures("highest_precision")
 @pytest.mark.parametrize("use_sampler", [False, True])
 @pytest.mark.parametrize("framework", ["pi0_jax", "pi0_torch"])
 def test_tokens_are_lerobots(framework: str, use_sampler: bool, policy, tmp_path: Path):
@@ -132,6 +130,7 @@ def test_what_we_write_is_read_back_from_lerobots_files_alone(name: str, policy,
     assert relative(found, expected["actions"]) < TOLERANCE
 
 
+@pytest.mark.usefixtures("highest_precision")
 def test_an_output_projection_of_its_own_counts_in_pi0_fast(policy, tmp_path: Path):
     """It writes other tokens; openpi's layout has no place for it."""
     folder = policy("pi0_fast")

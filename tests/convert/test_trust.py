@@ -162,7 +162,7 @@ def test_state_files_of_lerobot(tmp_path: Path) -> None:
     (folder / step["state_file"]).rename(tmp_path / "stats.safetensors")
     step["state_file"] = "../stats.safetensors"
     (folder / "policy_preprocessor.json").write_text(json.dumps(processor))
-    with pytest.raises(LayoutError, match=r"policy_preprocessor\.json.*is not a path below"):
+    with pytest.raises(LayoutError, match="is not a path below"):
         open_checkpoint(folder, CONFIG)
 
 

@@ -1,10 +1,11 @@
 """Run a policy's folder with the real LeRobot, in its own environment (make_env.sh): actions or tokens to an npz file.
 
-    python run_lerobot.py FOLDER SIZES FRAMES TOKENIZER OUT
+    python run_lerobot.py FOLDER SIZES FRAMES TOKENIZER OUT [DTYPE]
 
-LeRobot has no name for small sizes: SIZES is a JSON file of a model config, to which its models are shrunk. TOKENIZER is
-a SentencePiece model in place of PaliGemma's, which cannot be had without the network. FRAMES is an npz file of frames,
-`prompt` and `noise`. What `from_pretrained(strict=True)` prints is in OUT, too.
+LeRobot has no name for small sizes: SIZES is a JSON file of a model config, to which its models are shrunk. TOKENIZER
+is a SentencePiece model in place of PaliGemma's, which cannot be had without the network. FRAMES is an npz file of
+frames, `prompt` and `noise`. What `from_pretrained(strict=True)` prints is in OUT, too. DTYPE is what LeRobot computes
+in, instead of what `config.json` says.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def shrink(module: Any, sizes: dict[str, Any]) -> None:
 
 def main() -> None:
     """Load, preprocess, run, postprocess, write."""
-    folder, sizes_file, frames_file, tokenizer_file, out = sys.argv[1:]
+    folder, sizes_file, frames_file, tokenizer_file, out, *dtype = sys.argv[1:]
     import_torchvision()
     torch.set_num_threads(1)
     import lerobot.processor.tokenizer_processor as tokenizers
@@ -110,6 +111,8 @@ def main() -> None:
     if hasattr(module, "AutoTokenizer"):
         module.AutoTokenizer = module.AutoProcessor = give
     config.device = "cpu"
+    if dtype:
+        config.dtype = dtype[0]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         policy = cls.from_pretrained(folder, config=config, strict=True)

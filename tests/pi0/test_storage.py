@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from pi0.storage import below, moved_aside, new_folder, require_links_below, require_replaceable
+from pi0.storage import below, moved_aside, new_folder, require_files_below, require_replaceable
 
 OURS = {"marker": ("weights",), "files": ("config.json", "part-*")}
 
@@ -30,7 +31,14 @@ def test_links(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"bad.* is a link to .*outside"):
             below(root, name)
     with pytest.raises(ValueError, match=r"bad is a link to|cannot be resolved"):
-        require_links_below(root)
+        require_files_below(root)
+    (root / "bad").unlink()
+    (root / "round").unlink()
+    require_files_below(root)
+    os.mkfifo(root / "inner" / "pipe")
+    with pytest.raises(ValueError, match="inner/pipe is not a regular file"):
+        require_files_below(root)
+    (root / "round").symlink_to("round")
     (tmp_path / "root_by_link").symlink_to("root")  # the folder itself is the user's choice
     assert below(tmp_path / "root_by_link", "inner")
     with pytest.raises(ValueError, match="cannot be resolved"):
