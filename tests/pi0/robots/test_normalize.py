@@ -30,6 +30,11 @@ def test_formulas():
         "zscore": (x - STATS.mean) / (STATS.std + EPSILON),
         "quantile": 2 * (x - STATS.q01) / (span + EPSILON) - 1,
         "quantile01": (x - STATS.q01) / span,
+        "mean_std": (x - STATS.mean) / (STATS.std + 1e-8),
+        "min_max": 2 * (x - STATS.min) / (STATS.max - STATS.min) - 1,
+        "quantiles": 2 * (x - STATS.q01) / span - 1,
+        "quantile10": 2 * (x - STATS.q10) / (STATS.q90 - STATS.q10) - 1,
+        "identity": x,
     }
     for mode in MODES:
         # The same float64 formula, perhaps associated otherwise: a few units in the last place.
@@ -112,7 +117,7 @@ def stats_of(state: int, actions: int, quantiles: bool = True, padding: int = 0)
     ],
 )
 def test_norm_stats_that_fit(stats: dict, mode: str):
-    check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded=8)
+    check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded={"state": 8, "actions": 8})
 
 
 @pytest.mark.parametrize(
@@ -133,4 +138,4 @@ def test_norm_stats_that_fit(stats: dict, mode: str):
 )
 def test_norm_stats_that_do_not_fit(stats: dict, mode: str, problem: str):
     with pytest.raises(ValueError, match=problem):
-        check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded=8)
+        check_norm_stats(stats, mode, {"state": 4, "actions": 3}, padded={"state": 8, "actions": 8})
