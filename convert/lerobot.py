@@ -235,11 +235,11 @@ def _modes(path: Path, normalizer: ProcessorStep) -> dict[str, str]:
     if images != "IDENTITY":
         raise _unsupported(path, "norm_map.VISUAL", images, "images are not normalized by stats: only IDENTITY")
     modes = {}
-    for key, kind in (("state", "STATE"), ("actions", "ACTION")):
-        name = norm_map.get(kind, "IDENTITY")
+    for key, feature in (("state", "STATE"), ("actions", "ACTION")):
+        name = norm_map.get(feature, "IDENTITY")
         if name not in LEROBOT_MODES:
             known = ", ".join(LEROBOT_MODES)
-            raise _unsupported(path, f"norm_map.{kind}", name, f"unknown normalization; known are {known}")
+            raise _unsupported(path, f"norm_map.{feature}", name, f"unknown normalization; known are {known}")
         modes[key] = LEROBOT_MODES[name]
     keys = config.get("normalize_observation_keys")
     if (keys is not None and STATE not in keys) or STATE not in (config.get("features") or {}):

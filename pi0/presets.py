@@ -120,27 +120,30 @@ def describe_assumed(model: ModelConfig, assumed: Collection[str]) -> str:
     return ", ".join(f"{name} {getattr(model, name)}" for name in assumed)
 
 
+TEXT = {"pi0": 48, "pi05": 200, "pi0_fast": 250}  # tokens
+LIBERO_ASSET = "physical-intelligence/libero"
+_LIBERO = {
+    "pi0": Preset("pi0", LIBERO_DELTA, LIBERO_ASSET),
+    "pi05": Preset("pi05", LIBERO, LIBERO_ASSET, 10, max_token_len=TEXT["pi05"], state_in_prompt=False),
+    "pi0_fast": Preset("pi0_fast", LIBERO_DELTA, LIBERO_ASSET, 10, 7, 180),
+}
+
+
 def _aloha(kind: str, prompt: str | None = None) -> Preset:
     robot = ALOHA if prompt is None else ALOHA | {"default_prompt": prompt}
-    return Preset(kind, robot, "trossen", max_token_len=200 if kind == "pi05" else 48)
+    return Preset(kind, robot, "trossen", max_token_len=TEXT[kind])
 
 
 def _libero(kind: str, lora: tuple[str, ...] = ()) -> Preset:
-    asset = "physical-intelligence/libero"
-    if kind == "pi05":
-        return Preset(kind, LIBERO, asset, 10, max_token_len=200, state_in_prompt=False)
-    if kind == "pi0_fast":
-        return Preset(kind, LIBERO_DELTA, asset, 10, 7, 180, lora=lora)
-    return Preset(kind, LIBERO_DELTA, asset, lora=lora)
+    return dataclasses.replace(_LIBERO[kind], lora=lora)
 
 
 def _droid(kind: str, horizon: int, text: int | None = None, *, action_dim: int = 32, delta: bool = False) -> Preset:
     """DROID: joint velocities, or with `delta` joint positions relative to the state."""
-    fast = kind == "pi0_fast"
+    fast = FAMILIES[kind].action_tokens
     robot = (FAST_DROID if fast else DROID) | ({"delta": True} if delta else {})
     dims = 8 if fast else action_dim
-    lengths = {"pi0": 48, "pi05": 200, "pi0_fast": 250}
-    return Preset(kind, robot, "droid", horizon, dims, text or lengths[kind], FAST_CAMERAS if fast else CAMERAS)
+    return Preset(kind, robot, "droid", horizon, dims, text or TEXT[kind], FAST_CAMERAS if fast else CAMERAS)
 
 
 PRESETS = {

@@ -225,9 +225,9 @@ def check_components(values: Mapping[str, Any]) -> None:
         found = part.get("type", "without a type") if isinstance(part, dict) else part
         if found not in allowed:
             raise ValueError(f"tokenizer.json: {name} is {found!r:.80}; of a FAST tokenizer it is {allowed[-1]}")
-    model = values.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(vocabulary, dict) or not vocabulary:
+    bpe = values.get("model")
+    vocabulary = bpe.get("vocab") if isinstance(bpe, dict) else None
+    if not isinstance(bpe, dict) or not isinstance(vocabulary, dict) or not vocabulary:
         raise ValueError("tokenizer.json: model.vocab is no table of tokens")
     added = values.get("added_tokens") or []
     texts = [*vocabulary, *(str(token.get("content")) for token in added if isinstance(token, dict))]
