@@ -276,6 +276,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
     """The values in a JSONL file with their line numbers from 1 on. Raises DataError."""
     if not file.exists():
         raise DataError("the file is missing", file)
+    pi0.reading.require_regular(file, DataError)
     with file.open("rb") as stream:  # split at \n alone: text may have other line separators
         for line, text in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
             yield line, parse_json(text, file, f"line {line}")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pi0.datasets.errors import DataError
+from pi0.reading import require_regular
 
 MAX_PIXELS = 2**26  # of an image or a video's frame, 8192 x 8192: default of the arguments `max_pixels`
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs programs to read others, as EPS
@@ -22,6 +23,8 @@ def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
     damaged images, for more pixels than `max_pixels`, and for depth maps and other numbers that are not 8-bit colors.
     """
     file = None if isinstance(source, bytes) else Path(source)
+    if file is not None:
+        require_regular(file, DataError)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             check_size(image.width, image.height, max_pixels)

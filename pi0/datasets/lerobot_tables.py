@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pi0.datasets.base import Episode, parse_json, read_jsonl
 from pi0.datasets.errors import DataError
-from pi0.reading import MAX_JSON, read_bytes
+from pi0.reading import MAX_JSON, read_bytes, require_regular
 from pi0.storage import below
 
 MAX_VALUES = 2**28  # in the columns read of one Parquet file: default of `read_parquet`
@@ -136,6 +136,7 @@ def read_parquet(
     """
     if not file.exists():
         raise DataError("the file is missing", file)
+    require_regular(file, DataError)
     try:
         schema = pq.read_schema(file)
         texts = [field.name for field in schema if pa.types.is_string(field.type)]

@@ -15,6 +15,7 @@ from av.video.reformatter import VideoReformatter
 
 from pi0.datasets.errors import DataError
 from pi0.datasets.images import MAX_PIXELS, check_size, read_image
+from pi0.reading import require_regular
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # no playlists, which would open other files
 # PyAV's since 17. Before, as LeRobot has it (av<16), the index is made of the packets, for which the file is read once.
@@ -103,6 +104,7 @@ class Video:
         if self._container is not None:
             return
         try:
+            require_regular(self.file)
             # "file:", as a name may contain a colon
             container = av.open(f"file:{self.file}", options={"format_whitelist": CONTAINERS})
         except (OSError, ValueError, av.FFmpegError) as error:
@@ -178,6 +180,7 @@ class EncodedImages:
         """The image of a row, uint8 [H, W, 3]. Raises DataError."""
         try:
             if self._parquet is None:
+                require_regular(self.file)
                 # repeated bytes stay in a dictionary: expanded, a small file may take any memory
                 self._parquet = pq.ParquetFile(self.file, memory_map=True, read_dictionary=[f"{self.column}.bytes"])
                 meta = self._parquet.metadata

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -27,6 +28,7 @@ from pi0.datasets.annotations import AnnotatedDataset
 from pi0.datasets.base import read_jsonl
 from pi0.datasets.check import find_damage
 from pi0.datasets.errors import DataError
+from pi0.datasets.images import read_image
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.lerobot_tables import fill_path, read_parquet
 from pi0.datasets.video import EncodedImages, Video
@@ -417,3 +419,20 @@ def test_reading_lines_needs_little_memory(tmp_path: Path):
     (tmp_path / "x.jsonl").write_bytes(b'"' + b"x" * (17 << 20) + b'"\n')
     with pytest.raises(DataError, match=r"x\.jsonl: line 1 has more than"):
         list(read_jsonl(tmp_path / "x.jsonl"))
+
+
+def test_pipes_and_devices(tmp_path: Path):
+    """They have no end: opening one would wait forever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for file in (tmp_path / "pipe", tmp_path / "zero"):
+        readers = {
+            "table": lambda file=file: read_parquet(file),
+            "lines": lambda file=file: list(read_jsonl(file)),
+            "video": lambda file=file: Video(file, 10).frame(0.0),
+            "images": lambda file=file: EncodedImages(file, "x").frame(0),
+            "image": lambda file=file: read_image(file),
+        }
+        for read in readers.values():
+            with pytest.raises(DataError, match=f"{file.name}.* is not a regular file"):
+                read()
