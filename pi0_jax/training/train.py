@@ -66,7 +66,8 @@ def train(
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     init = functools.partial(init_state, config, optimizer)
-    shardings = state_shardings(jax.eval_shape(init), config.model, config.sharding, mesh)
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, config.model, config.sharding, mesh)
     lead = jax.process_index() == 0
 
     # data
@@ -87,9 +88,7 @@ def train(
     ):
         # state
         abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(init),
-            shardings,
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
         )
         start, state = checkpoints.restore_newest(abstract)
         if not start:
