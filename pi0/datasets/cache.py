@@ -86,7 +86,7 @@ def _build(dataset: Dataset, camera: str, folder: Path, workers: int) -> None:
                         progress.update(job.result())
                 finally:
                     pool.shutdown(cancel_futures=True)
-    starts = dict(zip((e.index for e in dataset.episodes), dataset.starts.tolist(), strict=False))
+    starts = dict(zip((e.index for e in dataset.episodes), dataset.starts[:-1].tolist(), strict=True))
     about = {"dataset": str(dataset.root), "camera": camera, "size": dataset.image_size, "starts": starts}
     write_text(folder / "about.json", json.dumps(about))
 
