@@ -30,7 +30,7 @@ FLOAT32_TOLERANCE = {"stage": 1e-5, "gradients": 1e-5, "actions": 3e-6, "tokens"
 GRADIENT_FLOOR = 1e-4
 # Gradients below this fraction in both models are rounding noise and not compared: SigLIP's key bias has no gradient in
 # exact arithmetic (softmax ignores a constant), and about 1e-9 of the whole in float32.
-GRADIENT_NOISE = {"float32": 1e-7, "bfloat16": 1e-4}
+GRADIENT_NOISE = {"float64": 1e-14, "float32": 1e-7, "bfloat16": 1e-4}
 
 
 def compare(

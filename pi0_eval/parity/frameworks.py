@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.checkpoints import Checkpoint
 from convert.layouts.registry import LAYOUTS
-from pi0.config import ModelConfig
+from pi0.config import PROOF_DTYPE, ModelConfig
 from pi0.observation import Observation
 from pi0_eval.parity.inputs import Inputs
 
@@ -66,10 +66,17 @@ def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_ste
             gradient, stages = None, mean_loss(model)[1]
         return stages, gradient, model.sample(observation.prompt_only(), noise, num_steps)
 
-    model = with_parameters(config, {name: jnp.asarray(t.read(())) for name, t in checkpoint.ours.items()})
-    stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
-    by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
-    return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
+    with jax.enable_x64(config.runtime.dtype == PROOF_DTYPE):
+        params = {name: jnp.asarray(_widened(t.read(()), config)) for name, t in checkpoint.ours.items()}
+        model = with_parameters(config, params)
+        stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
+        by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
+        return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
+
+
+def _widened(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """A parameter as stored, or for a proof in float64, to which it is widened exactly."""
+    return array.astype(np.float64) if config.runtime.dtype == PROOF_DTYPE else array
 
 
 def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
@@ -78,7 +85,7 @@ def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_s
 
     from pi0_torch.loading import parameters_of, to_device, to_numpy, to_torch, with_parameters
 
-    tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("pi0_torch").items()}
+    tensors = {name: to_torch(_widened(t.read(()), config)) for name, t in checkpoint.in_layout("pi0_torch").items()}
     model = with_parameters(config, tensors)
     observation = to_device(inputs.observation)
     actions, noise, time = map(torch.from_numpy, (inputs.actions, inputs.noise, inputs.time))

@@ -30,6 +30,8 @@ def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) 
         return rng.normal(1.0 if name.startswith("vision") else 0.0, 0.1, shape).astype(np.float32)
     if name.endswith("bias"):
         return rng.normal(0.0, 0.02, shape).astype(np.float32)
+    if ".lora." in name:
+        return rng.normal(0.0, 0.1, shape).astype(np.float32)
     sizes = dict(zip(parameter.axes, shape, strict=True))
     inputs = "nh" if "attention.out" in name else "pqc" if "patch" in name else parameter.axes["l" in sizes]
     fan_in = np.prod([sizes[a] for a in inputs])
