@@ -46,7 +46,7 @@ def load_model(
 
 def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
     """A model of the config's family, newly initialized. Raises ConfigError for float64 where JAX has none."""
-    if config.runtime.dtype == PROOF_DTYPE and not jax.config.jax_enable_x64:
+    if config.runtime.dtype == PROOF_DTYPE and not getattr(jax.config, "jax_enable_x64"):  # noqa: B009 -- of settings mypy knows none
         raise ConfigError("dtype is 'float64', which JAX computes only within jax.enable_x64(True)")
     return MODELS[config.kind](config, rngs=rngs)
 
