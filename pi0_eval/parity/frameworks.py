@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -47,23 +47,13 @@ def exact_matmuls() -> Iterator[None]:
         yield
 
 
-def run_jax(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    inputs: Inputs,
-    num_steps: int,
-    gradients: bool,
-    side: Side = Side("jax"),  # noqa: B008 -- frozen
-) -> Results:
-    """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`. Of a sampler, what it samples."""
+@cache
+def jax_program(gradients: bool, num_steps: int, proof: bool) -> Callable[..., Any]:
+    """All stages, gradients and samples of any model in JAX, compiled once for each size."""
     import jax
-    import jax.numpy as jnp
 
-    from pi0_jax.loading import Model, parameters_of, with_parameters
-    from pi0_jax.sampler import Sampler, use_compilation_cache
+    from pi0_jax.loading import Model
 
-    use_compilation_cache()
-    proof = config.runtime.dtype == PROOF_DTYPE
     # By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes. A proof runs once.
     options = {"xla_allow_excess_precision": False} | ({"xla_backend_optimization_level": 0} if proof else {})
 
@@ -79,6 +69,26 @@ def run_jax(
             gradient, stages = None, mean_loss(model)[1]
         return stages, gradient, model.sample(observation.prompt_only(), noise, num_steps)
 
+    return run
+
+
+def run_jax(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    inputs: Inputs,
+    num_steps: int,
+    gradients: bool,
+    side: Side = Side("jax"),  # noqa: B008 -- frozen
+) -> Results:
+    """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`. Of a sampler, what it samples."""
+    import jax
+    import jax.numpy as jnp
+
+    from pi0_jax.loading import parameters_of, with_parameters
+    from pi0_jax.sampler import Sampler, use_compilation_cache
+
+    use_compilation_cache()
+    proof = config.runtime.dtype == PROOF_DTYPE
     if side.attention is not None:
         config = config.with_runtime(attention=side.attention)
     device = contextlib.nullcontext() if side.device is None else jax.default_device(jax.devices(side.device)[0])
@@ -89,6 +99,7 @@ def run_jax(
             sampler = Sampler(model, num_steps=num_steps, warm_up=False)
             sampled = np.asarray(sampler.sample(inputs.observation.prompt_only(), inputs.noise))
             return Results({_sampled(config): sampled}, {})
+        run = jax_program(gradients, num_steps, proof)
         stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
         by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
         return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
