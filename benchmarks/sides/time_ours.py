@@ -53,12 +53,12 @@ def prepare_torch(config: ModelConfig, task: str, batch: int, compile: bool) -> 
         return lambda: sampler.sample(*inputs)
     drawn = whole_inputs(config, batch)
     arrays = [torch.from_numpy(array) for array in (drawn.actions, drawn.noise, drawn.time)]
-    inputs = to_device(drawn.observation, torch.device("cpu")), *arrays
+    observation = to_device(drawn.observation, torch.device("cpu"))
     loss = torch.compile(model.compute_loss) if compile else model.compute_loss
 
     def run() -> None:
         model.zero_grad()
-        loss(*inputs).mean().backward()
+        loss(observation, *arrays).mean().backward()
 
     return run
 
