@@ -9,6 +9,7 @@ from pathlib import Path
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.storage import write_text
+from pi0_eval.parity.ci import to_badge, to_json, to_junit
 from pi0_eval.parity.compare import compare, compare_all
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.report import matrix_table
@@ -47,8 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-gradients", action="store_true", help="skip gradients: half the memory and time")
     parser.add_argument("--json", type=output_path, help="write the report as JSON to this file")
     parser.add_argument("--html", type=output_path, help="write the report with plots as one HTML file")
+    parser.add_argument("--junit", type=output_path, help="write a test case for each stage as JUnit XML")
+    parser.add_argument("--badge", type=output_path, help="write the JSON of a shields.io endpoint badge")
     args = parser.parse_args(arguments)
-    for file in filter(None, (args.json, args.html)):  # fail before the work, not after it
+    if args.matrix and args.html:
+        raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
+    for file in filter(None, (args.json, args.html, args.junit, args.badge)):  # fail before the work, not after it
         file.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
@@ -70,11 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.matrix:
         reports = compare_all(args.a, args.b, **options)
         print(matrix_table(reports))
-        sys.exit(0 if all(report.passed for report in reports.values()) else 1)
-    report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)
-    print(report.table())
-    if args.json:
-        write_text(args.json, report.to_json() + "\n")
-    if args.html:
-        write_text(args.html, to_html(report))
-    sys.exit(0 if report.passed else 1)
+    else:
+        report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)
+        reports = {report.b: report}
+        print(report.table())
+        if args.html:
+            write_text(args.html, to_html(report))
+    for file, form in ((args.json, to_json), (args.junit, to_junit), (args.badge, to_badge)):
+        if file:
+            write_text(file, form(reports).rstrip() + "\n")
+    sys.exit(0 if all(report.passed for report in reports.values()) else 1)
