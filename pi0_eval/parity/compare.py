@@ -37,7 +37,7 @@ FEW = 512
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 SAMPLED = ("actions", "tokens")
 SMALL = 100_000_000  # parameters: smaller models run two at a time, for twice the memory
-HEARTBEAT = 4.0  # seconds without a line
+HEARTBEAT = 2.5  # seconds without a line
 # Gradients with a norm below this fraction of the whole gradient's are measured relative to that fraction of it.
 GRADIENT_FLOOR = 1e-4
 # Gradients below this fraction in both models are rounding noise and not compared: SigLIP's key bias has no gradient in

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pi0_eval.parity import command
 from pi0_eval.parity.ci import to_badge, to_json, to_junit
 from pi0_eval.parity.report import Report, Row
 
@@ -74,6 +76,22 @@ def test_json_of_several():
     assert json.loads(to_json({"x": report()})) == json.loads(report().to_json())
 
 
+# ---- progress
+
+
+def test_never_silent(monkeypatch, capsys):
+    """Nothing said for a while: the last line is said again, and not after the end."""
+    monkeypatch.setattr(command, "SILENCE", 0.2)
+    with command.Progress("comparing") as progress:
+        assert capsys.readouterr().err == "   0.0 s  comparing\n"
+        time.sleep(1.0)
+        progress("computing")
+    lines = [line.split(" s  ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert len(lines) >= 2 and set(lines[:-1]) == {"still: comparing"} and lines[-1] == "computing"
+    time.sleep(0.6)
+    assert not capsys.readouterr().err
+
+
 # ---- the published action
 
 
@@ -90,9 +108,9 @@ def compare_step(tmp_path: Path, **inputs: str) -> subprocess.CompletedProcess[s
     (step,) = [step for step in action()["runs"]["steps"] if step.get("name") == "Compare"]
     given = {name: str(spec["default"]) for name, spec in action()["inputs"].items()} | inputs
     env = {name: re.sub(r"\$\{\{ inputs\.(\S+) \}\}", lambda m: given[m[1]], v) for name, v in step["env"].items()}
-    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
     env |= {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(tmp_path)}
-    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(shell, env=env, cwd=tmp_path, capture_output=True, text=True)
 
 
 def test_action_compares_two(tmp_path: Path):
@@ -149,6 +167,6 @@ def test_actionlint(tmp_path: Path, change: str):
 @pytest.mark.parametrize(("kind", "file"), [("actions", "action.yml"), ("workflows", "docs/parity-workflow.yml")])
 def test_schema(kind: str, file: str):
     """GitHub's own schemas of actions and workflows."""
-    command = ["check-jsonschema", "--builtin-schema", f"vendor.github-{kind}", file]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    check = ["check-jsonschema", "--builtin-schema", f"vendor.github-{kind}", file]
+    ran = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout

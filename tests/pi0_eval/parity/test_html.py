@@ -230,11 +230,12 @@ def test_command_writes_both_reports(tmp_path: Path):
         ours["action_out_proj.bias"] = ours["action_out_proj.bias"] + np.float32(0.1)
     out = tmp_path / "new" / "reports"
     files = [f"--{kind}={out}/r.{kind}" for kind in ("json", "html", "junit", "badge")]
-    options = ["--steps", "2", "--no-gradients", *files]
+    options = ["--quick", *files]
     with pytest.raises(SystemExit) as stop:
         main([*options, "--", str(tmp_path / "a"), str(tmp_path / "b")])
     assert stop.value.code == 1
     assert sorted(p.name for p in out.iterdir()) == ["r.badge", "r.html", "r.json", "r.junit"]
+    assert "gradients, all" not in (out / "r.json").read_text()  # quick
     page = Document((out / "r.html").read_text(encoding="utf-8"))
     assert page.all("h1")[0][1] == "FAILED"
     assert page.cell("velocity")[0].startswith("out") and page.cell("prefix layer 0")[0].startswith("in")
