@@ -87,7 +87,7 @@ def test_passed():
     assert all(part in text for part in ("one", "two", "float32", f"pi0 {__version__}", "All numbers"))
     for row in made.rows:
         cell_class, cell_text = page.cell(row.stage)
-        assert (cell_class, cell_text) == ("in2", "−8")
+        assert (cell_class, cell_text) == ("in3", "−8")
         assert any(t == row.stage for a, t in page.all("th") if a.get("scope") == "row") or "layer" in row.stage
     assert len([1 for _, t in page.all("td") if t == "ok"]) == len(made.rows)
 
@@ -99,10 +99,10 @@ def test_failed():
         "first stage out of the budget is prefix layer 1 (4.00e-05 apart, allowed 1.00e-05; 1.00e-15 in float64)"
         in page.all("body")[0][1]
     )
-    assert page.cell("prefix layer 0") == ("in2", "−8")
+    assert page.cell("prefix layer 0") == ("in3", "−8")
     assert page.cell("prefix layer 1") == ("out0 out", "−5 ✗")
     assert page.cell("loss") == ("out2 out", "−2 ✗")
-    assert page.cell("actions") == ("in0", "−6")
+    assert page.cell("actions") == ("in1", "−6")
     assert len([1 for _, t in page.all("strong") if t == "OUT"]) == 2
 
 
@@ -120,7 +120,10 @@ def test_another_function():
     [
         (0.0, 1e-5, ("in3", "0")),
         (1e-9, 1e-5, ("in3", "−9")),
-        (9.99e-7, 1e-5, ("in1", "−7")),
+        (2.5e-6, 1e-5, ("in3", "−6")),
+        (5e-6, 1e-5, ("in2", "−6")),
+        (7.1e-6, 1e-5, ("in1", "−6")),
+        (7.6e-6, 1e-5, ("in0", "−6")),
         (1e-5, 1e-5, ("in0", "−5")),
         (1.001e-5, 1e-5, ("out0 out", "−5 ✗")),
         (5e-4, 1e-5, ("out1 out", "−4 ✗")),
@@ -152,6 +155,21 @@ def test_actions_are_drawn_over_each_other():
         low, high = values.min(), values.max()
         drawn = np.concatenate([points["a"], points["b"]])[:, 1]
         np.testing.assert_allclose(drawn, (high - values) / (high - low) * 110, atol=0.051)
+
+
+def test_padded_dimensions_and_units():
+    html = to_html(report(robot_dims=2, normalization="quantile"))
+    figures = html.split('<div class="plots">')[1].split("</svg>")
+    assert ["padding" in figure for figure in figures[:3]] == [False, False, True]
+    assert "Dims from 2 on are padding" in html and "1 % and 99 % quantiles" in html
+    assert "padding" not in to_html(report()).split("</style>")[1]
+    assert "standard deviation" in to_html(report(normalization="zscore"))
+
+
+def test_the_failing_row_comes_first():
+    lines = report({"loss": 5e-2}).failure().splitlines()
+    assert lines[0].startswith("FAILED: other rounding") and lines[3].startswith("loss ") and lines[3].endswith("OUT")
+    assert len(lines) > 20
 
 
 @pytest.mark.filterwarnings("error")
