@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 from xml.etree import ElementTree
 
 from pi0_eval.parity.report import Report, Row, numbers
@@ -34,7 +35,7 @@ def to_junit(reports: Mapping[str, Report]) -> str:
         out = sum(not row.passed for row in report.rows)
         total, failed = total + len(report.rows), failed + out
         name = f"parity in {report.dtype}" if len(reports) == 1 else f"parity in {report.dtype}, B as {side}"
-        counts = {"tests": str(len(report.rows)), "failures": str(out), "errors": "0", "skipped": "0"}
+        counts: dict[str, Any] = {"tests": str(len(report.rows)), "failures": str(out), "errors": "0", "skipped": "0"}
         suite = ElementTree.SubElement(suites, "testsuite", name=_xml(name), **counts)
         properties = ElementTree.SubElement(suite, "properties")
         for key, value in (("a", report.a), ("b", report.b), ("dtype", report.dtype), ("verdict", report.verdict)):

@@ -15,8 +15,8 @@ from pi0 import __version__
 from pi0_eval.parity.report import PROOF, Report, Row, numbers
 
 # Colors of cells: class, background, text, legend, by the share of what is allowed. Two independent roundings of the
-# same size take 71 % of it. Lightness decreases with the share, to be readable without hue; a cell that is out also has a
-# cross and a frame.
+# same size take 71 % of it. Lightness decreases with the share, to be readable without hue; a cell that is out also has
+# a cross and a frame.
 SHARES = (0.25, 0.5, 0.75)
 INSIDE = (
     ("in3", "#d3efcf", "#111", "up to 25 % of what is allowed"),
