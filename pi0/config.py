@@ -20,6 +20,7 @@ KINDS = tuple(FAMILIES)
 T = typing.TypeVar("T")
 
 DTYPES = ("float32", "bfloat16")
+PROOF_DTYPE = "float64"  # in which `pi0_eval.parity` proves that two models are one function; for nothing else
 ATTENTIONS = ("plain", "xla", "cudnn")
 REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  # the latter two as in JAX
 # The largest sizes that are accepted, far above those of any model: a config that comes with a checkpoint must not make
@@ -161,7 +162,7 @@ class RuntimeConfig:
     """How a model is computed, which none of its parameters depends on.
 
     Attributes:
-        dtype: the compute dtype, "float32" or "bfloat16".
+        dtype: the compute dtype, "float32" or "bfloat16"; of a proof of parity "float64".
         remat: what the backward pass recomputes: "none", "full" (all of a layer, the least memory), or all but matrix
             products, as two of JAX's checkpoint policies have it (PyTorch: as "full").
         attention: how JAX computes it: "plain", our own products and softmax, or `jax.nn.dot_product_attention` in its
@@ -178,7 +179,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "runtime")
-        object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
+        if self.dtype != PROOF_DTYPE:
+            object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
         for name, known in (("remat", REMATS), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             _require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")

@@ -22,6 +22,7 @@ FLOAT32 = "float32"
 COMPUTE = "compute"
 
 # Where a value is kept in float32 and where it is rounded to the compute dtype (bfloat16 in training and on robots).
+# In float64, in which parity is proved, all of them are float64; constants and tables stay as rounded below.
 ROUNDING = {
     "patches": FLOAT32,  # patch convolution + position embedding; rounded after their sum
     "norm": FLOAT32,  # statistics, scale and shift of every norm; rounded after them
@@ -38,7 +39,12 @@ ROUNDING = {
 
 def rounding(place: str, dtype: str) -> str:
     """The dtype name a value has at `place` of `ROUNDING` when the model computes in `dtype`."""
-    return dtype if ROUNDING[place] == COMPUTE else ROUNDING[place]
+    return dtype if ROUNDING[place] == COMPUTE else at_least_float32(dtype)
+
+
+def at_least_float32(dtype: str) -> str:
+    """The name of the wider dtype of this one and float32: of sums, norms, logits and losses."""
+    return "float64" if dtype == "float64" else FLOAT32
 
 
 def rope_timescale(head_dim: int) -> np.ndarray:

@@ -135,4 +135,5 @@ def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Array | No
     x = x.astype(kernel.dtype)
     if bias is None:
         return jnp.matmul(x, kernel)
-    return (jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + bias).astype(kernel.dtype)
+    accumulator = numerics.at_least_float32(kernel.dtype.name)
+    return (jnp.matmul(x, kernel, preferred_element_type=accumulator) + bias).astype(kernel.dtype)

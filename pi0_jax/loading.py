@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from pi0.config import ModelConfig, canonical_dtype
+from pi0.config import PROOF_DTYPE, ConfigError, ModelConfig, canonical_dtype
 from pi0.parameters import compare_shapes
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
@@ -45,7 +45,9 @@ def load_model(
 
 
 def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
-    """A model of the config's family, newly initialized."""
+    """A model of the config's family, newly initialized. Raises ConfigError for float64 where JAX has none."""
+    if config.runtime.dtype == PROOF_DTYPE and not getattr(jax.config, "jax_enable_x64"):  # noqa: B009 -- of settings mypy knows none
+        raise ConfigError("dtype is 'float64', which JAX computes only within jax.enable_x64(True)")
     return MODELS[config.kind](config, rngs=rngs)
 
 

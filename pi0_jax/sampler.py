@@ -32,6 +32,7 @@ from pi0_jax.loading import Model
 from pi0_jax.models.decoding import decode, written
 from pi0_jax.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
 from pi0_jax.models.layers import cast, gelu
+from pi0_jax.models.lora import at_least_float32
 from pi0_jax.models.vision_language import pixels
 
 Cache = list[tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]]]  # one entry per layer
@@ -225,12 +226,13 @@ class FusedModel:
 
     def integrate(self, inputs: Inputs, cache: Cache, seen: Bool[Array, "B S"]) -> Float[Array, "B T A"]:
         """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
-        x_t, suffix = inputs["noise"].astype(jnp.float32), self.suffix_length(inputs)
+        dtype, suffix = self.config.runtime.dtype, self.suffix_length(inputs)
+        x_t = cast(inputs["noise"], "action_projections", dtype)
         blocks = np.repeat([0, 1, 2], [seen.shape[1], self.config.family.state_tokens, x_t.shape[1]])
         valid = jnp.concatenate([seen, jnp.ones((len(x_t), suffix), bool)], axis=1)
         bias = mask_bias(masks.block_mask(blocks, valid)[:, -suffix:])
         positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
-        rope, weights = rotation(positions, self.config.paligemma.head_dim), self.weights
+        rope, weights = rotation(positions, self.config.paligemma.head_dim, dtype), self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
         time_step = np.float32(-1 / len(weights["steps"]["bias"][0]))
 
@@ -250,7 +252,7 @@ class FusedModel:
         text = self.embed_text(inputs["prompt"])
         if not inputs["images"]:
             return text, inputs["prompt_mask"]
-        tokens = self.embed_images(jnp.stack([pixels(x) for x in inputs["images"]], axis=1))
+        tokens = self.embed_images(jnp.stack([pixels(x, self.config.runtime.dtype) for x in inputs["images"]], axis=1))
         image_masks = jnp.repeat(jnp.stack(inputs["image_masks"], axis=1), self.config.image_tokens, axis=1)
         return jnp.concatenate([tokens, text], axis=1), jnp.concatenate([image_masks, inputs["prompt_mask"]], axis=1)
 
@@ -279,7 +281,7 @@ class FusedModel:
     ) -> tuple[Cache, Any]:
         """Keys and values of the prefix, with `room` after them; and the logits [B, V] of what follows, if any."""
         gemma, cache = self.config.paligemma, []
-        rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim), mask_bias(mask)
+        rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim, x.dtype.name), mask_bias(mask)
         for w, attention_norm, mlp_norm in self.prefix_layers():
             q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
             pad = ((0, 0), (0, 0), (0, room), (0, 0))
@@ -301,7 +303,7 @@ class FusedModel:
     ) -> tuple[Float[Array, "B V"], Cache]:
         """The logits of the next token, and the cache with this one in its place."""
         x, gemma, new_cache = self.embed_text(token), self.config.paligemma, []
-        rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None])
+        rope, bias = rotation(position, gemma.head_dim, x.dtype.name), mask_bias(seen[:, None])
         for (w, attention_norm, mlp_norm), cached in zip(self.prefix_layers(), cache, strict=True):
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
             k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, slot, axis=2) for c, y in zip(cached, new, strict=True))
@@ -318,7 +320,7 @@ class FusedModel:
         """The vocabulary's logits, float32."""
         out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
         output = self.weights["embedding" if self.config.tied_output else "output"]
-        return jnp.matmul(out, output.T).astype(jnp.float32)[:, 0]
+        return at_least_float32(jnp.matmul(out, output.T))[:, 0]
 
     def denoise(
         self,

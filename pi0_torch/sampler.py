@@ -31,7 +31,8 @@ from pi0_torch.fused import Modulation, Weights, lay_out, linear
 from pi0_torch.loading import Model
 from pi0_torch.models.decoding import decode, written
 from pi0_torch.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
-from pi0_torch.models.layers import dtype_name, gelu
+from pi0_torch.models.layers import cast, dtype_name, gelu
+from pi0_torch.models.lora import at_least_float32
 from pi0_torch.models.vision_language import pixels
 
 Cache = list[tuple[Float[Tensor, "B K P H"], Float[Tensor, "B K P H"]]]  # one entry per layer
@@ -239,12 +240,13 @@ class FusedModel(nn.Module):
 
     def integrate(self, inputs: Inputs, cache: Cache, seen: Bool[Tensor, "B S"]) -> Float[Tensor, "B T A"]:
         """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
-        x_t, suffix = inputs["noise"].float(), self.suffix_length(inputs)
+        dtype, suffix = self.config.runtime.dtype, self.suffix_length(inputs)
+        x_t = cast(inputs["noise"], "action_projections", dtype)
         blocks = [0] * seen.shape[1] + [1] * self.config.family.state_tokens + [2] * x_t.shape[1]
         valid = torch.cat([seen, seen.new_ones((len(x_t), suffix))], dim=1)
         mask = masks.block_mask(torch.tensor(blocks, device=x_t.device), valid)[:, -suffix:]
         positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
-        rope, bias = rotation(positions, self.config.paligemma.head_dim), mask_bias(mask, self.config)
+        rope, bias = rotation(positions, self.config.paligemma.head_dim, dtype), mask_bias(mask, self.config)
         weights = self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
         num_steps = len(weights["steps"]["bias"][0])
@@ -263,7 +265,7 @@ class FusedModel(nn.Module):
         text = self.embed_text(inputs["prompt"])
         if not inputs["images"]:
             return text, inputs["prompt_mask"]
-        tokens = self.embed_images(torch.stack([pixels(x) for x in inputs["images"]], dim=1))
+        tokens = self.embed_images(torch.stack([pixels(x, self.config.runtime.dtype) for x in inputs["images"]], dim=1))
         image_masks = torch.stack(inputs["image_masks"], dim=1).repeat_interleave(self.config.image_tokens, dim=1)
         return torch.cat([tokens, text], dim=1), torch.cat([image_masks, inputs["prompt_mask"]], dim=1)
 
@@ -293,7 +295,8 @@ class FusedModel(nn.Module):
     ) -> tuple[Cache, Any]:
         """Keys and values of the prefix, with `room` after them; and the logits [B, V] of what follows, if any."""
         gemma, cache = self.config.paligemma, []
-        rope, bias = rotation(valid.cumsum(dim=1) - 1, gemma.head_dim), mask_bias(mask, self.config)
+        positions = valid.cumsum(dim=1) - 1
+        rope, bias = rotation(positions, gemma.head_dim, dtype_name(x)), mask_bias(mask, self.config)
         for w, attention_norm, mlp_norm in self.prefix_layers():
             q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
             cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
@@ -316,7 +319,7 @@ class FusedModel(nn.Module):
         # flash takes padding at the left alone
         attend = sdpa_attention if self.attend is flash_attention else self.attend
         x, gemma = self.embed_text(token), self.config.paligemma
-        rope, bias = rotation(position, gemma.head_dim), mask_bias(seen[:, None], self.config)
+        rope, bias = rotation(position, gemma.head_dim, dtype_name(x)), mask_bias(seen[:, None], self.config)
         for (w, attention_norm, mlp_norm), (k, v) in zip(self.prefix_layers(), cache, strict=True):
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
             for kept, fresh in zip((k, v), new, strict=True):
@@ -335,7 +338,7 @@ class FusedModel(nn.Module):
         out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
         (output,) = self.weights["embedding" if self.config.tied_output else "output"]
         dtype = torch.promote_types(out.dtype, output.dtype)
-        return F.linear(out.to(dtype), output.to(dtype)).float()[:, 0]
+        return at_least_float32(F.linear(out.to(dtype), output.to(dtype)))[:, 0]
 
     def denoise(
         self,

@@ -1,6 +1,6 @@
 """Compare two checkpoints stage by stage on the same inputs, in either framework: `compare`, `assert_parity`.
 
-Stages follow the order of computation, so the first one out of tolerance is where the models diverge.
+Stages follow the order of computation, so the first one that parts is where the models diverge.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,30 @@ from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.config import ModelConfig
+from pi0.parameters import parameters
 from pi0.plugins import require_extra
 from pi0_eval.parity.frameworks import FRAMEWORKS, Results, exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
-from pi0_eval.parity.report import Report, Row
+from pi0_eval.parity.report import PROOF, Report, Row
+from pi0_eval.parity.sides import Side, available
 
-# float32: relative L2 error by stage. Correct implementations differ by rounding, about 1e-6 after a whole model; wrong
-# operations show as 1e-3 or more. Errors of actions accumulate over steps, from shared noise. The error of tokens is
-# the fraction that differs.
-FLOAT32_TOLERANCE = {"stage": 1e-5, "gradients": 1e-5, "actions": 3e-6, "tokens": 0.0}
+# A and B may be apart by FACTOR·√(a² + b²), where a, b are their rounding errors. By the triangle inequality two that
+# are one function are never further apart than a + b ≤ √2·√(a² + b²): this part of the budget gives no false alarm.
+FACTOR = math.sqrt(2)
+# But a fault of rounding alone (a sum in bfloat16) is no other function, and enlarges its own budget: in the same dtype
+# no error counts for more than EXCESS times the other one's. docs/ci.md has the rate of false alarms.
+EXCESS = {"float32": 8.0, "bfloat16": 2.0}
+# The error of a few numbers may be small by luck: with fewer than this it counts as at least a rounding of each.
+FEW = 512
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+SAMPLED = ("actions", "tokens")
+SMALL = 100_000_000  # parameters: smaller models run two at a time, for twice the memory
+HEARTBEAT = 4.0  # seconds without a line
 # Gradients with a norm below this fraction of the whole gradient's are measured relative to that fraction of it.
 GRADIENT_FLOOR = 1e-4
 # Gradients below this fraction in both models are rounding noise and not compared: SigLIP's key bias has no gradient in
 # exact arithmetic (softmax ignores a constant), and about 1e-9 of the whole in float32.
-GRADIENT_NOISE = {"float32": 1e-7, "bfloat16": 1e-4}
+GRADIENT_NOISE = {"float64": 1e-14, "float32": 1e-7, "bfloat16": 1e-4}
 
 
 def compare(
@@ -38,6 +50,8 @@ def compare(
     b: str | Path,
     *,
     dtype: str = "float32",
+    side_a: str | Side = Side(),  # noqa: B008 -- frozen
+    side_b: str | Side = Side(),  # noqa: B008
     framework_a: str | None = None,
     framework_b: str | None = None,
     inputs: Inputs | Path | None = None,
@@ -45,20 +59,23 @@ def compare(
     seed: int = 0,
     num_steps: int = 10,
     gradients: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Run two checkpoints on the same inputs and compare every stage.
+    """Run two checkpoints on the same inputs, in float64 and in `dtype`, and compare every stage.
 
-    In float32 the tolerances are `FLOAT32_TOLERANCE`. In bfloat16 both models also run in float32, and may differ by
-    √(dA² + dB²), as independent rounding errors of the size of their own distances dA, dB from float32 would.
+    In float64 they are one function or not (`report.PROOF`). In `dtype` each has a rounding error, its distance from
+    its own float64, and both errors together say how far apart the two may be (`budget`).
 
     Args:
         a, b: addresses of checkpoints, as in `open_checkpoint`.
-        framework_a, framework_b: "jax" or "torch" (default: by the layout's file format).
+        side_a, side_b: how each is computed, as in `Side.parse`; `framework_a`, `framework_b` say the framework alone
+            (default: by the layout's file format). A sampler has actions or tokens, and no other stage.
         inputs: given, or an npz file of `Inputs.load`; random by default, of `batch` rows from `seed`.
-        num_steps: Euler steps, or for π0-FAST the number of decoded tokens, which are compared in float32 only.
+        num_steps: Euler steps, or for π0-FAST the number of decoded tokens.
         gradients: whether to compare gradients, for twice the memory.
+        progress: is told what has been computed.
 
-    Raises ParityError for different models.
+    Raises ParityError for different models, SideError for a side that there is not.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
@@ -66,86 +83,129 @@ def compare(
         inputs = Inputs.random(config, batch, seed)
     elif not isinstance(inputs, Inputs):
         inputs = Inputs.load(inputs, config)
-    frameworks = [f or _framework_of(c) for f, c in zip((framework_a, framework_b), checkpoints, strict=True)]
-    for framework in frameworks:
-        require_extra(framework, framework)
+    sides = []
+    for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
+        side = Side.parse(side) if isinstance(side, str) else side
+        sides.append(side.of(framework or _framework_of(checkpoint), dtype))
+        require_extra(sides[-1].framework or "", sides[-1].framework or "")
 
-    def run(i: int, dtype: str) -> Results:
+    def run(i: int, side: Side) -> Results:
+        assert side.framework is not None and side.dtype is not None
+        started = time.perf_counter()
         with exact_matmuls():
-            model = config.with_runtime(dtype=dtype)
-            results = FRAMEWORKS[frameworks[i]](checkpoints[i], model, inputs, num_steps, gradients)
+            model = config.with_runtime(dtype=side.dtype)
+            results = FRAMEWORKS[side.framework](checkpoints[i], model, inputs, num_steps, gradients, side)
         gc.collect()
+        progress(f"{'AB'[i]} computed as {side}: {time.perf_counter() - started:.1f} s")
         return results
 
-    result_a, result_b = run(0, dtype), run(1, dtype)
-    found = errors(result_a, result_b, dtype)
-    tolerances = {stage: _float32_tolerance(stage) for stage in found}
-    if dtype != "float32":
-        own = [errors(run(i, "float32"), r, dtype) for i, r in enumerate((result_a, result_b))]
-        tolerances = {stage: math.hypot(own[0][stage][1], own[1][stage][1]) + t for stage, t in tolerances.items()}
-    rows = [Row(stage, *error, tolerances[stage]) for stage, error in found.items()]
-    names = [f"{c.folder} ({c.layout.name}, run in {f})" for c, f in zip(checkpoints, frameworks, strict=True)]
-    return Report(names[0], names[1], dtype, rows, result_a.stages.get("actions"), result_b.stages.get("actions"))
+    jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
+    small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
+    a_rounded, a_exact, b_rounded, b_exact = _all(run, jobs, 2 if small else 1, progress)
+    dtypes = [side.dtype or dtype for side in sides]
+    rows = judge(a_exact, b_exact, a_rounded, b_rounded, dtypes[0], dtypes[1])
+    names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
+    return Report(names[0], names[1], dtype, rows, a_rounded.stages.get("actions"), b_rounded.stages.get("actions"))
+
+
+def _all(
+    run: Callable[[int, Side], Results], jobs: list[tuple[int, Side]], workers: int, progress: Callable[[str], None]
+) -> list[Results]:
+    """The results of all jobs, `workers` at a time; `progress` hears every few seconds that something is computed."""
+    with exact_matmuls(), ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(run, *job): job for job in jobs}
+        pending = set(running)
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=HEARTBEAT, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if not done:
+                    names = ", ".join(f"{'AB'[i]} as {side}" for f, (i, side) in running.items() if f.running())
+                    progress(f"computing {names}")
+        finally:
+            for future in pending:
+                future.cancel()
+    return [future.result() for future in running]
+
+
+def compare_all(a: str | Path, b: str | Path, **options: Any) -> dict[str, Report]:
+    """`compare` A with every way in which this machine can run B, by side."""
+    tokens = open_checkpoint(b).assets.model.family.action_tokens
+    return {str(side): compare(a, b, side_b=side, **options) for side in available(tokens)}
 
 
 def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
-    """`compare`, raising AssertionError with the table where a stage is out of tolerance; for pytest."""
+    """`compare`, raising AssertionError with the table where a stage is out; for pytest."""
     report = compare(a, b, **options)
     assert report.passed, "\n" + report.table()
     return report
 
 
-def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, tuple[float, float]]:
-    """Maximum and relative L2 error of B against A: an entry per stage and layer, then gradients, then actions.
+def judge(
+    exact_a: Results, exact_b: Results, a: Results, b: Results, dtype_a: str = "float32", dtype_b: str = "float32"
+) -> list[Row]:
+    """A row for every stage that both sides have: two results in float64, and the same two in their dtypes."""
+    proof, apart = errors(exact_a, exact_b, "float64"), errors(a, b, dtype_a)
+    # A parameter without gradient but for rounding is left out of a row by the same rule in all four.
+    own_a, own_b = errors(exact_a, a, dtype_a), errors(exact_b, b, dtype_b)
+    return [
+        Row(stage, error, own_a[stage], own_b[stage], apart[stage], budget(stage, own_a, own_b, a, dtype_a, dtype_b))
+        for stage, error in proof.items()
+    ]
 
-    Tokens are compared in float32 only: in bfloat16, rounding may decide between near-equal logits, and with it all
-    following tokens.
+
+def budget(
+    stage: str, own_a: Mapping[str, float], own_b: Mapping[str, float], a: Results, dtype_a: str, dtype_b: str
+) -> float:
+    """How far apart two sides with these rounding errors may be in a stage."""
+    error_a, error_b = own_a[stage], own_b[stage]
+    if stage == "tokens":  # from the first that differs on, all may
+        return 1.0 if error_a or error_b else 0.0
+    if dtype_a == dtype_b:
+        few = stage in a.stages and a.stages[stage].size < FEW
+        floor, most = ROUNDOFF[dtype_a] if few else 0.0, EXCESS[dtype_a]
+        limits = most * max(error_b, floor), most * max(error_a, floor)
+        error_a, error_b = max(min(error_a, limits[0]), floor), max(min(error_b, limits[1]), floor)
+    return FACTOR * math.hypot(error_a, error_b) + PROOF
+
+
+def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, float]:
+    """Relative L2 error of B against A of every stage that both have: layers, then gradients, then actions or tokens.
+
+    `dtype`: the wider rounding of the two, which says below what a gradient is noise.
     """
-    result = {}
-    for stage, reference in a.stages.items():
-        if stage not in ("actions", "tokens"):
-            result[stage] = _error(reference, b.stages[stage])
-    if a.gradients:
+    common = [stage for stage in a.stages if stage in b.stages]
+    result = {stage: _error(a.stages[stage], b.stages[stage]) for stage in common if stage not in SAMPLED}
+    if a.gradients and b.gradients:
         result |= _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
-    if "actions" in a.stages:
+    if "actions" in common:
         result["actions"] = _error(a.stages["actions"], b.stages["actions"])
-    elif dtype == "float32":
-        different = float((a.stages["tokens"] != b.stages["tokens"]).mean())
-        result["tokens"] = (different, different)
+    if "tokens" in common:
+        result["tokens"] = float((a.stages["tokens"] != b.stages["tokens"]).mean())
     return result
 
 
-def _gradient_errors(
-    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], noise: float
-) -> dict[str, tuple[float, float]]:
+def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], noise: float) -> dict[str, float]:
     """The error over all parameters, and of the worst one."""
-    norm, largest = _norm([_norm(g) for g in a.values()]), max(float(np.abs(g).max()) for g in a.values())
+    norm = _norm([_norm(g) for g in a.values()])
     each = [
-        _error(a[name], b[name], GRADIENT_FLOOR * largest, GRADIENT_FLOOR * norm)
+        _error(a[name], b[name], GRADIENT_FLOOR * norm)
         for name in a
-        if max(_norm(a[name]), _norm(b[name])) > noise * norm
+        if not max(_norm(a[name]), _norm(b[name])) <= noise * norm  # NaN counts
     ]
-    differences = [(float(np.abs(d).max()), _norm(d)) for d in (b[n].astype(np.float64) - a[n] for n in a)]
-    return {
-        "gradients, all": (max(d[0] for d in differences) / largest, _norm([d[1] for d in differences]) / norm),
-        "gradients, worst parameter": max(each, key=lambda error: error[1]),
-    }
+    differences = [_norm(b[n].astype(np.float64) - a[n]) for n in a]
+    return {"gradients, all": _norm(differences) / norm, "gradients, worst parameter": float(np.max(each))}
 
 
-def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0, norm_floor: float = 0.0) -> tuple[float, float]:
-    """Maximum error relative to the maximum of A, and relative L2 error; denominators are at least the floors."""
-    a, difference = a.astype(np.float64), b.astype(np.float64) - a
-    tiny = float(np.finfo(np.float64).tiny)
-    largest = float(np.abs(difference).max()) / max(float(np.abs(a).max()), floor, tiny)
-    return largest, _norm(difference) / max(_norm(a), norm_floor, tiny)
+def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:
+    """Relative L2 error; the denominator is at least `floor`."""
+    a = a.astype(np.float64)
+    return _norm(b.astype(np.float64) - a) / max(_norm(a), floor, float(np.finfo(np.float64).tiny))
 
 
 def _norm(x: ArrayLike) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
-
-
-def _float32_tolerance(stage: str) -> float:
-    return FLOAT32_TOLERANCE.get(stage.split(",")[0], FLOAT32_TOLERANCE["stage"])
 
 
 def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:

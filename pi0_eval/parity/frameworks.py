@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from convert.checkpoints import Checkpoint
 from convert.layouts.registry import LAYOUTS
-from pi0.config import ModelConfig
+from pi0.config import PROOF_DTYPE, ModelConfig
 from pi0.observation import Observation
 from pi0_eval.parity.inputs import Inputs
+from pi0_eval.parity.sides import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,17 @@ def exact_matmuls() -> Iterator[None]:
         yield
 
 
-def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
-    """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`."""
+@cache
+def jax_program(gradients: bool, num_steps: int, proof: bool) -> Callable[..., Any]:
+    """All stages, gradients and samples of any model in JAX, compiled once for each size."""
     import jax
-    import jax.numpy as jnp
 
-    from pi0_jax.loading import Model, parameters_of, with_parameters
+    from pi0_jax.loading import Model
 
-    # By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes.
-    @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    # By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes. A proof runs once.
+    options = {"xla_allow_excess_precision": False} | ({"xla_backend_optimization_level": 0} if proof else {})
+
+    @partial(jax.jit, compiler_options=options)
     def run(model: Model, observation: Observation, actions: Any, noise: Any, time: Any) -> Any:
         def mean_loss(model: Model) -> tuple[jax.Array, dict[str, jax.Array]]:
             stages: dict[str, jax.Array] = {}
@@ -66,22 +69,75 @@ def run_jax(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_ste
             gradient, stages = None, mean_loss(model)[1]
         return stages, gradient, model.sample(observation.prompt_only(), noise, num_steps)
 
-    model = with_parameters(config, {name: jnp.asarray(t.read(())) for name, t in checkpoint.ours.items()})
-    stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
-    by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
-    return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
+    return run
 
 
-def run_torch(checkpoint: Checkpoint, config: ModelConfig, inputs: Inputs, num_steps: int, gradients: bool) -> Results:
-    """All stages of a checkpoint in PyTorch; `num_steps` as in `model.sample`."""
+def run_jax(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    inputs: Inputs,
+    num_steps: int,
+    gradients: bool,
+    side: Side = Side("jax"),  # noqa: B008 -- frozen
+) -> Results:
+    """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`. Of a sampler, what it samples."""
+    import jax
+    import jax.numpy as jnp
+
+    from pi0_jax.loading import parameters_of, with_parameters
+    from pi0_jax.sampler import Sampler, use_compilation_cache
+
+    use_compilation_cache()
+    proof = config.runtime.dtype == PROOF_DTYPE
+    if side.attention is not None:
+        config = config.with_runtime(attention=side.attention)
+    device = contextlib.nullcontext() if side.device is None else jax.default_device(jax.devices(side.device)[0])
+    with jax.enable_x64(proof), jax.disable_jit(side.compiled is False), device:
+        params = {name: jnp.asarray(_widened(t.read(()), config)) for name, t in checkpoint.ours.items()}
+        model = with_parameters(config, params)
+        if side.path == "sampler":
+            sampler = Sampler(model, num_steps=num_steps, warm_up=False)
+            sampled = np.asarray(sampler.sample(inputs.observation.prompt_only(), inputs.noise))
+            return Results({_sampled(config): sampled}, {})
+        run = jax_program(gradients, num_steps, proof)
+        stages, gradient, sampled = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
+        by_name = {} if gradient is None else {n: np.asarray(g) for n, g in parameters_of(gradient).items()}
+        return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
+
+
+def _widened(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """A parameter as stored, or for a proof in float64, to which it is widened exactly."""
+    return array.astype(np.float64) if config.runtime.dtype == PROOF_DTYPE else array
+
+
+def _sampled(config: ModelConfig) -> str:
+    return "tokens" if config.family.action_tokens else "actions"
+
+
+def run_torch(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    inputs: Inputs,
+    num_steps: int,
+    gradients: bool,
+    side: Side = Side("torch"),  # noqa: B008 -- frozen
+) -> Results:
+    """All stages of a checkpoint in PyTorch; `num_steps` as in `model.sample`. Of a sampler, what it samples."""
     import torch
 
-    from pi0_torch.loading import parameters_of, to_device, to_numpy, to_torch, with_parameters
+    from pi0_torch.loading import find_device, parameters_of, to_device, to_numpy, to_torch, with_parameters
+    from pi0_torch.sampler import Sampler
 
-    tensors = {name: to_torch(t.read(())) for name, t in checkpoint.in_layout("pi0_torch").items()}
+    device = find_device(side.device or "cpu")
+    stored = checkpoint.in_layout("pi0_torch")
+    tensors = {name: to_torch(_widened(t.read(()), config)).to(device) for name, t in stored.items()}
     model = with_parameters(config, tensors)
-    observation = to_device(inputs.observation)
-    actions, noise, time = map(torch.from_numpy, (inputs.actions, inputs.noise, inputs.time))
+    if side.path == "sampler":
+        compile = bool(side.compiled)
+        sampler = Sampler(model, num_steps=num_steps, attention=side.attention, compile=compile, warm_up=False)
+        return Results({_sampled(config): to_numpy(sampler.sample(inputs.observation.prompt_only(), inputs.noise))}, {})
+    observation = to_device(inputs.observation, device)
+    actions, noise, time = (torch.from_numpy(x).to(device) for x in (inputs.actions, inputs.noise, inputs.time))
     stages: dict[str, torch.Tensor] = {}
     by_name: dict[str, np.ndarray] = {}
     with torch.set_grad_enabled(gradients):

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 
 from pi0 import __version__
-from pi0_eval.parity.report import Report, Row
+from pi0_eval.parity.report import PROOF, Report, Row, numbers
 
 # Colors of cells: class, background, text, legend. Lightness decreases with the error, to be readable without hue; a
 # cell out of tolerance also has a cross and a frame.
@@ -62,10 +62,8 @@ STYLE += "".join(f".{name} {{ background: {back}; color: {text}; }}\n" for name,
 def to_html(report: Report) -> str:
     """The verdict, a heat map of errors, plots of the actions of A and B, and a table of all errors."""
     failure = report.first_failure
-    verdict, explanation = "PASSED", "Every stage is within tolerance."
-    if failure is not None:
-        verdict = "FAILED"
-        explanation = f"The first stage out of tolerance is {failure.stage}: {_numbers(failure)}."
+    verdict = "PASSED" if failure is None else "FAILED"
+    explanation = report.verdict.split(": ", 1)[1] + "."
     facts = (("A", report.a), ("B", report.b), ("computed in", report.dtype), ("written by", f"pi0 {__version__}"))
     rows = "\n".join(f"<tr><th>{escape(name)}</th><td><code>{escape(value)}</code></td></tr>" for name, value in facts)
     return f"""<!DOCTYPE html>
@@ -83,12 +81,13 @@ def to_html(report: Report) -> str:
 {rows}
 </tbody></table>
 <h2>Where they differ</h2>
-<p>Relative L2 error of B against A. The number in a cell is its power of ten; the color is its distance from the
-stage's tolerance. Hover over a cell for the exact number.</p>
+<p>How far B is apart from A, relative L2. The number in a cell is its power of ten; the color is its distance from what
+the rounding of both allows, or where the two are not one function in float64, from what a proof allows. Hover over a
+cell for the exact numbers.</p>
 {_heat_map(report.rows)}
 {_plots(report.actions_a, report.actions_b)}
 <h2>All numbers</h2>
-<p>The largest error is relative to the largest value of A.</p>
+<p>Relative L2; of tokens, the fraction that differs. The proof is in float64, each error against its own float64.</p>
 {_table(report.rows)}
 </body>
 </html>
@@ -127,20 +126,26 @@ def _heat_map(rows: list[Row]) -> str:
 
 
 def _cell(row: Row) -> str:
-    exponent = _exponent(row.l2_error)
-    title = escape(f"{row.stage}: {_numbers(row)}")
+    exponent = _exponent(_judged(row)[0])
+    title = escape(f"{row.stage}: {numbers(row)}")
     if row.passed:
         return f'<td class="{_color(row)}" title="{title}">{exponent}</td>'
     return f'<td class="{_color(row)} out" title="{title}">{exponent} ✗</td>'
 
 
 def _color(row: Row) -> str:
-    """The class of a cell, by powers of ten between error and tolerance."""
+    """The class of a cell, by powers of ten between what was found and what is allowed."""
+    found, allowed = _judged(row)
     if row.passed:
-        ratio = row.tolerance / row.l2_error if row.l2_error > 0 else math.inf
+        ratio = allowed / found if found > 0 else math.inf
         return INSIDE[sum(ratio < bound for bound in (1000, 100, 10))][0]
-    ratio = row.l2_error / row.tolerance if row.tolerance > 0 else math.inf
+    ratio = found / allowed if allowed > 0 else math.inf
     return OUTSIDE[0 if ratio <= 10 else 1 if ratio <= 100 else 2][0]
+
+
+def _judged(row: Row) -> tuple[float, float]:
+    """What was found and what is allowed: of rounding, or of a proof that failed."""
+    return (row.apart, row.allowed) if row.proved else (row.proof, PROOF)
 
 
 def _exponent(error: float) -> str:
@@ -149,10 +154,6 @@ def _exponent(error: float) -> str:
     if not math.isfinite(error):
         return "NaN" if math.isnan(error) else "∞"
     return f"{int(f'{error:e}'.split('e')[1])}".replace("-", "−")
-
-
-def _numbers(row: Row) -> str:
-    return f"{row.l2_error:.2e}, allowed {row.tolerance:.2e}"
 
 
 def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
@@ -215,11 +216,11 @@ def _finite_runs(points: np.ndarray) -> list[np.ndarray]:
 
 
 def _table(rows: list[Row]) -> str:
-    names = ("stage", "max error", "rel. L2", "tolerance", "")
-    header = "".join(f'<th scope="col">{name}</th>' for name in names)
+    names = ("stage", "proof", "A's error", "B's error", "apart", "allowed", "")
+    header = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     lines = []
     for row in rows:
-        values = "".join(f"<td>{x:.2e}</td>" for x in (row.max_error, row.l2_error, row.tolerance))
+        values = "".join(f"<td>{x:.2e}</td>" for x in (row.proof, row.error_a, row.error_b, row.apart, row.allowed))
         verdict = "<td>ok</td>" if row.passed else "<td><strong>OUT</strong></td>"
         lines.append(f'<tr><th scope="row">{escape(row.stage)}</th>{values}{verdict}</tr>')
     body = "\n".join(lines)

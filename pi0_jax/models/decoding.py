@@ -56,7 +56,7 @@ def decode(
             token = jax.random.categorical(jax.random.fold_in(rng, i), logits / temperature)
         else:
             token = jnp.argmax(logits, axis=-1)
-        token = jnp.where(done, 0, token)
+        token = jnp.where(done, 0, token).astype(tokens.dtype)
         return tokens.at[:, i].set(token), done | (token == eos_token)
 
     def read(i: Array, cache: Any, tokens: Array) -> tuple[Array, Any]:

@@ -19,21 +19,22 @@ from pi0.masks import block_mask
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
 from pi0_jax.models.gemma import Cache, Expert, joint_forward
-from pi0_jax.models.layers import Linear
+from pi0_jax.models.layers import Linear, cast
 from pi0_jax.models.vision_language import VisionLanguageModel
 
 
-def embed_time(time: Float[Array, " B"], width: int, periods: tuple[float, float]) -> Float[Array, "B W"]:
+def embed_time(time: Float[Array, " B"], width: int, periods: tuple[float, float], dtype: str) -> Float[Array, "B W"]:
     """Sine and cosine of the flow time at `pi0.numerics.time_frequencies` of `periods`, float32."""
-    angles = time.astype(jnp.float32)[:, None] * numerics.time_frequencies(width, periods)
+    angles = cast(time, "time", dtype)[:, None] * numerics.time_frequencies(width, periods)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def interpolate(
-    actions: Float[Array, "B T A"], noise: Float[Array, "B T A"], time: Float[Array, " B"]
+    actions: Float[Array, "B T A"], noise: Float[Array, "B T A"], time: Float[Array, " B"], dtype: str
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
     """x_t between actions and noise, and the velocity noise − actions that the model learns, float32."""
-    noise, actions, t = noise.astype(jnp.float32), actions.astype(jnp.float32), time.astype(jnp.float32)[:, None, None]
+    noise, actions = cast(noise, "action_projections", dtype), cast(actions, "action_projections", dtype)
+    t = cast(time, "time", dtype)[:, None, None]
     return t * noise + (1 - t) * actions, noise - actions
 
 
@@ -86,6 +87,10 @@ class FlowModel(VisionLanguageModel):
         """Tokens of the action expert, those of the T actions last, and the condition of its norms."""
         raise NotImplementedError
 
+    def embed_time(self, time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
+        """`embed_time` with the periods and in the dtype of this model."""
+        return embed_time(time, width, self.config.time_periods, self.config.runtime.dtype)
+
     def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
         """`embed_suffix` at some times, but for what depends on the observation."""
         raise NotImplementedError
@@ -110,7 +115,7 @@ class FlowModel(VisionLanguageModel):
 
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
-        x_t, target = interpolate(actions, noise, time)
+        x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
         prefix, prefix_valid = self.embed_prefix(observation, stages)
         suffix, condition = self.embed_suffix(observation, x_t, time)
         split, horizon = prefix.shape[1], x_t.shape[1]
@@ -191,4 +196,5 @@ class FlowModel(VisionLanguageModel):
             (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
             return x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon), None
 
-        return jax.lax.scan(step, noise.astype(jnp.float32), jnp.asarray(numerics.euler_times(num_steps)))[0]
+        x_t = cast(noise, "action_projections", self.config.runtime.dtype)
+        return jax.lax.scan(step, x_t, jnp.asarray(numerics.euler_times(num_steps)))[0]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_jax.models.layers import Linear, attention, cast, constrain_rows, gelu, remat
-from pi0_jax.models.lora import make_lora
+from pi0_jax.models.lora import at_least_float32, make_lora
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 
@@ -63,9 +63,9 @@ def normalize(x: Float[Array, "B T W"], dtype: str) -> Float[Array, "B T W"]:
 Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]  # sine and cosine, half of H
 
 
-def rotation(positions: Int[Array, "B T"], head_dim: int) -> Rotation:
+def rotation(positions: Int[Array, "B T"], head_dim: int, dtype: str) -> Rotation:
     """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
-    angles = positions[..., None, None] / numerics.rope_timescale(head_dim)
+    angles = positions[..., None, None] / cast(jnp.asarray(numerics.rope_timescale(head_dim)), "rope", dtype)
     return jnp.sin(angles), jnp.cos(angles)
 
 
@@ -167,7 +167,7 @@ class Expert(nnx.Module):
     def logits(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
         """The vocabulary's logits, float32; multiplied in the wider dtype of the two."""
         output = self.embedding if self.tied_output else self.output
-        return jnp.matmul(x, output[...].T).astype(jnp.float32)
+        return at_least_float32(jnp.matmul(x, output[...].T))
 
 
 def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
@@ -251,7 +251,7 @@ def joint_forward(
         )
         return xs, (keys_values, None if stages is None else xs)
 
-    rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
+    rotations = [rotation(p, e.head_dim, e.dtype) for e, p in zip(experts, positions, strict=True)]
     xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
     xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
     if stages is not None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
-from pi0_jax.models.lora import LoRA
+from pi0_jax.models.lora import LoRA, at_least_float32
 
 AXES = ("data", "fsdp", "tensor")  # of the mesh, see `pi0_jax.training.sharding`
 ROWS = PartitionSpec(("data", "fsdp"))  # of arrays whose first axis is the batch
@@ -63,13 +63,13 @@ class Linear(nnx.Module):
         if self.bias is None:
             y = jnp.tensordot(x, kernel, axes=self.in_ndim)
             return y if self.lora is None else y + self.lora(x)
-        y = jnp.tensordot(x, kernel, axes=self.in_ndim, preferred_element_type=jnp.float32)
+        y = jnp.tensordot(x, kernel, axes=self.in_ndim, preferred_element_type=numerics.at_least_float32(self.dtype))
         return (y + self.bias[...].astype(self.dtype)).astype(self.dtype)
 
     def merged_kernel(self) -> Float[Array, "..."]:
         """The kernel, with the low-rank update added in float32 where there is one."""
         kernel = self.kernel[...]
-        return kernel if self.lora is None else kernel.astype(jnp.float32) + self.lora.update()
+        return kernel if self.lora is None else at_least_float32(kernel) + self.lora.update()
 
 
 class LayerNorm(nnx.Module):

@@ -14,6 +14,11 @@ from pi0 import numerics
 from pi0.config import GemmaConfig
 
 
+def at_least_float32(x: Array) -> Array:
+    """`x` in float32, or in its own dtype where that is wider."""
+    return x.astype(numerics.at_least_float32(x.dtype.name))
+
+
 class LoRA(nnx.Module):
     """x·a·b × scale, in `dtype`: a [*in, (heads), r], b [(heads), r, *out]."""
 
@@ -39,7 +44,7 @@ class LoRA(nnx.Module):
 
     def update(self) -> Float[Array, "..."]:
         """a·b × scale in the kernel's axes (after those of stacked layers), float32."""
-        a, b = self.a[...].astype(jnp.float32), self.b[...].astype(jnp.float32)
+        a, b = at_least_float32(self.a[...]), at_least_float32(self.b[...])
         return jnp.einsum(self.product, a, b) * self.scale
 
 

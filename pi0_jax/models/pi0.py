@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pi0.observation import Observation
-from pi0_jax.models.flow import FlowModel, SuffixSteps, embed_time
+from pi0_jax.models.flow import FlowModel, SuffixSteps
 
 
 class Pi0(FlowModel):
@@ -27,7 +27,7 @@ class Pi0(FlowModel):
     ) -> tuple[Float[Array, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
         tokens = self.action_in_proj(x_t)
-        embedded = jnp.broadcast_to(embed_time(time, tokens.shape[-1], self.config.time_periods)[:, None], tokens.shape)
+        embedded = jnp.broadcast_to(self.embed_time(time, tokens.shape[-1])[:, None], tokens.shape)
         tokens = self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1))
         tokens = self.action_time_mlp_out(nnx.silu(tokens))
         return jnp.concatenate([self.state_proj(observation.state)[:, None], tokens], axis=1), None
@@ -36,7 +36,7 @@ class Pi0(FlowModel):
         """The time's half of `action_time_mlp_in` is a bias, the actions' half multiplies `action_in_proj`."""
         action_in, mlp_in = self.action_in_proj, self.action_time_mlp_in
         width = action_in.kernel.shape[-1]
-        embedded = embed_time(times, width, self.config.time_periods)
+        embedded = self.embed_time(times, width)
         assert action_in.bias is not None
         bias = jnp.broadcast_to(action_in.bias[...].astype(action_in.dtype), embedded.shape)
         kernels = (linear.kernel[...].astype(linear.dtype) for linear in (action_in, mlp_in))

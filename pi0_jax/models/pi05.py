@@ -15,7 +15,7 @@ from pi0 import masks, numerics
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
 from pi0_jax.models.decoding import written
-from pi0_jax.models.flow import FlowModel, SuffixSteps, embed_time, interpolate
+from pi0_jax.models.flow import FlowModel, SuffixSteps, interpolate
 from pi0_jax.models.gemma import Cache, joint_forward
 
 
@@ -36,7 +36,7 @@ class Pi05(FlowModel):
 
     def condition(self, time: Float[Array, " B"]) -> Float[Array, "B W"]:
         """The condition of the action expert's adaptive norms."""
-        embedded = embed_time(time, self.time_mlp_in.kernel.shape[0], self.config.time_periods)
+        embedded = self.embed_time(time, self.time_mlp_in.kernel.shape[0])
         return nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedded))))
 
     def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
@@ -73,7 +73,7 @@ class Pi05(FlowModel):
         experts, xs = [self.paligemma], [prefix]
         conditions: list[Array | None] = [None]
         if recipe.flow_weight:
-            x_t, target = interpolate(actions, noise, time)
+            x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
             suffix, condition = self.embed_suffix(observation, x_t, time)
             experts, xs, conditions = [*experts, self.action_expert], [prefix, suffix], [None, condition]
             groups = jnp.concatenate([groups, jnp.full(suffix.shape[:2], masks.ACTIONS)], axis=1)

@@ -17,13 +17,14 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_jax.models.decoding import decode
 from pi0_jax.models.gemma import Cache, Expert, joint_forward
-from pi0_jax.models.layers import constrain_rows
+from pi0_jax.models.layers import cast, constrain_rows
 from pi0_jax.models.siglip import SigLIP
 
 
-def pixels(image: Array) -> Float[Array, "B height width 3"]:
+def pixels(image: Array, dtype: str) -> Float[Array, "B height width 3"]:
     """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
-    return image.astype(jnp.float32) / 255 * 2 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+    x = cast(image, "patches", dtype)
+    return x / 255 * 2 - 1 if image.dtype == jnp.uint8 else x
 
 
 class VisionLanguageModel(nnx.Module):
@@ -48,7 +49,7 @@ class VisionLanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
         """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
         keys = self.config.image_keys
-        images = jnp.stack([pixels(observation.images[key]) for key in keys], axis=1)
+        images = jnp.stack([pixels(observation.images[key], self.config.runtime.dtype) for key in keys], axis=1)
         batch, cameras = images.shape[:2]
         images = constrain_rows(images.reshape(batch * cameras, *images.shape[2:]))
         tokens = self.vision(images, stages)

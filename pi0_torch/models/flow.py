@@ -19,21 +19,23 @@ from pi0.masks import block_mask
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.gemma import Cache, Expert, joint_forward
-from pi0_torch.models.layers import Linear
+from pi0_torch.models.layers import Linear, cast
 from pi0_torch.models.vision_language import VisionLanguageModel
 
 
-def embed_time(time: Float[Tensor, " B"], width: int, periods: tuple[float, float]) -> Float[Tensor, "B W"]:
+def embed_time(time: Float[Tensor, " B"], width: int, periods: tuple[float, float], dtype: str) -> Float[Tensor, "B W"]:
     """Sine and cosine of the flow time at `pi0.numerics.time_frequencies` of `periods`, float32."""
-    angles = time.float()[:, None] * torch.from_numpy(numerics.time_frequencies(width, periods)).to(time.device)
+    frequencies = torch.from_numpy(numerics.time_frequencies(width, periods)).to(time.device)
+    angles = cast(time, "time", dtype)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def interpolate(
-    actions: Float[Tensor, "B T A"], noise: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
+    actions: Float[Tensor, "B T A"], noise: Float[Tensor, "B T A"], time: Float[Tensor, " B"], dtype: str
 ) -> tuple[Float[Tensor, "B T A"], Float[Tensor, "B T A"]]:
     """x_t between actions and noise, and the velocity noise − actions that the model learns, float32."""
-    noise, actions, t = noise.float(), actions.float(), time.float()[:, None, None]
+    noise, actions = cast(noise, "action_projections", dtype), cast(actions, "action_projections", dtype)
+    t = cast(time, "time", dtype)[:, None, None]
     return t * noise + (1 - t) * actions, noise - actions
 
 
@@ -84,6 +86,10 @@ class FlowModel(VisionLanguageModel):
         """Tokens of the action expert, those of the T actions last, and the condition of its norms."""
         raise NotImplementedError
 
+    def embed_time(self, time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
+        """`embed_time` with the periods and in the dtype of this model."""
+        return embed_time(time, width, self.config.time_periods, self.config.runtime.dtype)
+
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
         """`embed_suffix` at some times, but for what depends on the observation."""
         raise NotImplementedError
@@ -108,7 +114,7 @@ class FlowModel(VisionLanguageModel):
 
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
-        x_t, target = interpolate(actions, noise, time)
+        x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
         prefix, prefix_valid = self.embed_prefix(observation, stages)
         suffix, condition = self.embed_suffix(observation, x_t, time)
         split, horizon = prefix.shape[1], x_t.shape[1]
@@ -193,7 +199,7 @@ class FlowModel(VisionLanguageModel):
             (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
             return x_t + float(np.float32(-1 / num_steps)) * self.read_velocity(out, horizon)
 
-        x_t = noise.float()
+        x_t = cast(noise, "action_projections", self.config.runtime.dtype)
         for time in numerics.euler_times(num_steps):
             x_t = step(x_t, float(time))
         return x_t

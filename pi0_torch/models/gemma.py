@@ -6,10 +6,10 @@ dim, M mlp, L layers, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pi0 import numerics
 from pi0.config import GemmaConfig
 from pi0_torch.models.layers import Linear, attention, cast, dtype_name, gelu, remat
-from pi0_torch.models.lora import make_lora
+from pi0_torch.models.lora import at_least_float32, make_lora
 
 Cache = list[tuple[Float[Tensor, "B S K H"], Float[Tensor, "B S K H"]]]  # one entry per layer
 
@@ -65,9 +65,10 @@ def normalize(x: Float[Tensor, "B T W"], dtype: str) -> Float[Tensor, "B T W"]:
 Rotation = tuple[Float[Tensor, "B T 1 half"], Float[Tensor, "B T 1 half"]]  # sine and cosine, half of H
 
 
-def rotation(positions: Int[Tensor, "B T"], head_dim: int) -> Rotation:
+def rotation(positions: Int[Tensor, "B T"], head_dim: int, dtype: str) -> Rotation:
     """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
-    angles = positions[..., None, None] / torch.from_numpy(numerics.rope_timescale(head_dim)).to(positions.device)
+    timescale = torch.from_numpy(numerics.rope_timescale(head_dim)).to(positions.device)
+    angles = positions[..., None, None] / cast(timescale, "rope", dtype)
     return angles.sin(), angles.cos()
 
 
@@ -163,13 +164,13 @@ class Expert(nn.Module):
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
         """Text embeddings × sqrt(W)."""
         x = self.embedding[tokens].to(self.dtype)
-        return x * torch.tensor(np.sqrt(np.float32(x.shape[-1])), dtype=self.dtype, device=x.device)
+        return x * torch.tensor(math.sqrt(x.shape[-1]), dtype=self.dtype, device=x.device)
 
     def logits(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T V"]:
         """The vocabulary's logits, float32; multiplied in the wider dtype of the two."""
         output = self.embedding if self.tied_output else self.output
         dtype = torch.promote_types(x.dtype, output.dtype)
-        return F.linear(x.to(dtype), output.to(dtype)).float()
+        return at_least_float32(F.linear(x.to(dtype), output.to(dtype)))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
@@ -241,8 +242,8 @@ def joint_forward(
     `insulated` keeps the second expert's gradient out of the first (`insulated_attention`).
     """
     layer = remat(joint_layer, experts[0].remat)
-    rotations = [rotation(p, e.head_dim) for e, p in zip(experts, positions, strict=True)]
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    rotations = [rotation(p, e.head_dim, dtype_name(x)) for e, p, x in zip(experts, positions, xs, strict=True)]
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
         cached = None if cache is None else cache[i]

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0 import numerics
-from pi0_torch.models.lora import LoRA
+from pi0_torch.models.lora import LoRA, at_least_float32
 
 
 def cast(x: Tensor, place: str, dtype: str) -> Tensor:
@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
     def merged_weight(self) -> Float[Tensor, "out in"]:
         """The weight, with the low-rank update added in float32 where there is one."""
-        return self.weight if self.lora is None else self.weight.float() + self.lora.update()
+        return self.weight if self.lora is None else at_least_float32(self.weight) + self.lora.update()
 
 
 class LayerNorm(nn.Module):

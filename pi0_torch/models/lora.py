@@ -13,6 +13,11 @@ from pi0 import numerics
 from pi0.config import GemmaConfig
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LoRA(nn.Module):
     """x·a·b × scale, in `dtype`: a [*in, (heads), r], b [(heads), r, *out]; x and the result have flat heads."""
 
@@ -36,7 +41,7 @@ class LoRA(nn.Module):
 
     def update(self) -> Float[Tensor, "out in"]:
         """a·b × scale in the weight's axes, heads flat, float32."""
-        product = torch.einsum(self.product, self.a.float(), self.b.float()) * self.scale
+        product = torch.einsum(self.product, at_least_float32(self.a), at_least_float32(self.b)) * self.scale
         return product.flatten(0, self.out_ndim - 1).flatten(1)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0.observation import Observation
-from pi0_torch.models.flow import FlowModel, SuffixSteps, embed_time
+from pi0_torch.models.flow import FlowModel, SuffixSteps
 
 
 class Pi0(FlowModel):
@@ -28,7 +28,7 @@ class Pi0(FlowModel):
     ) -> tuple[Float[Tensor, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
         tokens = self.action_in_proj(x_t)
-        embedded = embed_time(time, tokens.shape[-1], self.config.time_periods)[:, None].expand_as(tokens)
+        embedded = self.embed_time(time, tokens.shape[-1])[:, None].expand_as(tokens)
         tokens = self.action_time_mlp_in(torch.cat([tokens, embedded], dim=-1))
         tokens = self.action_time_mlp_out(F.silu(tokens))
         return torch.cat([self.state_proj(observation.state)[:, None], tokens], dim=1), None
@@ -36,7 +36,7 @@ class Pi0(FlowModel):
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
         """The time's half of `action_time_mlp_in` is a bias, the actions' half multiplies `action_in_proj`."""
         action_in, mlp_in = self.action_in_proj, self.action_time_mlp_in
-        embedded = embed_time(times, action_in.weight.shape[0], self.config.time_periods)
+        embedded = self.embed_time(times, action_in.weight.shape[0])
         assert action_in.bias is not None
         bias = action_in.bias.to(action_in.dtype).expand_as(embedded)
         first, second = (linear.weight.to(linear.dtype) for linear in (action_in, mlp_in))

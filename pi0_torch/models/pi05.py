@@ -15,7 +15,7 @@ from pi0 import masks, numerics
 from pi0.observation import Observation
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.decoding import written
-from pi0_torch.models.flow import FlowModel, SuffixSteps, embed_time, interpolate
+from pi0_torch.models.flow import FlowModel, SuffixSteps, interpolate
 from pi0_torch.models.gemma import Cache, joint_forward
 
 
@@ -36,7 +36,7 @@ class Pi05(FlowModel):
 
     def condition(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
         """The condition of the action expert's adaptive norms."""
-        embedded = embed_time(time, self.time_mlp_in.weight.shape[1], self.config.time_periods)
+        embedded = self.embed_time(time, self.time_mlp_in.weight.shape[1])
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
 
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
@@ -73,7 +73,7 @@ class Pi05(FlowModel):
         experts, xs = [self.paligemma], [prefix]
         conditions: list[Tensor | None] = [None]
         if recipe.flow_weight:
-            x_t, target = interpolate(actions, noise, time)
+            x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
             suffix, condition = self.embed_suffix(observation, x_t, time)
             experts, xs, conditions = [*experts, self.action_expert], [prefix, suffix], [None, condition]
             groups = torch.cat([groups, groups.new_full(suffix.shape[:2], masks.ACTIONS)], dim=1)

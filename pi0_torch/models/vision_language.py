@@ -17,12 +17,14 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0_torch.models.decoding import decode
 from pi0_torch.models.gemma import Cache, Expert, joint_forward
+from pi0_torch.models.layers import cast
 from pi0_torch.models.siglip import SigLIP
 
 
-def pixels(image: Tensor) -> Float[Tensor, "B height width 3"]:
+def pixels(image: Tensor, dtype: str) -> Float[Tensor, "B height width 3"]:
     """uint8 0..255 to float32 [−1, 1]; float images are in [−1, 1] already."""
-    return image.float() / 255 * 2 - 1 if image.dtype == torch.uint8 else image.float()
+    x = cast(image, "patches", dtype)
+    return x / 255 * 2 - 1 if image.dtype == torch.uint8 else x
 
 
 class VisionLanguageModel(nn.Module):
@@ -46,7 +48,7 @@ class VisionLanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
         """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
         keys = self.config.image_keys
-        images = torch.stack([pixels(observation.images[key]) for key in keys], dim=1)
+        images = torch.stack([pixels(observation.images[key], self.config.runtime.dtype) for key in keys], dim=1)
         batch = images.shape[0]
         tokens = self.vision(images.flatten(0, 1), stages)
         masks = torch.stack([observation.image_masks[key] for key in keys], dim=1)

@@ -16,11 +16,12 @@ from pi0.parameters import Parameter, parameters
 from pi0.storage import new_folder
 from pi0.variants import SO400M, get_variant
 from pi0_eval.parity.command import main
-from pi0_eval.parity.compare import assert_parity, compare, errors
+from pi0_eval.parity.compare import assert_parity, compare, errors, judge
 from pi0_eval.parity.frameworks import FRAMEWORKS as RUN
 from pi0_eval.parity.frameworks import Results, exact_matmuls
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.inputs import Inputs, ParityError
+from pi0_eval.parity.report import PROOF
 
 
 def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) -> np.ndarray:
@@ -30,6 +31,8 @@ def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) 
         return rng.normal(1.0 if name.startswith("vision") else 0.0, 0.1, shape).astype(np.float32)
     if name.endswith("bias"):
         return rng.normal(0.0, 0.02, shape).astype(np.float32)
+    if ".lora." in name:
+        return rng.normal(0.0, 0.1, shape).astype(np.float32)
     sizes = dict(zip(parameter.axes, shape, strict=True))
     inputs = "nh" if "attention.out" in name else "pqc" if "patch" in name else parameter.axes["l" in sizes]
     fan_in = np.prod([sizes[a] for a in inputs])
@@ -64,8 +67,8 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_float32(kind: str):
-    """18 layers. Actions to 3e-6 and gradients to 1e-5 relative L2: rounding, and no more than openpi's own two
-    implementations differ by (2.2e-6 and 2.6e-6)."""
+    """18 layers. One function in float64; in float32 actions to 3e-6 and gradients to 1e-5 relative L2: rounding, no
+    more than openpi's own two implementations differ by (2.2e-6 and 2.6e-6)."""
     gemma = GemmaConfig(width=64, depth=18, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
     config = dataclasses.replace(
         get_variant("tiny", kind=kind, max_token_len=16),
@@ -75,11 +78,12 @@ def test_float32(kind: str):
     checkpoint, inputs = random_checkpoint(config), Inputs.random(config, batch=3)
     with exact_matmuls():
         results = [run(checkpoint, config, inputs, 10, True) for run in RUN.values()]
+        exact = [run(checkpoint, config.with_runtime(dtype="float64"), inputs, 10, True) for run in RUN.values()]
     found = errors(*results)
-    assert found["actions"][1] <= 3e-6
-    assert found["gradients, all"][1] <= 1e-5
-    assert found["gradients, worst parameter"][1] <= 1e-5
-    assert max(l2 for _, l2 in found.values()) <= 1e-5
+    assert found["actions"] <= 3e-6
+    assert max(found.values()) <= 1e-5
+    assert max(errors(*exact, "float64").values()) <= PROOF
+    assert all(row.passed for row in judge(*exact, *results))
 
 
 @pytest.fixture(scope="module", params=[pytest.param("pi0", marks=pytest.mark.slow), "pi05"])
@@ -112,9 +116,9 @@ def test_bfloat16_at_realistic_depth(deep: dict[tuple[str, str], Results]):
     apart = errors(deep["jax", "bfloat16"], deep["torch", "bfloat16"])
     own = [errors(deep[f, "float32"], deep[f, "bfloat16"]) for f in RUN]
     for stage in ("velocity", "loss", "actions"):
-        assert apart[stage][1] <= max(o[stage][1] for o in own), stage
+        assert apart[stage] <= max(o[stage] for o in own), stage
     float32 = errors(deep["jax", "float32"], deep["torch", "float32"])
-    assert float32["actions"][1] <= 3e-6
+    assert float32["actions"] <= 3e-6
 
 
 def test_bfloat16_rounds_at_the_same_places(pair):
@@ -139,16 +143,16 @@ def fast_pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_fast(fast_pair):
-    """The same tokens, and everything before them to 1e-5; its own gradients too, the tied embedding's among them."""
+    """The same tokens, and everything before them; its own gradients too, the tied embedding's among them."""
     report = assert_parity(*fast_pair, num_steps=6, batch=3)
     names = [row.stage for row in report.rows]
     assert names[-6:] == ["pre-logits", "logits", "loss", "gradients, all", "gradients, worst parameter", "tokens"]
-    assert report.rows[-1].l2_error == 0 and "Sampled actions" not in to_html(report)
+    assert report.rows[-1].proof == 0 and "Sampled actions" not in to_html(report)
 
 
 def test_fast_in_bfloat16(fast_pair):
     report = assert_parity(*fast_pair, dtype="bfloat16", batch=3, num_steps=1, gradients=False)
-    assert "tokens" not in [row.stage for row in report.rows]  # a near tie may fall either way
+    assert report.rows[-1].stage == "tokens"  # in bfloat16 a near tie may fall either way, in float64 it may not
 
 
 def test_other_tokens_are_seen(fast_pair, tmp_path):
@@ -160,7 +164,7 @@ def test_other_tokens_are_seen(fast_pair, tmp_path):
     checkpoint.ours[name] = Tensor.of(embedding)
     other = write(checkpoint, tmp_path / "other", "pi0_torch")
     rows = {row.stage: row for row in compare(fast_pair[1], other, gradients=False, num_steps=6).rows}
-    assert not rows["tokens"].passed and rows["tokens"].l2_error > 0.5
+    assert not rows["tokens"].passed and rows["tokens"].proof > 0.5
 
 
 # ---- the tool
@@ -182,7 +186,7 @@ def test_either_framework_runs_either_layout(pair):
 def test_bfloat16_tolerances_are_the_models_own(pair):
     report = compare(*pair, dtype="bfloat16", num_steps=3)
     assert report.passed, report.table()
-    assert 1e-4 < next(row.tolerance for row in report.rows if row.stage == "velocity") < 0.1
+    assert 1e-4 < next(row.allowed for row in report.rows if row.stage == "velocity") < 0.1
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_the_first_stage_that_differs_is_named(parameter: str, stage: str, pair,
     with pytest.raises(SystemExit) as stop:
         main([str(pair[1]), str(other), "--json", str(report), "--steps", "1", "--no-gradients"])
     assert stop.value.code == 1
-    assert f"first stage out of tolerance is {stage} " in capsys.readouterr().out
+    assert f"first stage that parts is {stage} " in capsys.readouterr().out
     values = json.loads(report.read_text())
     assert (values["passed"], values["first_failure"]) == (False, stage)
 

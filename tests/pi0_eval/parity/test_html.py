@@ -28,12 +28,16 @@ SINGLE = ("image tokens", "prefix tokens", "suffix tokens", "prefix out", "suffi
 VOID = {"meta", "link", "img", "br"}
 
 
+def row(stage: str, apart: float, allowed: float, proof: float = 1e-15) -> Row:
+    return Row(stage, proof, allowed / 2, allowed / 2, apart, allowed)
+
+
 def report(errors: dict[str, float] | None = None, **changes) -> Report:
     """Two layers of each stack and every single stage, errors of 2e-8 where `errors` says nothing else."""
     layers = tuple(f"{stack} layer {i}" for stack in ("vision", "prefix", "suffix") for i in range(2))
     names = (*layers, *SINGLE, "gradients, all", "gradients, worst parameter", "actions")
     found = dict.fromkeys(names, 2e-8) | (errors or {})
-    rows = [Row(name, 2 * error, error, 3e-6 if name == "actions" else 1e-5) for name, error in found.items()]
+    rows = [row(name, error, 3e-6 if name == "actions" else 1e-5) for name, error in found.items()]
     actions = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     return dataclasses.replace(Report("one", "two", "float32", rows, actions, actions + 0.1), **changes)
 
@@ -91,12 +95,24 @@ def test_passed():
 def test_failed():
     page = Document(to_html(report({"prefix layer 1": 4e-5, "loss": 5e-2, "actions": 2e-6})))
     assert [text for _, text in page.all("h1")] == ["FAILED"]
-    assert "first stage out of tolerance is prefix layer 1: 4.00e-05, allowed 1.00e-05" in page.all("body")[0][1]
+    assert (
+        "first stage out of the budget is prefix layer 1 (4.00e-05 apart, allowed 1.00e-05; 1.00e-15 in float64)"
+        in page.all("body")[0][1]
+    )
     assert page.cell("prefix layer 0") == ("in2", "−8")
     assert page.cell("prefix layer 1") == ("out0 out", "−5 ✗")
     assert page.cell("loss") == ("out2 out", "−2 ✗")
     assert page.cell("actions") == ("in0", "−6")
     assert len([1 for _, t in page.all("strong") if t == "OUT"]) == 2
+
+
+def test_another_function():
+    """Found in float64, where rounding hides nothing; coloured by its distance from a proof."""
+    made = report(rows=[row("loss", 1.0, 1e-5), row("velocity", 2e-8, 1e-5, proof=3e-11)])
+    assert made.first_failure.stage == "velocity" and "another function" in made.table()
+    page = Document(to_html(made))
+    assert page.cell("velocity") == ("out1 out", "−11 ✗")
+    assert "first stage that parts is velocity (3.00e-11 in float64)" in page.all("body")[0][1]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +133,7 @@ def test_failed():
     ],
 )
 def test_colour_of_a_cell(error, tolerance, cell):
-    made = report(rows=[Row("velocity", error, error, tolerance)])
+    made = report(rows=[row("velocity", error, tolerance)])
     assert Document(to_html(made)).cell("velocity") == cell
 
 
@@ -177,7 +193,7 @@ def test_rounding_alone_does_not_fill_a_plot():
 
 def test_text_is_escaped():
     hostile = "</td><script>alert(1)</script>\"'&amp; <img src=x>"
-    rows = [Row(f"{hostile} layer 0", 1.0, 1.0, 1e-5), Row(hostile, 1.0, 1.0, 1e-5)]
+    rows = [row(f"{hostile} layer 0", 1.0, 1e-5), row(hostile, 1.0, 1e-5)]
     page = Document(to_html(report(a=hostile, b=hostile, dtype=hostile, rows=rows)))
     assert not page.all("script") and not page.all("img")
     assert page.all("body")[0][1].count(hostile) >= 5

@@ -12,7 +12,7 @@ from convert.conversion import convert
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.variants import get_variant
-from pi0_eval.parity.compare import FLOAT32_TOLERANCE, errors
+from pi0_eval.parity.compare import errors
 from pi0_eval.parity.frameworks import exact_matmuls, run_jax, run_torch
 from pi0_eval.parity.inputs import Inputs
 from pi0_jax.loading import abstract_model, flatten, parameters_of, unflatten
@@ -72,13 +72,13 @@ def test_a_frozen_run_goes_on_where_it_stopped(run, tmp_path):
 
 
 def test_a_run_merges_into_what_it_computes(run, tmp_path):
-    """In PyTorch, within the tolerance of any two of our models; the sizes differ, so `compare` would refuse them."""
+    """In PyTorch, to rounding; the sizes differ, so `compare` would refuse them."""
     merged = convert(run, tmp_path / "merged", to="pi0_torch", lora="merge")
     with exact_matmuls():
         inputs = Inputs.random(LORA, batch=2, seed=0)
         ours = run_jax(open_checkpoint(run), LORA, inputs, num_steps=2, gradients=False)
         theirs = run_torch(merged, merged.assets.model, inputs, num_steps=2, gradients=False)
-    assert errors(ours, theirs)["actions"][1] < FLOAT32_TOLERANCE["actions"]
+    assert errors(ours, theirs)["actions"] < 3e-6  # rounding
 
 
 def test_split_and_join():
