@@ -218,6 +218,8 @@ class RunConfig:
         model: the model.
         data: its datasets.
         seed: of initialization, data order, noise and flow times.
+        shuffle: of the frames of a pass, one of `pi0.datasets.mixture.SHUFFLES`; recorded configs without it have
+            "permutation", which takes 8 bytes of memory per frame in every worker.
         base_checkpoint: any checkpoint that `convert.checkpoints` opens, PaliGemma's too; "": fresh parameters.
         optimizer: the optimizer and its schedule.
         recipe: the weights of π0.5's losses; None: flow matching, or π0-FAST's cross-entropy, alone.
@@ -240,6 +242,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     seed: int = 0
+    shuffle: str = "feistel"
     base_checkpoint: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
     recipe: RecipeConfig | None = None
@@ -263,6 +266,9 @@ class RunConfig:
         if self.data.normalization is None:
             data = dataclasses.replace(self.data, normalization=self.model.family.normalization)
             object.__setattr__(self, "data", data)
+        _require(
+            self.shuffle in ("feistel", "permutation"), f"shuffle is {self.shuffle!r}; it is feistel or permutation"
+        )
         for name in ("batch_size", "accumulate", "steps", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("eval_every", "keep_every"):
@@ -321,4 +327,4 @@ class RunConfig:
         """The config of `to_dict`'s values, of version 0.1 too. Raises ConfigError that names the dotted field."""
         if "model" in values:
             values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        return from_dict(cls, values)
+        return from_dict(cls, {"shuffle": "permutation", **values})

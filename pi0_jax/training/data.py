@@ -170,7 +170,7 @@ def load_data(config: RunConfig) -> tuple[Assets, Batches, Batches | None]:
     assets = [make_assets(r.config, norm_stats[r.config.asset_id], config, subtasks) for r in recordings]
     pipelines = [Pipeline.from_assets(a) for a in assets]
     weights = [r.config.weight for r in recordings if r.config.weight is not None] or None
-    training = Mixture([r.training for r in recordings], weights, config.seed)
+    training = Mixture([r.training for r in recordings], weights, config.seed, config.shuffle)
     if config.batch_size > len(training):
         raise ValueError(f"batch_size is {config.batch_size}; with {len(training)} frames it must be 1 to that many")
     batches = Batches(training, pipelines, config.batch_size, config.seed if config.data.augment else None)
