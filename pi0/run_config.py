@@ -67,7 +67,7 @@ class DataConfig:
         robot: the robot that recorded it: a name, "module:Name", or {"name": name, **options}.
         asset_id: the name of its norm stats in checkpoints.
         root: the dataset: a folder, or an address of `pi0.fetch`.
-        format: of the dataset: "lerobot", or "module:Name".
+        format: of the dataset: "lerobot", "rlds", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
         norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
             compute them from training episodes.
@@ -82,6 +82,7 @@ class DataConfig:
         cache: a folder that `pi0-cache` filled, or "memory", where each worker keeps its own images.
         workers: processes that read; 0 reads in the training process.
         skip_damaged: whether damaged episodes are left out, instead of raising.
+        filters: which frames are trained and validated on, as options of `pi0.datasets.filters.FilteredDataset`.
         augment: whether training images are augmented.
     """
 
@@ -102,6 +103,7 @@ class DataConfig:
     cache: str = ""
     workers: int = 4
     skip_damaged: bool = False
+    filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     augment: bool = True
 
     def __post_init__(self) -> None:

@@ -80,6 +80,7 @@ class Dataset(Protocol):
     starts: np.ndarray
     skipped: list[DataError]
     tasks: dict[int, str]
+    instructions: dict[int, tuple[str, ...]]  # of a task that has several, the same in other words
     _columns: dict[str, np.ndarray]
     _cached: Mapping[str, FrameCache | FrameMemory]
 
@@ -110,7 +111,7 @@ class Dataset(Protocol):
         by_number = {episode.index: episode for episode in self.every_episode}
         if len(by_number) != len(self.every_episode) or any(episode.length < 1 for episode in self.every_episode):
             raise DataError("the table of episodes has a number twice, or an episode without frames", self.root)
-        self.tasks = {}
+        self.tasks, self.instructions = {}, {}
         self.prepare()
         numbers = _choose(episodes, list(by_number), "episode")
         self._read([by_number[number] for number in numbers], skip_damaged)
@@ -131,8 +132,8 @@ class Dataset(Protocol):
     def read_columns(self, episode: Any) -> Mapping[str, Any]:
         """The columns of numbers [F, ...] of an episode, at least `self.states` and `self.actions`.
 
-        Optional are `timestamp` in seconds, `index` (of the frame, over all episodes), `task_index` (see `task`) and
-        `subtask`, texts that are empty for frames without one. Raises DataError.
+        Optional are `timestamp` in seconds, `index` (of the frame, over all episodes), `task_index` (see `task`),
+        `success` bool of the episode, and `subtask`, texts that are empty for frames without one. Raises DataError.
         """
 
     @abc.abstractmethod
@@ -158,7 +159,8 @@ class Dataset(Protocol):
 
         Cameras uint8 [H, W, 3], read-only where they come from a cache; states float32 [D]; actions float32 [T, D],
         which repeat the last action past the episode's end, where `action_is_pad` bool [T] is true; `timestamp` in
-        seconds; `episode_index` and `frame_index`; and `task`, `subtask` and `index` where the dataset has them. Raises
+        seconds; `episode_index` and `frame_index`; and `task`, `tasks` (the instruction in several wordings),
+        `subtask` and `index` where the dataset has them. Raises
         IndexError beyond the frames, and DataError for a damaged one, or where all episodes are left out as damaged.
         """
         if self.skipped and not self.episodes:
@@ -176,6 +178,7 @@ class Dataset(Protocol):
         item |= {name: self._columns[name][np.minimum(chunk, end - 1)] for name in self.actions}
         item |= {"action_is_pad": chunk >= end, "timestamp": float(self._columns["timestamp"][i])}
         item |= {"task": self.task(i)} if self.tasks else {}
+        item |= {"tasks": texts} if (texts := self.instructions.get(self._task_index(i), ())) else {}
         item |= {"subtask": str(self._columns["subtask"][i])} if "subtask" in self._columns else {}
         counters = [name for name in ("index", "episode_index", "frame_index") if name in self._columns]
         item |= {name: int(self._columns[name][i]) for name in counters}
@@ -189,7 +192,10 @@ class Dataset(Protocol):
 
     def task(self, i: int) -> str:
         """The instruction of frame i, empty where the dataset has none."""
-        return self.tasks[int(self.table("task_index")[i])] if self.tasks else ""
+        return self.tasks[self._task_index(i)] if self.tasks else ""
+
+    def _task_index(self, i: int) -> int:
+        return int(self._columns["task_index"][i])
 
     def dimension_names(self, column: str) -> list[str]:
         """The names of a column's dimensions, empty where the recording does not have them."""

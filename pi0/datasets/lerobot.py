@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from pi0.datasets.base import Contents, Dataset, is_camera
 from pi0.datasets.errors import DataError
+from pi0.datasets.frames import OpenFiles
 from pi0.datasets.lerobot_tables import (
     LeRobotEpisode,
     read_episodes,
@@ -29,19 +29,6 @@ from pi0.datasets.video import MAX_GROUP, EncodedImages, Video
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 SUBTASKS = ("subtask_index", "subtask", "language_persistent")  # the first that a dataset has
 MAX_OPEN_FILES = 64  # image files per dataset and thread; beyond it the least recently used one is closed
-
-
-class OpenFiles(threading.local):
-    """The image files that the current thread has opened: decoders and file positions are not shared."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[tuple[Any, ...], Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.by_key)
-
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
-        return OpenFiles, ()
 
 
 class LeRobotDataset(Dataset):

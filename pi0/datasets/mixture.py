@@ -40,7 +40,7 @@ class Mixture:
 
     The frame at a position is the same on every worker and host. Each block of `BLOCK` positions has the weights' share
     of each dataset; each dataset is reshuffled after every pass over it, by `shuffle`: "feistel" computes the frame at
-    a position, "permutation" draws an array of all frames for each pass, as versions before 0.3 did. The length is that
+    a position, "permutation" draws an array of all frames for each pass, as version 0.1 did. The length is that
     of all datasets together. Raises ValueError for weights that do not match the datasets, datasets without frames, and
     an unknown shuffle.
     """

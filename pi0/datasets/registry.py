@@ -11,7 +11,7 @@ from pi0.fetch import fetch
 from pi0.plugins import require_extra, resolve
 from pi0.robots.robot import Robot
 
-FORMATS = {"lerobot": "pi0.datasets.lerobot:LeRobotDataset"}
+FORMATS = {"lerobot": "pi0.datasets.lerobot:LeRobotDataset", "rlds": "pi0.datasets.rlds:RLDSDataset"}
 
 
 def find_format(name: str) -> type[Dataset]:

@@ -21,6 +21,7 @@ from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.filters import FilteredDataset
 from pi0.datasets.mixture import Mixture, split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import RunningStats, dataset_statistics
@@ -146,6 +147,11 @@ class Recordings:
                 f"model.action_horizon is {model.action_horizon}: no chunk of actions would be whole"
             )
         held_out: Any = validation if validation and len(validation) else None
+        if config.filters:
+            if config.subtasks:
+                raise ValueError(f"{root}: data.filters and data.subtasks cannot be combined; give one of them")
+            held_out = FilteredDataset(held_out, **config.filters) if held_out else None
+            return cls(config, robot, FilteredDataset(training, **config.filters), held_out)
         if file := config.subtasks:
             held_out = AnnotatedDataset(held_out, file) if held_out else None
             return cls(config, robot, AnnotatedDataset(training, file), held_out)
@@ -197,7 +203,9 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
             )
         if not place and not isinstance(one.training, Questions):
             total = totals.setdefault(asset_id, {})
-            recorded = one.training.dataset if isinstance(one.training, AnnotatedDataset) else one.training
+            recorded = one.training
+            while isinstance(recorded, AnnotatedDataset | FilteredDataset):
+                recorded = recorded.dataset
             for key, stats in dataset_statistics(recorded, one.robot).items():
                 total[key] = total[key] + stats if key in total else stats
     computed = {asset_id: {key: s.norm_stats() for key, s in total.items()} for asset_id, total in totals.items()}

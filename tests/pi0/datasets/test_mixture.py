@@ -60,7 +60,7 @@ def test_feistel_is_a_permutation(size: int):
 
 
 def test_feistel_looks_random():
-    """Of 2¹⁴ numbers: each sixteenth of positions goes evenly to each sixteenth (χ², 255 degrees: 99.99 % below 345), and
+    """Of 2¹⁴ numbers: each sixteenth of positions goes evenly to each sixteenth (χ², 255 degrees: 99.99 % < 345), and
     the steps between neighbours do not repeat."""
     size = 2**14
     order = np.array([feistel(i, size, (0, 1)) for i in range(size)])
