@@ -94,6 +94,16 @@ class RLDSDataset(Dataset):
         except DataError as error:
             raise DataError(error.problem, episode.file, episode.index, frame) from error
 
+    @classmethod
+    def pack_episode(cls, episode: RLDSEpisode, root: Path) -> dict[str, Any]:
+        file = episode.file.relative_to(root).as_posix()
+        return {"episode": [episode.index, episode.length, file], "place": list(episode.place)}
+
+    @classmethod
+    def unpack_episode(cls, values: dict[str, Any], root: Path) -> RLDSEpisode:
+        number, length, file = values["episode"]
+        return RLDSEpisode(number, length, root / file, Place(*values["place"]))
+
     def _columns_read(self) -> list[str]:
         return [*self.states, *self.actions]
 

@@ -148,7 +148,7 @@ def frame_numbers(dataset: Dataset, robot: Robot) -> Iterator[dict[str, np.ndarr
         table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), *action_keys)}
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    lengths = [episode.length for episode in dataset.episodes]
+    lengths = np.diff(dataset.starts)
     last = np.repeat(np.cumsum(lengths) - 1, lengths)
     size = max(1, BLOCK // (dataset.action_horizon * sum(table[key].shape[-1] for key in action_keys)))
     for start in range(0, len(last), size):

@@ -140,7 +140,7 @@ class Recordings:
         if skipped:
             episodes = len({problem.episode for problem in skipped})
             print(f"{root}: {episodes} damaged episodes are left out; the first problem is {skipped[0]}")
-        longest = max((episode.length for episode in training.episodes), default=0)
+        longest = int(np.diff(training.starts).max(initial=0))
         if longest < model.action_horizon:
             raise ValueError(
                 f"{root}: the longest of {len(training.episodes)} training episodes has {longest} frames, and "
