@@ -5,8 +5,8 @@ python benchmarks/scale.py --episodes 1000 5000
 
 The metadata and numbers are real files in LeRobot's format v3.0 (1000 episodes in a file); all episodes show the same
 frames of one bundled video. Opening is what training does: split the episodes, and open those of training and of
-validation. Each measurement is a process of its own. Memory is what a process has for itself (Pss), so shared pages count
-once for all processes; that of 4 workers is of all of them and their parent together, after a batch each.
+validation. Each measurement is a process of its own. Memory is proportional (Pss), so shared pages count once for
+all processes; that of 4 workers is of all of them and their parent together, after a batch each.
 """
 
 from __future__ import annotations

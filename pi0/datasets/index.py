@@ -87,7 +87,7 @@ class IndexedEpisodes(Sequence[Any]):
     """Some episodes of an index, each made by the dataset's format when it is asked for."""
 
     def __init__(self, index: Index, positions: np.ndarray, format: type[Any], root: Path):
-        self.index, self.positions, self._format, self._root = index, positions, format, root
+        self._index, self.positions, self._format, self._root = index, positions, format, root
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -95,7 +95,7 @@ class IndexedEpisodes(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self._format.unpack_episode(self.index.episode(int(self.positions[i])), self._root)
+        return self._format.unpack_episode(self._index.episode(int(self.positions[i])), self._root)
 
 
 class IndexedColumns(Mapping[str, Any]):
