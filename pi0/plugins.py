@@ -25,6 +25,7 @@ EXTRAS = {
         "simplejpeg": "data",
         "matplotlib": "plots",
         "wandb": "wandb",
+        "ray": "ray",
     },
 }
 
