@@ -74,10 +74,10 @@ def make_dataset(root: Path, episodes: int) -> None:
         pq.write_table(pa.table(listed), root / f"meta/episodes/chunk-000/file-{number:03d}.parquet")
 
 
-def own_memory() -> float:
-    """The proportional memory of this process in MB."""
+def own_memory(field: str = "Pss") -> float:
+    """The proportional memory of this process in MB, all of it or `Pss_Anon`, without the pages of mapped files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1e3
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1e3
 
 
 def worker(mixture: Mixture, number: int, found: Any, barrier: Any) -> None:
@@ -85,7 +85,7 @@ def worker(mixture: Mixture, number: int, found: Any, barrier: Any) -> None:
     for position in range(number * BATCH, (number + 1) * BATCH):
         mixture[position]
     barrier.wait()
-    found.put(own_memory())
+    found.put((own_memory(), own_memory("Pss_Anon")))
     barrier.wait()
 
 
@@ -114,11 +114,11 @@ def measure(root: Path) -> dict[str, float]:
     for process in workers:
         process.start()
     barrier.wait()
-    sizes = [queue.get() for _ in workers] + [own_memory()]
+    sizes = np.array([queue.get() for _ in workers] + [(own_memory(), own_memory("Pss_Anon"))]).sum(0)
     barrier.wait()
     for process in workers:
         process.join()
-    return found | {"MB": own_memory(), "MB before": before, "MB of 5": sum(sizes)}
+    return found | {"MB": own_memory(), "MB before": before, "MB of 5": sizes[0], "of it not files": sizes[1]}
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
-    names = ("open", "shuffle", "first batch", "resume at 10⁶", "MB before", "MB", "MB of 5")
+    names = ("open", "shuffle", "first batch", "resume at 10⁶", "MB before", "MB", "MB of 5", "of it not files")
     print(f"| episodes | start | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}", flush=True)
     for episodes in args.episodes:
         with tempfile.TemporaryDirectory(prefix="pi0-scale-", dir=args.folder) as folder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,9 +60,7 @@ class Index:
         )
         self.first_rows = np.concatenate([[0], np.cumsum(self.lengths)])
         self._texts = np.memmap(folder / "episodes.json", np.uint8, "r")
-        self._arrays = {
-            name: np.load(folder / f"column-{i}.npy", mmap_mode="r") for i, name in enumerate(self.about["columns"])
-        }
+        self._arrays = {name: _map(folder / f"column-{i}.npy") for i, name in enumerate(self.about["columns"])}
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         return Index, (self.folder,)
@@ -146,6 +145,13 @@ class IndexedColumn:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self[np.arange(len(self))]
         return values if dtype is None else values.astype(dtype)
+
+
+def _map(file: Path) -> np.ndarray:
+    """An array in a file, of which pages are read only where it is indexed: frames are drawn at random."""
+    array = np.load(file, mmap_mode="r")
+    array._mmap.madvise(mmap.MADV_RANDOM)
+    return array
 
 
 def find_index(root: Path, columns: Sequence[Any] | None) -> Index | None:

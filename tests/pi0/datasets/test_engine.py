@@ -48,7 +48,7 @@ def open_it(**options: Any) -> LeRobotDataset:
 
 def test_a_dead_worker_is_survived(tmp_path: Path):
     assert list(run_tasks(slow_square, str(tmp_path), range(8), workers=2)) == [n**2 for n in range(8)]
-    with pytest.raises(ValueError, match="task [01]"):
+    with pytest.raises(ValueError, match=r"task [01]"):
         list(run_tasks(fail, None, range(2), workers=2))
     with pytest.raises(ValueError, match="unknown engine 'spark'"):
         list(run_tasks(fail, None, range(2), engine="spark"))
