@@ -16,7 +16,17 @@ class MissingExtraError(ImportError):
 # The extra that installs a package, by the package's name.
 EXTRAS = {
     **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
-    **{"torch": "torch", "av": "data", "pyarrow": "data", "matplotlib": "plots", "wandb": "wandb"},
+    **{
+        "torch": "torch",
+        "av": "data",
+        "pyarrow": "data",
+        "array_record": "data",
+        "google_crc32c": "data",
+        "simplejpeg": "data",
+        "matplotlib": "plots",
+        "wandb": "wandb",
+        "ray": "ray",
+    },
 }
 
 
