@@ -17,6 +17,8 @@ class MissingExtraError(ImportError):
 EXTRAS = {
     **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
     **{"torch": "torch", "av": "data", "pyarrow": "data", "matplotlib": "plots", "wandb": "wandb"},
+    **{"msgpack": "client", "websockets": "client"},
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
 }
 
 
