@@ -51,7 +51,8 @@ def replay(
 ) -> list[Replayed]:
     """Predict the episodes of a dataset, with a new action chunk `every` so many frames (default: the whole chunk).
 
-    Where the dataset has NOISE among its states, it is that of the first draw. Raises ValueError for an `every` longer than a chunk, and for a dataset of another robot.
+    Where the dataset has NOISE among its states, it is that of the first draw. Raises ValueError for an `every` longer
+    than a chunk, and for a dataset of another robot.
     """
     horizon = policy.config.action_horizon
     every = horizon if every is None else every

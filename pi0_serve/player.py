@@ -190,7 +190,8 @@ class ChunkPlayer:
         last = self._chunks[-1]
         every = len(last.actions) // 2 if self.execute is None else self.execute
         due = self.step - last.start >= max(every, 1)
-        short = last.start + len(last.actions) - self.step <= self.delay + 1
+        wait = self.delay if self.latencies else len(last.actions) // 2  # nothing is known before the first
+        short = last.start + len(last.actions) - self.step <= wait + 1
         past = self.step == self._asked and self._action() is None  # answered, and nothing left of it
         if past or (self.step > self._asked and (due or short or self.ensemble is not None)):
             self._ask()

@@ -19,14 +19,17 @@ def test_a_session_is_a_dataset_that_replays(tmp_path: Path, capsys: pytest.Capt
 
     policy = pi0_torch.Policy.from_pretrained(write_tiny(tmp_path / "checkpoint"), use_sampler=True)
     recorder, sent = Recorder(tmp_path / "served"), []
-    with serve(policy, recorder=recorder) as found:
-        with Client(port=found.port) as first, Client(port=found.port) as second:
-            for i in range(7):
-                sent.append((0, first.infer(observation(i))["actions"]))
-                if i < 4:
-                    sent.append((1, second.infer(observation(100 + i))["actions"]))
-                if i == 3:
-                    first.reset()
+    with (
+        serve(policy, recorder=recorder) as found,
+        Client(port=found.port) as first,
+        Client(port=found.port) as second,
+    ):
+        for i in range(7):
+            sent.append((0, first.infer(observation(i))["actions"]))
+            if i < 4:
+                sent.append((1, second.infer(observation(100 + i))["actions"]))
+            if i == 3:
+                first.reset()
     dataset = LeRobotDataset(tmp_path / "served")
     assert sorted(e.length for e in dataset.episodes) == [3, 4, 4]
     check_data([str(tmp_path / "served")])
