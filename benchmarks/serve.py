@@ -67,13 +67,13 @@ def random_parameters(config: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, sizes: list[int], args: argparse.Namespace) -> Iterator[int]:
+def serving(folder: Path, sizes: list[int], steps: int, args: argparse.Namespace) -> Iterator[int]:
     """A running server; gives its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from pi0_serve.command import main; main()", str(folder), "--port", str(port)]
-    command += ["--framework", args.framework, "--num-steps", str(args.num_steps), "--access-log", "none"]
+    command += ["--framework", args.framework, "--num-steps", str(steps), "--access-log", "none"]
     command += ["--batch-wait", str(args.batch_wait), "--batch-sizes", *map(str, sizes)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
@@ -160,7 +160,7 @@ def ask_health(port: int, stop: threading.Event, latencies: list[float]) -> None
 def errors(folder: Path, load: Load, args: argparse.Namespace) -> float:
     """The largest relative L2 distance of an answer from that of the same request alone."""
     module = importlib.import_module(f"pi0_{args.framework}")
-    policy = module.Policy.from_pretrained(folder, use_sampler=True, num_steps=args.num_steps)
+    policy = module.Policy.from_pretrained(folder, use_sampler=True, num_steps=args.load_steps)
     alone = []
     for request in requests():
         noise = policy.noise(1, seed=request.pop("seed"))
@@ -176,22 +176,23 @@ def main() -> None:
     parser.add_argument("--hz", type=float, default=10)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--throughput-seconds", type=float, default=10)
-    parser.add_argument("--num-steps", type=int, default=10)
+    parser.add_argument("--load-steps", type=int, default=2, help="Euler steps of the load at --hz")
+    parser.add_argument("--num-steps", type=int, default=10, help="of the throughput: so many that sampling dominates")
     parser.add_argument("--batch-wait", type=float, default=2, metavar="MS")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_model(Path(temporary) / "checkpoint", args.framework)
         health: list[float] = []
-        stop = threading.Event()
-        with serving(folder, [8], args) as port:
+        stop, rates = threading.Event(), dict[str, float]()
+        with serving(folder, [8], args.load_steps, args) as port:
             thread = threading.Thread(target=ask_health, args=(port, stop, health))
             thread.start()
             load = drive(port, args.robots, args.hz, args.seconds)
             stop.set()
             thread.join()
-            rates = {"8": _rate(port, args)}
-        with serving(folder, [1], args) as port:
-            rates["1"] = _rate(port, args)
+        for size in ("8", "1"):
+            with serving(folder, [int(size)], args.num_steps, args) as port:
+                rates[size] = _rate(port, args)
         worst = errors(folder, load, args)
     figures = {
         "requests": load.sent,
