@@ -29,9 +29,10 @@ class Client:
     """A connection to a policy server, ours or openpi's, with the interface of openpi's `WebsocketClientPolicy`.
 
     `host` is a name or an address such as "wss://server:8000/droid"; `name` chooses among policies of a server.
-    It waits up to `connect_timeout` seconds for a server, and as long to come back after a connection was lost, at
-    growing intervals up to `max_backoff`. A request without an answer within `timeout` seconds raises TimeoutError, and
-    a late answer to it is discarded. `tls` verifies the server of "wss" (default: by the system's certificates).
+    It waits up to `connect_timeout` seconds for a server, at growing intervals up to `max_backoff`; a connection that
+    is lost later is made anew by the next request, within its `timeout`. A request without an answer after `timeout`
+    seconds raises TimeoutError, and a late answer to it is discarded. `tls` verifies the server of "wss" (default: by
+    the system's certificates).
 
     Attributes: `metadata`, what the server said of its policy. Use it from one thread at a time, or pass it to a
     `ChunkPlayer`. Raises PolicyError where the server refuses the connection, ConnectionError where there is none.

@@ -259,4 +259,10 @@ def make_uvicorn(
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_refusal)
     return Uvicorn(config, server)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """False for what uvicorn logs as an error after every refused handshake, which the access log has."""
+    return record.getMessage() != "ASGI callable returned without completing handshake."

@@ -182,6 +182,23 @@ def test_rate_and_idle_time():
         assert closed.value.rcvd.code == 1000
 
 
+def test_a_robot_that_asks_ahead_does_not_hold_up_another():
+    """50 requests are in one robot's socket: another waits for at most the one that runs and one more."""
+    policy = Slow(0.05)
+    with serve(policy, engine={"sizes": (1,), "wait": 0}) as found:
+        greedy, _ = raw(found.port)
+        for _ in range(50):
+            greedy.send(protocol.pack(observation()))
+        time.sleep(0.2)
+        with Client(port=found.port) as client:
+            before = len(policy.batches)
+            client.infer(observation())
+            assert len(policy.batches) - before <= 4
+        for _ in range(50):
+            assert isinstance(greedy.recv(timeout=10), bytes)
+        greedy.close()
+
+
 def test_requests_join_into_batches_and_health_answers_meanwhile():
 
     policy = Slow(0.3)
