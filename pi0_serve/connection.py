@@ -93,7 +93,9 @@ class Connection:
                 if code is not None:
                     return code
         except (WebSocketDisconnect, OSError, RuntimeError) as error:  # gone while we were sending
-            if isinstance(error, RuntimeError) and "websocket" not in str(error):
+            if isinstance(error, RuntimeError) and not any(
+                what in str(error) for what in ("websocket", "close message")
+            ):
                 raise
             return getattr(error, "code", 1006)
         finally:

@@ -50,7 +50,7 @@ def command(*arguments: str) -> Iterator[None]:
             assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_two_policies_with_keys_tls_and_a_recording(framework, checkpoint: Path, certificate, tmp_path: Path):
     import importlib
 

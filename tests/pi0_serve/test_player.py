@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pi0_serve import ChunkPlayer, LateError
+from pi0_serve import ChunkPlayer, Client, LateError
+from tests.pi0_serve.serving import Slow, observation, serve
 
 
 class Counting:
@@ -148,6 +149,29 @@ def test_a_new_run_begins_anew():
     arm.sent.clear()
     player.run(7)
     assert [a[0] for a in arm.sent] == list(range(7)) and policy.resets == 2
+
+
+@pytest.mark.parametrize("ensemble", [None, 0.01])
+def test_a_server_and_its_client(ensemble: float | None):
+    """The served policy answers with the state, which is the step: the noise of a seed is the same in every chunk."""
+
+    class Seeded:
+        def __init__(self, client: Client):
+            self.client, self.reset = client, client.reset
+
+        def infer(self, item: dict[str, Any]) -> dict[str, Any]:
+            return self.client.infer(item, seed=0)
+
+    arm = Arm()
+
+    def observe() -> dict[str, Any]:
+        return observation() | {"state": np.full(4, len(arm.sent) / 10, np.float32)}
+
+    with serve(Slow(0.01)) as found, Client(port=found.port) as client:
+        played = ChunkPlayer(Seeded(client), observe, arm.act, rate=50, ensemble=ensemble).run(30)
+    assert played.steps == len(arm.sent) == 30 and played.chunks >= 7
+    steps = np.diff([action[0] for action in arm.sent])
+    assert (steps >= -1e-6).all() and arm.sent[-1][0] > arm.sent[0][0]
 
 
 @pytest.mark.parametrize(
