@@ -19,6 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from pi0 import __version__
 from pi0_serve.connection import Connection, Limits
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page.html"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LINGER = 10.0
 RESERVED = ("healthz", "metrics", "state")
 
 
@@ -186,6 +188,36 @@ class PolicyServer:
         return HTMLResponse(PAGE.read_text().replace("{nonce}", nonce), headers=headers)
 
 
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which reads on for LINGER seconds after a frame that it refuses, and discards what comes.
+
+    A socket that is closed before all is read is reset, and the client may not see the code of the close frame.
+    """
+
+    _refused = False
+
+    def handle_parser_exception(self) -> None:
+        """Close with the code of a frame that is wrong, such as 1009 for one that is too large."""
+        assert self.conn.close_sent is not None
+        self._refused = self.close_sent = True
+        event = {"type": "websocket.disconnect", "code": self.conn.close_sent.code, "reason": ""}
+        self.queue.put_nowait(event)  # type: ignore[arg-type]
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        if self.close_timer is None:  # uvicorn leaves a transport with a timer to the timer
+            self.close_timer = self.loop.call_later(LINGER, self.transport.close)
+        self.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of what the client sends."""
+        if not self._refused:
+            super().data_received(data)
+
+    def eof_received(self) -> None:
+        """The client has sent all."""
+        if self._refused:
+            self.transport.close()
+
+
 class Uvicorn(uvicorn.Server):
     """uvicorn, whose signals drain the policy server first; a second one ends it at once."""
 
@@ -247,7 +279,7 @@ def make_uvicorn(
         server.app,
         host=host,
         port=port,
-        ws="websockets-sansio",
+        ws=WebSocketProtocol,
         ws_max_size=server.limits.max_message,
         ws_per_message_deflate=False,
         ws_ping_interval=20,

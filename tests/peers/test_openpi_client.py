@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from pi0_serve import Keys
-from tests.pi0_serve.serving import Slow, serve
+from tests.pi0_serve.serving import Slow, free_port, serve
 
 pytestmark = pytest.mark.peers
 
@@ -33,11 +34,20 @@ def test_openpis_client_drives_an_episode(version: str):
         if "PI0_OPENPI_CLIENT_SRC" not in os.environ:
             pytest.skip("PI0_OPENPI_CLIENT_SRC names no openpi/packages/openpi-client/src")
         clean["PYTHONPATH"] = os.environ["PI0_OPENPI_CLIENT_SRC"]
-    with serve(policy := Slow(), keys=Keys.parse(f"lab {KEY}", "keys")) as found:
-        command = [python, "-W", "ignore", DRIVER, str(found.port), KEY]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    port, policy = free_port(), Slow()
+    command = [python, "-W", "ignore", DRIVER, str(port), KEY]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": clean}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(list(map(str, command)), **options)
+
+    driver = start() if version == "newest" else None  # which waits for a server
+    time.sleep(0 if driver is None else 2)
+    with serve(policy, keys=Keys.parse(f"lab {KEY}", "keys"), port=port):
+        driver = driver or start()
+        output, error = driver.communicate(timeout=120)
+    assert driver.returncode == 0, error
+    result = json.loads(output.splitlines()[-1])
     assert result["numpy"].startswith("1.")
     assert result["metadata"]["robot"] == "MetaWorld" and result["metadata"]["action_horizon"] == 5
     assert len(result["actions"]) == 17 and result["episodes"] == 2  # the last reset is after the episode

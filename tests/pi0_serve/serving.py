@@ -88,10 +88,16 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(*policies: Policy, engine: dict[str, Any] | None = None, tls: Any = None, **options: Any) -> Iterator[Served]:
+def serve(
+    *policies: Policy,
+    engine: dict[str, Any] | None = None,
+    tls: Any = None,
+    port: int | None = None,
+    **options: Any,
+) -> Iterator[Served]:
     """Serve policies under the names policy, policy1, …, until the block ends."""
     engines = {f"policy{i or ''}": Engine(policy, **(engine or {})) for i, policy in enumerate(policies)}
-    server, port = PolicyServer(engines, **options), free_port()
+    server, port = PolicyServer(engines, **options), port or free_port()
     uvicorn = make_uvicorn(server, port=port, **(tls or {}))
     thread = threading.Thread(target=uvicorn.run)
     thread.start()
