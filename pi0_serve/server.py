@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page.html"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LINGER = 10.0
+LINGER, QUIET = 10.0, 0.5  # seconds
 RESERVED = ("healthz", "metrics", "state")
 
 
@@ -189,12 +189,13 @@ class PolicyServer:
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, which reads on for LINGER seconds after a frame that it refuses, and discards what comes.
+    """uvicorn's, which reads on after a frame that it refuses, while more comes, for at most LINGER seconds.
 
     A socket that is closed before all is read is reset, and the client may not see the code of the close frame.
     """
 
     _refused = False
+    _last = _end = 0.0  # when something came last, and when the connection ends in any case
 
     def handle_parser_exception(self) -> None:
         """Close with the code of a frame that is wrong, such as 1009 for one that is too large."""
@@ -203,12 +204,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         event = {"type": "websocket.disconnect", "code": self.conn.close_sent.code, "reason": ""}
         self.queue.put_nowait(event)  # type: ignore[arg-type]
         self.transport.write(b"".join(self.conn.data_to_send()))
-        if self.close_timer is None:  # uvicorn leaves a transport with a timer to the timer
-            self.close_timer = self.loop.call_later(LINGER, self.transport.close)
+        self._last, self._end = self.loop.time(), self.loop.time() + LINGER
+        self._linger()
         self.transport.resume_reading()
+
+    def _linger(self) -> None:
+        now = self.loop.time()
+        if now > min(self._last + QUIET, self._end):
+            self.transport.close()
+        else:  # uvicorn leaves a transport with a timer to the timer
+            self.close_timer = self.loop.call_later(QUIET / 2, self._linger)
 
     def data_received(self, data: bytes) -> None:
         """Read a part of what the client sends."""
+        self._last = self.loop.time()
         if not self._refused:
             super().data_received(data)
 
