@@ -25,6 +25,7 @@ WRITING = {
     "pi0_eval.parity.command": ["x", "y", "--html", GS],
     "pi0_eval.bench": ["--json", GS],
     "pi0_eval.demo": ["--workdir", GS],
+    "pi0_serve.command": ["x", "--record", GS],
     "pi0.datasets.statistics": [
         *["x", "--robot", "metaworld", "--action-horizon", "5", "--asset-id", "metaworld", "--out"],
         GS,
