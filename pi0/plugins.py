@@ -17,6 +17,7 @@ class MissingExtraError(ImportError):
 EXTRAS = {
     **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
     **{"torch": "torch", "av": "data", "pyarrow": "data", "matplotlib": "plots", "wandb": "wandb"},
+    **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 
 
