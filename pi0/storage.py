@@ -164,18 +164,20 @@ def list_files(folder: Path) -> dict[str, File]:
     if not is_bucket(folder):
         found = ((f.relative_to(folder).as_posix(), f) for f in sorted(folder.rglob("*")) if f.is_file())
         return {name: File(file, file.stat().st_size) for name, file in found}
-    root, files = str(folder).partition("://")[2].rstrip("/") + "/", {}
+    files: dict[str, File] = {}
+    root = str(folder).partition("://")[2].rstrip("/") + "/"
     with requests(f"cannot list {folder}"):
         found_files = filesystem_of(folder).find(root, detail=True)
     for name, info in sorted(found_files.items()):
         relative = name.removeprefix(root)
         if relative and not name.endswith("/"):  # a placeholder, as some tools write for an empty folder
-            files[relative] = File(below(folder, relative), info["size"], _md5(info))
+            files[relative] = file_of(below(folder, relative), info)  # the bucket may be a stranger's
     return files
 
 
-def _md5(info: dict[str, Any]) -> str | None:
-    return base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else None
+def file_of(path: Path, info: dict[str, Any]) -> File:
+    """A file in a bucket of which fsspec says `info`."""
+    return File(path, info["size"], base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else None)
 
 
 def is_folder(path: Path) -> bool:

