@@ -14,7 +14,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pi0.storage import SCHEMES, TRANSFERS, File, as_path, below, file_of, filesystem_of, list_files, requests
+from pi0.storage import (
+    SCHEMES,
+    TRANSFERS,
+    File,
+    as_path,
+    below,
+    file_of,
+    filesystem_of,
+    list_files,
+    read_range,
+    requests,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +69,14 @@ def fetch(source: str | Path, *, wanted: Callable[[str], bool] = lambda name: Tr
     )
 
 
+def fetched(source: str | Path) -> Path | None:
+    """The local path of an address in a bucket that was fetched as a whole before; None of any other."""
+    remote = as_path(str(source))
+    scheme, _, address = str(remote).partition("://")
+    target = below(cache_dir() / scheme, address)
+    return target if target.is_file() or (target / _COMPLETE).exists() else None
+
+
 def cache_dir() -> Path:
     """The folder of fetched files: $PI0_CACHE, or `~/.cache/pi0`."""
     return Path(os.environ.get("PI0_CACHE") or "~/.cache/pi0").expanduser()
@@ -71,8 +90,8 @@ def _fetch_bucket(source: str, wanted: Callable[[str], bool], refresh: bool) -> 
         raise ValueError(f"{source} names no file or folder: give {scheme}://bucket/path")
     root = cache_dir() / scheme / bucket
     target = below(root, key)
-    if not refresh and (target.is_file() or (target / _COMPLETE).exists()):
-        return target
+    if not refresh and (there := fetched(source)) is not None:
+        return there
     found = _one_file(remote) or {f"{key}/{name}": file for name, file in list_files(remote).items()}
     if not found:
         raise FileNotFoundError(f"{source}: the bucket has no such file or folder. Check the spelling.")
@@ -85,6 +104,8 @@ def _fetch_bucket(source: str, wanted: Callable[[str], bool], refresh: bool) -> 
     if missing:
         logger.info("fetching %s into %s", source, target)
         _download(source, missing)
+    if not target.exists():  # nothing of the folder was wanted
+        target.mkdir(parents=True)
     if target.is_dir() and all(path.exists() for path in paths.values()):
         (target / _COMPLETE).touch()
     return target
@@ -150,8 +171,7 @@ def _download(source: str, files: Mapping[Path, File]) -> None:
 def _download_piece(file: File, arrived: Path, start: int) -> int:
     """Download the piece of a file that begins at `start`, and return its size."""
     stop = min(start + PIECE, file.size)
-    with requests(f"cannot read {file.path}"):
-        content = filesystem_of(file.path).cat_file(str(file.path), start=start, end=stop)
+    content = read_range(file.path, start, stop)
     if len(content) != stop - start:
         raise ConnectionError(f"{file.path}: {len(content)} bytes came from {start} on, of {stop - start} asked for")
     with arrived.open("r+b") as stream:

@@ -180,6 +180,22 @@ def file_of(path: Path, info: dict[str, Any]) -> File:
     return File(path, info["size"], base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else None)
 
 
+def file_size(file: Path) -> int:
+    """The size of a file in bytes."""
+    with requests(f"cannot read {file}"):
+        return filesystem_of(file).size(str(file)) if is_bucket(file) else file.stat().st_size
+
+
+def read_range(file: Path, start: int, stop: int) -> bytes:
+    """The bytes of a file from `start` to before `stop`, without those that it does not have."""
+    if is_bucket(file):
+        with requests(f"cannot read {file}"):
+            return filesystem_of(file).cat_file(str(file), start=start, end=stop) if stop > start else b""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, which in a bucket has at least one file."""
     with requests(f"cannot read {path}"):
@@ -192,10 +208,22 @@ def write_text(file: Path, text: str) -> None:
         with requests(f"cannot write {file}"):
             filesystem_of(file).pipe_file(str(file), text.encode())
         return
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with new_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A temporary file of this machine that becomes `file` when the block succeeds, and is deleted when it does not."""
+    if is_bucket(file):
+        with tempfile.TemporaryDirectory(prefix="pi0-") as folder:
+            yield Path(folder, file.name)
+            upload(Path(folder), file.parent)
+        return
+    temporary = file.with_name(f".{os.getpid()}.partial.{file.name}")  # with the suffix, which says a plot's format
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
