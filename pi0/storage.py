@@ -212,6 +212,37 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def create_text(file: Path, text: str) -> None:
+    """Write a file where there is none. Raises FileExistsError, of two processes in one of them."""
+    if is_bucket(file):
+        with requests(f"cannot write {file}"):
+            filesystem_of(file).pipe_file(str(file), text.encode(), mode="create")
+    else:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def version(file: Path) -> str | None:
+    """What changes whenever a file in a bucket is written; None where there is none."""
+    with requests(f"cannot read {file}"):
+        try:
+            info = filesystem_of(file).info(str(file))
+        except FileNotFoundError:
+            return None
+    return str(info.get("generation") or info.get("ETag"))
+
+
+def delete_version(file: Path, version: str) -> None:
+    """Delete a file in a bucket unless it was written since it had this `version`, as far as the bucket can tell."""
+    scheme, _, address = str(file).partition("://")
+    fs = filesystem(scheme)
+    with requests(f"cannot delete {file}"), contextlib.suppress(FileNotFoundError, FileExistsError):
+        if scheme == "gs":
+            fs.call("DELETE", "b/{}/o/{}", *address.split("/", 1), ifGenerationMatch=version)
+        else:
+            fs.rm_file(address)
+
+
 @contextlib.contextmanager
 def new_file(file: Path) -> Iterator[Path]:
     """A temporary file of this machine that becomes `file` when the block succeeds, and is deleted when it does not."""
@@ -271,19 +302,23 @@ def upload(folder: Path, target: Path, *, last: Sequence[str] = ()) -> None:
 
     Those whose names match a pattern of `last` come after all others are there.
     """
-    files = {name: file.path for name, file in list_files(folder).items()}
+    for names in _in_order(list_files(folder), last):
+        upload_files(folder, target, names)
+
+
+def upload_files(folder: Path, target: Path, names: Iterable[str]) -> None:
+    """Write the files of these names, relative to a folder of this machine, below `target`."""
 
     def write(name: str) -> None:
         if is_bucket(target):
             with requests(f"cannot write {target / name}"):
-                filesystem_of(target).put_file(str(files[name]), str(target / name))
+                filesystem_of(target).put_file(str(folder / name), str(target / name))
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files[name], target / name)
+            shutil.copyfile(folder / name, target / name)
 
-    for names in _in_order(files, last):
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(write, names))
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        list(pool.map(write, names))
 
 
 def require_replaceable(
