@@ -43,9 +43,8 @@ class Cluster:
         self.log.write_text("")
         Path(f"{self.log}.answers").write_text("\n".join("|".join(answer) for answer in answers))
         command = ["bash", str(SCRIPTS / script), *arguments]
-        result = subprocess.run(
-            command, env=self._environment | environment, capture_output=True, text=True, timeout=60
-        )
+        environment = self._environment | environment
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         return result, self.log.read_text().splitlines()
 
 

@@ -21,7 +21,7 @@ from tests.bucket import Bucket
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "tests" / "pi0_jax" / "training" / "short_run.py"
-STEPS = 12
+STEPS = 20
 RECIPE = {
     **{"steps": STEPS, "batch_size": 4, "save_every": 2, "eval_every": 2, "log_every": 1, "keep_checkpoints": 2},
     **{"mesh.fsdp": 2, "data.validation_episodes": "[0]", "data.workers": 1, "optimizer.peak_lr": 0.03},
@@ -91,16 +91,16 @@ def test_a_pod(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pod.train(1, "base", steps=2, **{"mesh.fsdp": 1, "seed": 5, "eval_every": 0})
     base = {"base_checkpoint": f"{pod.address}/base"}
     pod.train(2, "whole", **base)
-    begin = time.perf_counter()
-    pod.train(2, "warm", **base)
-    seconds = time.perf_counter() - begin
     wanted = pod.parameters("whole")
-    assert pod.parameters("warm") == wanted
 
     rng, workdir = random.Random(0), as_path(f"{pod.address}/killed")
-    for killed in ((0,), (1,), (0, 1), (0, 1)):
+    for killed in ((0,), (1,), (0, 1)):
         runs = pod.start(2, "killed", **base)
-        time.sleep(seconds * rng.uniform(0.4, 0.9))
+        begin = time.perf_counter()
+        before = len(list_files(workdir / "checkpoints"))  # it is killed soon after it began to write another one
+        while len(list_files(workdir / "checkpoints")) == before and time.perf_counter() < begin + 120:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.5))
         for i in killed:
             runs[i].kill()
         time.sleep(rng.uniform(0, 2))

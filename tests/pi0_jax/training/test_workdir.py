@@ -193,9 +193,8 @@ def test_what_may_change_when_a_run_goes_on(run: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(ROOT / "pi0" / "sample" / "metaworld_v30", tmp_path / "moved"))
     config = small_config(steps=2, eval_every=0)
     same = {"cache": "memory", "root": str(data), "workers": 0}
-    runtime = dataclasses.replace(
-        config.model.runtime, remat="none" if config.model.runtime.remat != "none" else "full"
-    )
+    remat = "none" if config.model.runtime.remat != "none" else "full"
+    runtime = dataclasses.replace(config.model.runtime, remat=remat)
     moved = dataclasses.replace(
         config,
         accumulate=2,
