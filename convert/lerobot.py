@@ -376,6 +376,9 @@ def _robot(
         if enabled:
             raise _unsupported(path, "relative_actions_processor.enabled", True, "no file says the policy's dimensions")
         return None
+    if len(cameras) > len(model.image_keys):
+        what = f"the model has {len(model.image_keys)} cameras, {list(model.image_keys)}"
+        raise _unsupported(path, "input_features", cameras, what)
     # The model's cameras are those of config.json, in order, by the names that `model` gives them.
     keys = dict(zip(cameras, cameras if set(cameras) <= set(model.image_keys) else model.image_keys, strict=False))
     renamed = {source.removeprefix(IMAGES): keys[names[t]] for source, t in renames.items() if names.get(t) in keys}

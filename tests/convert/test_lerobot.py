@@ -256,6 +256,13 @@ def test_other_stats_in_the_postprocessor_are_refused(policy):
         open_checkpoint(folder, head_dims=HEAD_DIMS)
 
 
+def test_cameras_that_the_model_lacks_are_refused(policy):
+    folder = policy("pi0_base")
+    model = open_checkpoint(folder, head_dims=HEAD_DIMS).assets.model
+    with pytest.raises(LayoutError, match=r"input_features is .*; the model has 1 cameras"):
+        read_lerobot_assets(folder, dataclasses.replace(model, image_keys=model.image_keys[:1]))
+
+
 def test_inert_settings_change_nothing(policy):
     folder = policy("pi0_base")
     before = open_checkpoint(folder, head_dims=HEAD_DIMS)
