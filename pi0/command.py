@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pi0 import __version__
 from pi0.plugins import missing_extra
-from pi0.storage import local_path
+from pi0.storage import as_path, local_path
 
 COMMANDS = {
     "train": "train a model in JAX, as an experiment's config says",
@@ -96,7 +96,15 @@ def make_parser(prog: str, description: str, epilog: str = "") -> argparse.Argum
 
 
 def output_path(text: str) -> Path:
-    """The type of an argument that names a file or folder to write."""
+    """The type of an argument that names a file or folder to write, of this machine or in a bucket."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local_output_path(text: str) -> Path:
+    """The type of an argument that names a file or folder of this machine to write."""
     try:
         return local_path(text)
     except ValueError as error:

@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("msgpack", "websockets"), "client"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
     **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray"},
+    **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pi0.command import add_dataset, exit_on_error, make_parser, output_path
+from pi0.command import add_dataset, exit_on_error, local_output_path, make_parser
 from pi0.datasets.base import Dataset
 from pi0.datasets.engine import add_engine, run_tasks
 from pi0.datasets.registry import find_format
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of images (default 224x224)")
     add_engine(parser)
     parser.add_argument(
-        "--cache", type=output_path, default=cache_dir() / "frames", help="the folder (default %(default)s)"
+        "--cache", type=local_output_path, default=cache_dir() / "frames", help="the folder (default %(default)s)"
     )
     parser.add_argument("--skip-damaged", action="store_true", help="leave episodes with damaged files out")
     args = parser.parse_args(arguments)

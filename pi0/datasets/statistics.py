@@ -19,7 +19,7 @@ from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
-from pi0.storage import below
+from pi0.storage import below, new_file
 
 BINS = 8192  # of each dimension's histogram; at least half of them, less one, span the data
 LOWEST_EXPONENT = -1000  # of a bin's width, for data that are all zero
@@ -259,5 +259,6 @@ def main(arguments: list[str] | None = None) -> None:
         for key, running in stats.items()
         for dim in range(len(running.mean))
     }
-    plot_distributions(panels, folder / "norm_stats.png")
+    with new_file(folder / "norm_stats.png") as file:
+        plot_distributions(panels, file)
     print(f"\n{folder}: norm_stats.json, norm_stats.png")
