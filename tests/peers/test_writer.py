@@ -17,6 +17,9 @@ pytestmark = pytest.mark.peers
 SCRIPT = """
 import sys
 import numpy as np
+sys.path.insert(0, sys.argv[3])
+from run_lerobot import import_torchvision
+import_torchvision()
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 dataset = LeRobotDataset("local/written", root=sys.argv[1], video_backend="pyav")
 items = [dataset[i] for i in range(len(dataset))]
@@ -33,7 +36,8 @@ def test_lerobot_reads_it(tmp_path: Path):
         write(writer, 0, 4, "stack the cups")
         write(writer, 4, 3, "räum auf")
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [str(python), "-W", "ignore", "-c", SCRIPT, str(tmp_path / "data"), str(tmp_path / "read.npz")]
+    files = (tmp_path / "data", tmp_path / "read.npz", Path(__file__).parent)
+    command = [str(python), "-W", "ignore", "-c", SCRIPT, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
     read = dict(np.load(tmp_path / "read.npz"))
