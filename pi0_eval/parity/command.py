@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.storage import write_text
 from pi0_eval.parity.compare import compare, compare_all
+from pi0_eval.parity.explain import explain
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.report import matrix_table
-from pi0_eval.parity.sides import FRAMEWORKS, Side
+from pi0_eval.parity.sides import FRAMEWORKS, Side, SideError
 
 
 @exit_on_error("pi0-parity", code=2)
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         words = "framework, plain or sampler, attention, dtype, device, (un)compiled, with colons between them"
         parser.add_argument(f"--side-{side}", type=Side.parse, default=Side(), help=f"how {side.upper()} runs: {words}")
     parser.add_argument("--matrix", action="store_true", help="compare A with every way to run B, in one table")
+    parser.add_argument("--explain", action="store_true", help="of a failure, name the first operation that parts")
     parser.add_argument("--inputs", type=Path, help="npz file with an observation's keys, actions, noise, time")
     parser.add_argument("--batch", type=int, default=2, help="rows of random inputs (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default 0)")
@@ -48,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=output_path, help="write the report as JSON to this file")
     parser.add_argument("--html", type=output_path, help="write the report with plots as one HTML file")
     args = parser.parse_args(arguments)
+    if args.explain and (args.matrix or {args.side_a.path, args.side_b.path} != {"plain"}):
+        raise SideError("--explain is for two plain sides: samplers record no operations")
     for file in filter(None, (args.json, args.html)):  # fail before the work, not after it
         file.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -73,6 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if all(report.passed for report in reports.values()) else 1)
     report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)
     print(report.table())
+    if args.explain and not report.passed:
+        named = (args.side_a, args.framework_a), (args.side_b, args.framework_b)
+        side_a, side_b = (replace(side, framework=side.framework or framework) for side, framework in named)
+        chosen = {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": args.steps}
+        print(explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen))
     if args.json:
         write_text(args.json, report.to_json() + "\n")
     if args.html:
