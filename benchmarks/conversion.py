@@ -28,7 +28,7 @@ from convert.formats.orbax import write_orbax
 from convert.layouts.registry import LAYOUTS, WRITABLE
 from convert.tensors import Tensor
 from pi0.assets import Assets
-from pi0.command import output_path
+from pi0.command import local_output_path
 from pi0.config import ModelConfig
 from pi0.variants import GEMMA_300M, get_variant
 
@@ -109,7 +109,7 @@ def run_step(name: str, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=output_path, help="where to create a temporary folder")
+    parser.add_argument("--workdir", type=local_output_path, help="where to create a temporary folder")
     parser.add_argument("--scale", type=float, default=1.0, help="of depth and vocabulary")
     parser.add_argument("--layouts", nargs="+", choices=WRITABLE, default=["pi0_torch"])
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)

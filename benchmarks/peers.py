@@ -171,7 +171,7 @@ def main() -> None:
     if args.openpi is not None and args.size != 224:
         parser.error("openpi's images are 224 x 224: leave --openpi or --size out")
     config = get_variant(args.model, image_resolution=(args.size, args.size))
-    data_job = {"batch": 32, "batches": 4, "workers": 1, "robot": "metaworld"}
+    data_job = {"batch": 32, "batches": 8, "workers": 1, "robot": "metaworld"}
     with tempfile.TemporaryDirectory(prefix="pi0-peers-") as folder:
         args.cache = str(Path(folder) / "cache")
         dataset = Path(folder) / "dataset"

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pi0.command import output_path
+from pi0.command import local_output_path
 from pi0.experiments import read_config
 from pi0_eval.scores import evaluate, table
 from pi0_jax.training.train import train
@@ -41,7 +41,7 @@ def run(stage: str, folder: Path, base: Path | None, steps: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare π0.5's two stages with the second one alone.")
-    parser.add_argument("--workdir", type=output_path, required=True)
+    parser.add_argument("--workdir", type=local_output_path, required=True)
     parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--posttrain-steps", type=int, default=250)
     args = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.checksums import verify_sidecars
+from convert.checksums import CHECKSUMS, is_sidecar, verify_sidecars
 from convert.detection import detect, infer_config
 from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
@@ -30,14 +30,15 @@ from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
 from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
 from pi0.config import ModelConfig
 from pi0.families import FAMILIES
-from pi0.fetch import fetch
+from pi0.fetch import fetch, fetched
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
-from pi0.storage import below, require_below
+from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder
 
 logger = logging.getLogger(__name__)
 
+COMMITTED = "commit_success.txt"  # which Orbax writes into a complete checkpoint in a bucket
 PRETRAINED = "pretrained_model"  # the folder of a checkpoint of LeRobot's training
 
 
@@ -85,19 +86,24 @@ class Stored:
 
 
 def read_tensors(
-    source: str | Path, *, step: int | None = None, ema: bool = True, dtype: np.dtype | None = None
+    source: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    dtype: np.dtype | None = None,
+    in_place: bool = False,
 ) -> Stored:
     """The stored tensors of a checkpoint in any format; see `open_checkpoint`. Raises CheckpointError."""
-    path = fetch(source)
+    path, weights = find_checkpoint(source, step, ema, in_place)
     if path.suffix == ".npz":
         return Stored(path, path, path, read_npz(path))
-    folder = _step_folder(path, step)
+    folder = path
     if not ema:
-        return Stored(folder, folder / "train_state", folder, _trained(folder))
+        return Stored(folder, weights / "train_state", folder, _trained(weights))
     for name, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
-        if (file := folder / name).exists():
+        if (file := weights / name).exists():
             try:
-                require_below(folder, file)
+                below(weights, name)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
             tensors = read(file)
@@ -108,10 +114,40 @@ def read_tensors(
         tensors, note = merge_adapter(folder, base.tensors)
         sidecars = folder if (folder / "config.json").exists() else base.sidecars
         return dataclasses.replace(base, folder=folder, sidecars=sidecars, tensors=tensors, notes=(*base.notes, note))
-    for params, sidecars in ((folder / "params", folder), (folder, folder.parent)):
+    for params, sidecars in ((weights / "params", folder), (weights, folder.parent)):
         if (params / "_METADATA").exists():
             return Stored(folder, params, sidecars, read_orbax(params, dtype))
     raise CheckpointError(f"{folder} contains neither model.safetensors (or its index) nor an Orbax params folder")
+
+
+def find_checkpoint(
+    source: str | Path, step: int | None = None, ema: bool = True, in_place: bool = False
+) -> tuple[Path, Path]:
+    """The folder or file of this machine with a checkpoint's sidecar files, and that with its weights.
+
+    Of a checkpoint in a bucket, what is read of it is fetched: a step of a run again where it changed. With `in_place`
+    the weights stay there, but for the formats of which that is not possible: adapters and npz files.
+    """
+    if str(source).partition("://")[0] not in SCHEMES:
+        folder = fetch(source)
+        folder = folder if folder.suffix == ".npz" else _step_folder(folder, step)
+        return folder, folder
+    if not in_place and step is None and (there := fetched(source)) is not None:
+        folder = there if there.suffix == ".npz" else _step_folder(there, step)
+        return folder, folder
+    root = as_path(str(source))
+    if root.suffix == ".npz":
+        folder = fetch(source)
+        return folder, folder
+    remote = _step_folder(root, step)
+    if not in_place or (remote / ADAPTER).exists():
+        own_state = "train_state/"
+        folder = fetch(str(remote), wanted=lambda n: not (ema and n.startswith(own_state)), refresh=remote != root)
+        return folder, folder
+    if (remote / "_METADATA").exists():  # the folder of weights itself
+        beside = fetch(str(remote.parent), wanted=lambda n: n.startswith("assets/") or "/" not in n, refresh=True)
+        return beside / remote.name, remote
+    return fetch(str(remote), wanted=is_sidecar, refresh=True), remote
 
 
 def open_checkpoint(
@@ -126,6 +162,7 @@ def open_checkpoint(
     dtype: np.dtype | None = None,
     preset: str | None = None,
     head_dims: tuple[int, int] | None = None,
+    in_place: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of any layout and validate its tensors' names and shapes; weights are not read yet.
 
@@ -146,10 +183,12 @@ def open_checkpoint(
         dtype: the dtype to read parameters in, each value rounded once. Default: as stored.
         preset: the name of the openpi config it was trained with (`pi0.presets`), which says what no file does.
         head_dims: the head dims of the language model and the vision tower, where neither a config nor shapes say them.
+        in_place: whether weights in a bucket are read there, each part when it is read, instead of fetched into the
+            cache of this machine.
 
     Raises CheckpointError or LayoutError that names the file or the tensors.
     """
-    stored = read_tensors(source, step=step, ema=ema, dtype=dtype)
+    stored = read_tensors(source, step=step, ema=ema, dtype=dtype, in_place=in_place)
     with naming(stored.folder):
         return _validated(stored, config, layout, asset_id, fresh, dtype, preset, head_dims)
 
@@ -300,17 +339,31 @@ def unknown_fields(kind: str) -> tuple[str, ...]:
 
 def _step_folder(folder: Path, step: int | None) -> Path:
     """The checkpoint folder of a training run; any other folder is returned unchanged."""
-    if not folder.is_dir():
+    if not is_folder(folder):
+        if is_bucket(folder) and not folder.exists():
+            raise FileNotFoundError(f"{folder}: the bucket has no such file or folder. Check the spelling.")
         raise CheckpointError(f"{folder} is a file; pass the checkpoint's folder")
     ours = folder / "checkpoints"
     root = ours if ours.is_dir() else folder
-    found = [f for f in root.glob("*") if re.fullmatch("[0-9]{1,18}", f.name) and (root == ours or _is_step(f))]
+    is_step = is_complete if root == ours else _is_step
+    found = [f for f in root.glob("*") if re.fullmatch("[0-9]{1,18}", f.name) and is_step(f)]
     steps = {int(f.name): f for f in found}
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
     chosen = steps[max(steps) if step is None else step] if steps else folder
     theirs = chosen / PRETRAINED  # of LeRobot's training runs, whose steps are named 020000, or last
     return theirs if theirs.is_dir() else chosen
+
+
+def is_complete(step: Path) -> bool:
+    """Whether a folder of a run's `checkpoints` is a complete one.
+
+    On a disk each gets its name when it is complete. In a bucket Orbax writes a file when it is; one that was copied
+    there has our checksums.
+    """
+    if is_bucket(step):
+        return any((step / name).exists() for name in (COMMITTED, CHECKSUMS))
+    return step.is_dir()
 
 
 def _is_step(folder: Path) -> bool:

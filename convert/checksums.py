@@ -14,9 +14,10 @@ from pathlib import Path
 
 from convert.tensors import CheckpointError
 from pi0.reading import read_json
-from pi0.storage import below
+from pi0.storage import File, below, delete, is_bucket, list_files, write_text
 
 CHECKSUMS = "checksums.json"
+MD5 = "md5:"  # begins an MD5 in the table; others are BLAKE2b
 WEIGHTS = ("params", "train_state")  # folders of arrays; all other files are sidecars, but for weights by suffix
 
 
@@ -29,8 +30,14 @@ def sign(folder: Path, chosen: Callable[[str], bool] = lambda name: True) -> Non
     """Write `checksums.json` of a complete checkpoint's files, of those whose relative name is `chosen`."""
     temporary = folder / f".{CHECKSUMS}"  # without `write_text`, which makes the folder where it is missing
     try:
-        table = {name: _digest(file) for name, file in _files(folder).items() if chosen(name)}
-        temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
+        table = {name: _signature(file) for name, file in _files(folder).items() if chosen(name)}
+        text = json.dumps(table, indent=2)
+        if is_bucket(folder):
+            write_text(folder / CHECKSUMS, text)
+            if len(list_files(folder)) == 1:  # the checkpoint was deleted meanwhile
+                delete(folder / CHECKSUMS)
+            return
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / CHECKSUMS)
     except FileNotFoundError:  # the checkpoint was deleted meanwhile, in favour of a newer one
         return
@@ -54,7 +61,7 @@ def find_changes(
     found = {name: file for name, file in _files(folder).items() if chosen(name)}
     problems = [f"{name} is missing" for name in sorted(expected) if chosen(name) and name not in found]
     problems += [
-        f"{n} is not what was written" for n, f in found.items() if n in expected and _digest(f) != expected[n]
+        f"{n} is not what was written" for n, f in found.items() if n in expected and not _is_signed(f, expected[n])
     ]
     # sidecars that are not listed are old, or the user's own; weights are written together with the table
     unsigned = [name for name in found if name not in expected and name.split("/")[0] in WEIGHTS]
@@ -70,11 +77,21 @@ def verify_sidecars(folder: Path) -> None:
         )
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    found = (file for file in sorted(folder.rglob("*")) if file.is_file() and CHECKSUMS not in file.name)
-    return {file.relative_to(folder).as_posix(): file for file in found}
+def _files(folder: Path) -> dict[str, File]:
+    return {name: file for name, file in list_files(folder).items() if CHECKSUMS not in file.path.name}
 
 
-def _digest(file: Path) -> str:
+def _signature(file: File) -> str:
+    """The checksum to sign a file by: the MD5 that its bucket keeps of it, unread, or else BLAKE2b."""
+    return _digest(file.path, "blake2b") if file.md5 is None else MD5 + file.md5
+
+
+def _is_signed(file: File, signature: str) -> bool:
+    if not signature.startswith(MD5):
+        return _digest(file.path, "blake2b") == signature
+    return (file.md5 or _digest(file.path, "md5")) == signature.removeprefix(MD5)
+
+
+def _digest(file: Path, algorithm: str) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
+        return hashlib.file_digest(stream, algorithm).hexdigest()

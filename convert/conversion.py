@@ -24,7 +24,7 @@ from pi0.config import ModelConfig, canonical_dtype
 from pi0.parameters import LayoutError, lora_of, parameters
 from pi0.presets import describe_assumed
 from pi0.reading import naming
-from pi0.storage import local_path, new_folder, require_replaceable
+from pi0.storage import SCHEMES, as_path, new_folder, require_replaceable
 from pi0.variants import read_variant
 
 DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -74,8 +74,9 @@ def convert(
     dtype = dtype if isinstance(dtype, str) else canonical_dtype(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    target, target_layout, target_dtype = local_path(target), find_layout(to), DTYPES[dtype]
-    sources = [Path(source).expanduser()] if "://" not in str(source) else []
+    target, target_layout, target_dtype = as_path(target), find_layout(to), DTYPES[dtype]
+    scheme, separator, _ = str(source).partition("://")
+    sources = [as_path(source)] if scheme in SCHEMES else [] if separator else [Path(source).expanduser()]
     replace: dict[str, Any] = {"marker": MARKER, "files": FILES, "sources": sources}
     require_replaceable(target, overwrite, **replace)
     checkpoint = open_checkpoint(
@@ -88,6 +89,7 @@ def convert(
         fresh=fresh,
         preset=preset,
         head_dims=head_dims,
+        in_place=True,
         dtype=target_dtype if lora == "keep" else None,  # LoRA is merged as stored, then rounded once
     )
     for note in checkpoint.notes:
@@ -110,7 +112,7 @@ def convert(
         sign(folder, is_sidecar)
         if verify:
             verify_equal(checkpoint, open_checkpoint(folder, checkpoint.assets.model, layout=target_layout))
-    written = open_checkpoint(target, checkpoint.assets.model, layout=target_layout)
+    written = open_checkpoint(target, checkpoint.assets.model, layout=target_layout, in_place=True)
     assets = dataclasses.replace(written.assets, assumed=checkpoint.assets.assumed)
     return dataclasses.replace(written, assets=assets)
 

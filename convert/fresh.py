@@ -60,7 +60,7 @@ def _initialized(name: str, axes: tuple[str, ...], shape: tuple[int, ...], seed:
         size = math.prod(n for a, n in zip(axes, shape, strict=True) if a in inputs)
         return (values / np.float32(math.sqrt(size)))[index]
 
-    return Tensor(shape, np.dtype(np.float32), read)
+    return Tensor(shape, np.dtype(np.float32), read, anyhow=True)
 
 
 def _cut(tensor: Tensor, rows: int) -> Tensor:

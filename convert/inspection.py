@@ -91,7 +91,7 @@ def inspect(
     head_dims: tuple[int, int] | None = None,
 ) -> Inspection:
     """Describe a checkpoint without reading its weights; see `open_checkpoint`. Raises CheckpointError, LayoutError."""
-    stored = read_tensors(source, step=step)
+    stored = read_tensors(source, step=step, in_place=True)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     with naming(stored.folder):
         layout, kind, lora = detect(shapes, LAYOUTS.values() if layout is None else [find_layout(layout)])

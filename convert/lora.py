@@ -57,4 +57,4 @@ def _merged(kernel: Tensor, a: Tensor, b: Tensor, equation: str, scale: float) -
             return layer(chosen)
         return np.stack([layer(i) for i in range(kernel.shape[0])[chosen]])
 
-    return dataclasses.replace(kernel, dtype=np.dtype(np.float32), read=read)
+    return dataclasses.replace(kernel, dtype=np.dtype(np.float32), read=read, anyhow=False)

@@ -25,14 +25,23 @@ Index = tuple[int | slice, ...]
 class Tensor:
     """A lazily read array: `read(())` returns all of it, `read(index)` a part.
 
-    Stored tensors support any basic index. Tensors computed by a layout support `()` and, if `sliced`, an index or a
-    slice of the first axis only.
+    All support `()` and, if `sliced`, an index or a slice of the first axis; stored tensors any basic index. With
+    `anyhow` a slice of each axis is one that they support; `part` reads a box of any.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     sliced: bool = True
+    anyhow: bool = False
+
+    def part(self, box: tuple[slice, ...]) -> np.ndarray:
+        """The part of it in `box`, a slice of each axis: no more is read than the tensor's kind of index allows."""
+        if self.anyhow:
+            return self.read(box)
+        if self.sliced and box:
+            return self.read(box[:1])[(slice(None), *box[1:])]
+        return self.read(())[box]
 
     @property
     def size(self) -> int:
@@ -48,7 +57,7 @@ class Tensor:
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
         """A tensor in memory."""
-        return cls(array.shape, array.dtype, lambda index: array[index])
+        return cls(array.shape, array.dtype, lambda index: array[index], anyhow=True)
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -88,4 +97,4 @@ def mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> T
             return np.empty(shape, dtype)[index]
         return np.memmap(file, dtype, "r", start, shape)[index]
 
-    return Tensor(shape, dtype, read)
+    return Tensor(shape, dtype, read, anyhow=True)

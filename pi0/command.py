@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pi0 import __version__
 from pi0.plugins import missing_extra
-from pi0.storage import local_path
+from pi0.storage import as_path, local_path
 
 COMMANDS = {
     "train": "train a model in JAX, as an experiment's config says",
@@ -27,6 +27,7 @@ COMMANDS = {
     "parity": "compare two checkpoints stage by stage, in either framework",
     "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
     "replay": "compare a policy's actions with recorded ones, open loop",
+    "serve": "serve a policy to robots, over openpi's websocket protocol",
     "bench": "measure sampling against the machine's roofline",
     "demo": "train, convert, compare and replay on bundled recordings",
     "check-data": "find damaged files, episodes and frames of a dataset",
@@ -95,7 +96,15 @@ def make_parser(prog: str, description: str, epilog: str = "") -> argparse.Argum
 
 
 def output_path(text: str) -> Path:
-    """The type of an argument that names a file or folder to write."""
+    """The type of an argument that names a file or folder to write, of this machine or in a bucket."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local_output_path(text: str) -> Path:
+    """The type of an argument that names a file or folder of this machine to write."""
     try:
         return local_path(text)
     except ValueError as error:
@@ -122,7 +131,7 @@ def add_robot(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """The arguments `dataset` and `--format`."""
     parser.add_argument("dataset", help="a folder, hf://datasets/…, gs://… or bundled://…")
-    parser.add_argument("--format", default="lerobot", help='of the dataset: lerobot (default) or "module:Name"')
+    parser.add_argument("--format", default="lerobot", help='of the dataset: lerobot (default), rlds or "module:Name"')
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") -> None:

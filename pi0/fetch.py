@@ -1,46 +1,56 @@
-"""Files and folders by address: a local path, Google Cloud Storage, the Hugging Face Hub, or bundled with us."""
+"""Files and folders by address: a local path, a bucket, the Hugging Face Hub, or bundled with us."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from pi0.storage import below
-
-if TYPE_CHECKING:
-    import tensorstore as ts
+from pi0.storage import (
+    SCHEMES,
+    TRANSFERS,
+    File,
+    as_path,
+    below,
+    file_of,
+    filesystem_of,
+    list_files,
+    read_range,
+    requests,
+)
 
 logger = logging.getLogger(__name__)
 
 _BUNDLED = Path(__file__).parent / "sample"
 _COMPLETE = ".fetched"  # marks a cached folder that is complete
-_GS_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+")
+PIECE = 16 << 20  # bytes of a file that are downloaded at a time, in each of TRANSFERS threads
 _HF_ADDRESS = re.compile(r"(?P<kind>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
 
 
-def fetch(source: str | Path) -> Path:
+def fetch(source: str | Path, *, wanted: Callable[[str], bool] = lambda name: True, refresh: bool = False) -> Path:
     """The local path of a file or a folder, downloaded into a cache where it is not local.
 
     `source` is one of
 
     - a local path, which must exist;
     - `bundled://name`, a file or folder of `pi0/sample`;
-    - `gs://bucket/path`, cached under `cache_dir()`. A file arrives under a temporary name and is then
-      renamed, so an interrupted folder goes on with the files that are missing. What has been fetched is
-      never looked up again; delete it from the cache to fetch it anew;
+    - `gs://bucket/path` or `s3://bucket/path`, cached under `cache_dir()`. A file arrives under a temporary name and
+      is then renamed, so an interrupted folder goes on with the files that are missing. What has been fetched is
+      never looked up again, unless `refresh`: then what differs is fetched anew. Of a folder, only the files whose
+      names are `wanted`;
     - `hf://org/repo[@revision][/path]` or `hf://datasets/org/name[@revision][/path]`, cached by
       `huggingface_hub`.
 
-    Raises FileNotFoundError if nothing is there, ConnectionError if the place cannot be read, and
-    ValueError for any other kind of address.
+    Raises FileNotFoundError if nothing is there, ConnectionError if the place cannot be read, OSError if the disk is
+    too small, MissingExtraError without the packages that a bucket needs, and ValueError for any other address.
     """
     scheme, separator, address = str(source).partition("://")
     if not separator:
@@ -50,13 +60,21 @@ def fetch(source: str | Path) -> Path:
         return path
     if scheme == "bundled":
         return fetch(below(_BUNDLED, address))
-    if scheme == "gs":
-        return _fetch_gs(str(source), address.strip("/"))
+    if scheme in SCHEMES:
+        return _fetch_bucket(str(source), wanted, refresh)
     if scheme == "hf":
         return _fetch_hf(str(source), address.strip("/"))
     raise ValueError(
-        f"cannot fetch {source}: give a local path, gs://bucket/path, hf://org/repo/path or bundled://name"
+        f"cannot fetch {source}: give a local path, gs://bucket/path, s3://…, hf://org/repo/path or bundled://name"
     )
+
+
+def fetched(source: str | Path) -> Path | None:
+    """The local path of an address in a bucket that was fetched as a whole before; None of any other."""
+    remote = as_path(str(source))
+    scheme, _, address = str(remote).partition("://")
+    target = below(cache_dir() / scheme, address)
+    return target if target.is_file() or (target / _COMPLETE).exists() else None
 
 
 def cache_dir() -> Path:
@@ -64,69 +82,111 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PI0_CACHE") or "~/.cache/pi0").expanduser()
 
 
-def _fetch_gs(source: str, address: str) -> Path:
+def _fetch_bucket(source: str, wanted: Callable[[str], bool], refresh: bool) -> Path:
+    remote = as_path(source)
+    scheme, _, address = str(remote).partition("://")
     bucket, _, key = address.partition("/")
     if not key:
-        raise ValueError(f"{source} names no file or folder: give gs://bucket/path")
-    if not _GS_BUCKET.fullmatch(bucket):
-        raise ValueError(f"{source}: {bucket!r} is no name of a bucket; give gs://bucket/path")
-    folder = cache_dir() / "gs" / bucket
-    target = below(folder, key)
-    if target.is_file() or (target / _COMPLETE).exists():
-        return target
-    logger.info("fetching %s into %s", source, target)
-    with _requests(source):
-        store = _open_bucket(bucket)
-        keys = _keys(store, key)
-    files = {name: below(folder, name) for name in keys}  # all are checked before the first is written
-    with _requests(source):
-        for name in tqdm(keys, desc=f"fetching {source}", unit="file", disable=len(keys) < 2):
-            _download(store, name, files[name])
-    if not keys:
+        raise ValueError(f"{source} names no file or folder: give {scheme}://bucket/path")
+    root = cache_dir() / scheme / bucket
+    target = below(root, key)
+    if not refresh and (there := fetched(source)) is not None:
+        return there
+    found = _one_file(remote) or {f"{key}/{name}": file for name, file in list_files(remote).items()}
+    if not found:
         raise FileNotFoundError(f"{source}: the bucket has no such file or folder. Check the spelling.")
-    if target.is_dir():
+    paths = {name: below(root, name) for name in found}  # all are checked before the first is written
+    missing = {
+        paths[name]: file
+        for name, file in found.items()
+        if wanted(name.removeprefix(f"{key}/")) and not (paths[name].exists() and _is_same(paths[name], file, refresh))
+    }
+    if missing:
+        logger.info("fetching %s into %s", source, target)
+        _download(source, missing)
+    if not target.exists():  # nothing of the folder was wanted
+        target.mkdir(parents=True)
+    if target.is_dir() and all(path.exists() for path in paths.values()):
         (target / _COMPLETE).touch()
     return target
 
 
-@contextlib.contextmanager
-def _requests(source: str) -> Iterator[None]:
-    """Raise ConnectionError for a request that fails, of which tensorstore makes a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConnectionError(
-            f"cannot read {source}: {error}. Check the network and, for a private bucket, run "
-            "`gcloud auth application-default login`."
-        ) from error
+def _one_file(remote: Path) -> dict[str, File]:
+    """The file at `remote` itself, by its key, if there is one."""
+    name = str(remote).partition("://")[2]
+    with requests(f"cannot read {remote}"):
+        try:
+            info = filesystem_of(remote).info(name)
+        except FileNotFoundError:
+            return {}
+    return {name.partition("/")[2]: file_of(remote, info)} if info["type"] == "file" else {}
 
 
-def _open_bucket(bucket: str) -> ts.KvStore:
-    import tensorstore as ts
-
-    # tensorstore's own 32 retries would keep a machine without a network waiting for a quarter of an hour
-    context = {"gcs_request_retries": {"max_retries": 4}}
-    return ts.KvStore.open({"driver": "gcs", "bucket": bucket, "context": context}).result()
-
-
-def _keys(store: ts.KvStore, key: str) -> list[str]:
-    """The object `key` itself if there is one, otherwise all objects under `key/`."""
-    import tensorstore as ts
-
-    file = ts.KvStore.KeyRange(key, key + "\0")
-    folder = ts.KvStore.KeyRange(f"{key}/", f"{key}0")  # "0" is the character after "/"
-    found = store.list(file).result() or store.list(folder).result()
-    return sorted(name.decode() for name in found if not name.endswith(b"/"))
+def _is_same(path: Path, file: File, refresh: bool) -> bool:
+    """Whether a file in the cache is that of the bucket; unless `refresh`, every file is, once it is there."""
+    if not refresh:
+        return True
+    if path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as stream:
+        return file.md5 is None or hashlib.file_digest(stream, "md5").hexdigest() == file.md5
 
 
-def _download(store: ts.KvStore, key: str, target: Path) -> None:
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="partial-") as partial:
-        arrived = Path(partial, "file")
-        arrived.write_bytes(store[key])
-        arrived.replace(target)
+def _download(source: str, files: Mapping[Path, File]) -> None:
+    """Download files in pieces, some at a time; each gets its name when it is whole and has its checksum."""
+    total = sum(file.size for file in files.values())
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if total > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{source} has {total / 1e9:.1f} GB to fetch, and {folder} has {free / 1e9:.1f} GB left")
+    failed: Exception | None = None
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial,
+        tqdm(total=total, desc=f"fetching {source}", unit="B", unit_scale=True, delay=2) as bar,
+        ThreadPoolExecutor(TRANSFERS) as pool,
+    ):
+        arrived = {path: Path(partial, str(i)) for i, path in enumerate(files)}
+        pieces = {}
+        try:
+            for path, file in files.items():
+                arrived[path].touch()
+                starts = range(0, file.size, PIECE)
+                pieces[path] = [pool.submit(_download_piece, file, arrived[path], start) for start in starts]
+            for path, its in pieces.items():
+                try:
+                    for piece in its:
+                        bar.update(piece.result())
+                    _finish(arrived[path], path, files[path])
+                except CancelledError:
+                    continue
+                except Exception as error:  # what has been transferred already is kept
+                    failed = failed or error
+                    pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if failed is not None:
+        raise failed
+
+
+def _download_piece(file: File, arrived: Path, start: int) -> int:
+    """Download the piece of a file that begins at `start`, and return its size."""
+    stop = min(start + PIECE, file.size)
+    content = read_range(file.path, start, stop)
+    if len(content) != stop - start:
+        raise ConnectionError(f"{file.path}: {len(content)} bytes came from {start} on, of {stop - start} asked for")
+    with arrived.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(content)
+    return len(content)
+
+
+def _finish(arrived: Path, path: Path, file: File) -> None:
+    if file.md5 is not None:
+        with arrived.open("rb") as stream:
+            if hashlib.file_digest(stream, "md5").hexdigest() != file.md5:
+                raise ConnectionError(f"{file.path} changed while it was fetched, or was damaged on the way; try again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrived.replace(path)
 
 
 def _fetch_hf(source: str, address: str) -> Path:

@@ -7,13 +7,15 @@ what was given and what was expected.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pi0.config import ModelConfig
 from pi0.masks import FAST, PREFIX, SUBTASK
+
+_CAMERA = ("image", "image_mask")  # the first part of a camera's flat keys
 
 
 class ObservationError(ValueError):
@@ -90,6 +92,14 @@ class Observation:
             "tokenized_prompt_mask": self.tokenized_prompt_mask,
             **{name: getattr(self, name) for name in _TRAINING if getattr(self, name) is not None},
         }
+
+    @classmethod
+    def join(cls, observations: Sequence[Observation]) -> Observation:
+        """Batches of NumPy arrays as one batch, in this order."""
+        parts = [observation.to_dict() for observation in observations]
+        data = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        images, masks = ({key: data.pop(f"{part}/{key}") for key in observations[0].images} for part in _CAMERA)
+        return cls(images, masks, **data)
 
     def prompt_only(self) -> Observation:
         """The prompt of a training example, without the tokens that are to be predicted."""

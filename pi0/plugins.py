@@ -16,7 +16,11 @@ class MissingExtraError(ImportError):
 # The extra that installs a package, by the package's name.
 EXTRAS = {
     **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
-    **{"torch": "torch", "av": "data", "pyarrow": "data", "matplotlib": "plots", "wandb": "wandb"},
+    **dict.fromkeys(("av", "pyarrow", "array_record", "google_crc32c", "simplejpeg"), "data"),
+    **dict.fromkeys(("msgpack", "websockets"), "client"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
+    **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray"},
+    **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 
 

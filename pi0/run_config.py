@@ -67,7 +67,7 @@ class DataConfig:
         robot: the robot that recorded it: a name, "module:Name", or {"name": name, **options}.
         asset_id: the name of its norm stats in checkpoints.
         root: the dataset: a folder, or an address of `pi0.fetch`.
-        format: of the dataset: "lerobot", or "module:Name".
+        format: of the dataset: "lerobot", "rlds", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
         norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
             compute them from training episodes.
@@ -82,6 +82,7 @@ class DataConfig:
         cache: a folder that `pi0-cache` filled, or "memory", where each worker keeps its own images.
         workers: processes that read; 0 reads in the training process.
         skip_damaged: whether damaged episodes are left out, instead of raising.
+        filters: which frames are trained and validated on, as options of `pi0.datasets.filters.FilteredDataset`.
         augment: whether training images are augmented.
     """
 
@@ -102,6 +103,7 @@ class DataConfig:
     cache: str = ""
     workers: int = 4
     skip_damaged: bool = False
+    filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     augment: bool = True
 
     def __post_init__(self) -> None:
@@ -218,6 +220,8 @@ class RunConfig:
         model: the model.
         data: its datasets.
         seed: of initialization, data order, noise and flow times.
+        shuffle: of the frames of a pass, one of `pi0.datasets.mixture.SHUFFLES`; recorded configs without it have
+            "permutation", which takes 8 bytes of memory per frame in every worker.
         base_checkpoint: any checkpoint that `convert.checkpoints` opens, PaliGemma's too; "": fresh parameters.
         optimizer: the optimizer and its schedule.
         recipe: the weights of π0.5's losses; None: flow matching, or π0-FAST's cross-entropy, alone.
@@ -240,6 +244,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     seed: int = 0
+    shuffle: str = "feistel"
     base_checkpoint: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
     recipe: RecipeConfig | None = None
@@ -263,6 +268,9 @@ class RunConfig:
         if self.data.normalization is None:
             data = dataclasses.replace(self.data, normalization=self.model.family.normalization)
             object.__setattr__(self, "data", data)
+        _require(
+            self.shuffle in ("feistel", "permutation"), f"shuffle is {self.shuffle!r}; it is feistel or permutation"
+        )
         for name in ("batch_size", "accumulate", "steps", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("eval_every", "keep_every"):
@@ -321,4 +329,4 @@ class RunConfig:
         """The config of `to_dict`'s values, of version 0.1 too. Raises ConfigError that names the dotted field."""
         if "model" in values:
             values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        return from_dict(cls, values)
+        return from_dict(cls, {"shuffle": "permutation", **values})

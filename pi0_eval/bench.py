@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.command import exit_on_error, make_parser, output_path
+from pi0.command import exit_on_error, local_output_path, make_parser, output_path
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
 from pi0.numerics import EOS_TOKEN
 from pi0.observation import Observation
@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps, or decoded tokens of π0-FAST (default 10)")
     parser.add_argument("--repeats", type=int, default=20, help="calls per case (default 20)")
     parser.add_argument("--json", type=output_path, help="write all numbers to this file")
-    parser.add_argument("--plot", type=output_path, help="plot medians and rooflines to this PNG file")
+    parser.add_argument("--plot", type=local_output_path, help="plot medians and rooflines to this PNG file")
     args = parser.parse_args(arguments)
     report = benchmark(cases_of(args))
     print(report.table())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.conversion import convert
-from pi0.command import exit_on_error, make_parser, output_path
+from pi0.command import exit_on_error, local_output_path, make_parser
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import open_dataset
 from pi0.fetch import cache_dir, fetch
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         "two and predict the actions of held-out episodes. A few minutes on two CPU cores; nothing is downloaded.",
     )
     parser.add_argument(
-        "--workdir", type=output_path, default=Path("runs/demo"), help="the run's folder (default runs/demo)"
+        "--workdir", type=local_output_path, default=Path("runs/demo"), help="the run's folder (default runs/demo)"
     )
     parser.add_argument("--variant", choices=("demo", "demo_pi05", "demo_pi0_fast"), default="demo", help="the model")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")

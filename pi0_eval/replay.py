@@ -19,13 +19,15 @@ import numpy as np
 from pi0.command import add_checkpoint, add_dataset, add_preset, add_robot, exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
-from pi0.datasets.registry import open_dataset
+from pi0.datasets.registry import find_format, open_dataset
 from pi0.datasets.statistics import frame_numbers
+from pi0.fetch import fetch
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
 from pi0.storage import new_folder, require_replaceable
 
+NOISE = "policy.noise"  # a column of recordings of a server: what each chunk was sampled from, flat
 FILES: dict[str, Any] = {"marker": ("replay.json",), "files": ("episode_*.png",)}  # of the folder it writes
 
 
@@ -49,7 +51,8 @@ def replay(
 ) -> list[Replayed]:
     """Predict the episodes of a dataset, with a new action chunk `every` so many frames (default: the whole chunk).
 
-    Raises ValueError for an `every` longer than a chunk, and for a dataset of another robot.
+    Where the dataset has NOISE among its states, it is that of the first draw. Raises ValueError for an `every` longer
+    than a chunk, and for a dataset of another robot.
     """
     horizon = policy.config.action_horizon
     every = horizon if every is None else every
@@ -62,7 +65,10 @@ def replay(
     for first in range(0, len(frames), size):
         chosen = [dataset[i] for i in frames[first : first + size]]
         full = chosen + chosen[-1:] * (size - len(chosen))  # of constant size, so that JAX compiles once
-        parts.append([policy.infer_batch(full) for _ in range(draws)])
+        noise = None
+        if NOISE in dataset.states and not policy.config.family.action_tokens:
+            noise = np.stack([frame[NOISE] for frame in full]).reshape(size, horizon, -1)
+        parts.append([policy.infer_batch(full, None if draw else noise) for draw in range(draws)])
     joined = {
         key: np.concatenate([np.stack([result[key] for result in part], axis=1) for part in parts])[: len(frames)]
         for key in parts[0][0].keys() - {"timing"}
@@ -172,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out is not None:  # fail before the work, not after it
         require_replaceable(args.out, args.overwrite, **FILES)
     policy = load_policy(args)
-    dataset = open_dataset(args.dataset, policy.pipeline.robot, episodes=args.episodes, format=args.format)
+    dataset = open_recordings(args, policy.pipeline.robot)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
     dimensions = action_names(dataset, policy.pipeline.robot)
     figures = compare_actions(episodes, dimensions, args.threshold)
@@ -180,6 +186,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out is not None:
         write_folder(args.out, episodes, dimensions, {**vars(args), "out": str(args.out)} | figures, args.overwrite)
         print(f"\n{args.out}: replay.json, {len(episodes)} plots")
+
+
+def open_recordings(args: argparse.Namespace, robot: Robot) -> Dataset:
+    """The dataset of the arguments; of one that `pi0-serve --record` wrote, with the noise."""
+    options: dict[str, Any] = {"episodes": args.episodes, "format": args.format}
+    features = find_format(args.format).contents(fetch(args.dataset)).features
+    if NOISE in features:
+        options["states"] = [*robot.state_keys(features), NOISE]
+    return open_dataset(args.dataset, robot, **options)
 
 
 def load_policy(args: argparse.Namespace) -> Policy:

@@ -7,10 +7,13 @@ neither, and processes started by a test inherit it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+import tests.bucket
 
 hypothesis.settings.register_profile("seeded", derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("seeded")
@@ -48,3 +51,15 @@ def highest_precision() -> Iterator[None]:
     jax = pytest.importorskip("jax")
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[tests.bucket.Proxy]:
+    with tests.bucket.server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(bucket_server: tests.bucket.Proxy, request: pytest.FixtureRequest) -> tests.bucket.Bucket:
+    """A folder of its own in a bucket on this machine."""
+    return tests.bucket.Bucket(bucket_server, re.sub(r"\W+", "-", request.node.name))

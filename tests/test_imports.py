@@ -44,7 +44,7 @@ assert model.sample_actions(pi0_torch.to_device(observation), torch.from_numpy(n
     [
         pytest.param(JAX, ("pi0", "convert", "pi0_torch"), LOAD_AND_SAMPLE, id="pi0_torch-without-jax"),
         pytest.param(TORCH, ("pi0", "convert", "pi0_jax"), "", id="pi0_jax-without-torch"),
-        pytest.param(JAX + TORCH, ("pi0", "convert"), "", id="pi0-and-convert-without-both"),
+        pytest.param(JAX + TORCH, ("pi0", "convert", "pi0_serve"), "", id="pi0-convert-and-pi0_serve-without-both"),
     ],
 )
 def test_standing_alone(blocked: tuple[str, ...], packages: tuple[str, ...], code: str):
@@ -52,6 +52,15 @@ def test_standing_alone(blocked: tuple[str, ...], packages: tuple[str, ...], cod
     script = BLOCK.format(blocked=blocked) + IMPORT_ALL.format(packages=packages) + code
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_robot_needs_numpy_msgpack_and_websockets_alone():
+    script = "import sys\nfrom pi0_serve import ChunkPlayer, Client\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    packages = {name.split(".")[0] for name in result.stdout.split()} - set(sys.stdlib_module_names)
+    assert {name for name in packages if not name.startswith(("_", "sitecustomize"))} - {"cython_runtime"} <= {
+        *("numpy", "msgpack", "websockets", "pi0_serve"),
+    }
 
 
 def outline(file: Path) -> list[str]:

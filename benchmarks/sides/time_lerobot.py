@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import serve
+from common import serve, time_batches
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "peers"))
 from run_lerobot import import_torchvision, shrink
@@ -63,7 +63,7 @@ def data(job: dict[str, Any]) -> Callable[[], Any]:
     dataset = LeRobotDataset(
         "peers/data", root=job["dataset"], delta_timestamps={"action": chunk}, video_backend=job["video_backend"]
     )
-    options = {"num_workers": job["workers"], "persistent_workers": True, "prefetch_factor": 4}
+    options = {"num_workers": job["workers"], "persistent_workers": True, "prefetch_factor": 2}
     generator = torch.Generator().manual_seed(0)
 
     def endless() -> Iterator[Any]:
@@ -74,12 +74,7 @@ def data(job: dict[str, Any]) -> Callable[[], Any]:
             yield from loader
 
     batches = endless()
-
-    def run() -> None:
-        for _ in range(job["batches"]):
-            next(batches)
-
-    return run
+    return lambda: time_batches(batches, job["batches"])
 
 
 if __name__ == "__main__":

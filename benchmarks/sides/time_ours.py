@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import serve
+from common import serve, time_batches
 
 from pi0.config import ModelConfig
 from pi0_eval.bench import random_inputs
@@ -94,11 +94,7 @@ def data(job: dict[str, Any]) -> Callable[[], Any]:
     _, batches, _ = load_data(RunConfig(config, settings, batch_size=job["batch"]))
     loader: Iterator[Any] = iter(Loader(batches, config, np.arange(job["batch"]), lambda x: x, workers=job["workers"]))
 
-    def run() -> None:
-        for _ in range(job["batches"]):
-            next(loader)
-
-    return run
+    return lambda: time_batches(loader, job["batches"])
 
 
 if __name__ == "__main__":

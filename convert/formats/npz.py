@@ -48,7 +48,7 @@ def _member(file: Path, archive: zipfile.ZipFile, stream: BinaryIO, member: zipf
                 raise CheckpointError(f"{file}: {member.filename} is damaged: {error}") from error
             return array[index]
 
-        return Tensor(shape, dtype, read)
+        return Tensor(shape, dtype, read, anyhow=True)
     stream.seek(member.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", stream.read(4))
     start += member.header_offset + 30 + name_length + extra_length

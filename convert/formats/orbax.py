@@ -13,10 +13,12 @@ import tensorstore as ts
 
 from convert.tensors import PIECE, CheckpointError, Index, Tensor, contiguous, pieces
 from pi0.reading import read_json, require_stored
-from pi0.storage import below, require_files_below
+from pi0.storage import below, is_bucket, list_files, require_files_below
 
 # Bytes of decoded rows to cache while slices smaller than a chunk are read.
 CACHED = 5 << 29
+# The tree of a checkpoint's chunks is kept, which is read anew for each array otherwise: of a bucket by many requests.
+CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 64 << 20}}
 
 
 def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]:
@@ -32,16 +34,18 @@ def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
     try:
-        require_files_below(folder)
+        if not is_bucket(folder):
+            require_files_below(folder)
         keys = {name: ".".join(path) for name, path in _strip(paths).items()}
         for key in keys.values():
             below(folder, key)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    opened = {name: _open_array(folder, spec, key) for name, key in keys.items()}
+    context = ts.Context(CONTEXT)
+    opened = {name: _open_array(folder, spec, key, context) for name, key in keys.items()}
     cache = _RowCache()
     tensors = {name: _array_tensor(future, folder, name, cache, dtype) for name, future in opened.items()}
-    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    stored = sum(file.size for file in list_files(folder).values())
     require_stored(str(folder), sum(t.size for t in tensors.values()), stored, CheckpointError)
     return tensors
 
@@ -76,24 +80,29 @@ def _strip(paths: list[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
 def _kvstore(folder: Path, key: str) -> dict:
     if (folder / "manifest.ocdbt").exists():
         return _ocdbt(folder, key)
-    return {"driver": "file", "path": f"{_resolved(folder) / key}/"}
+    return _base(folder / key)
 
 
-def _resolved(folder: Path) -> Path:
-    """The absolute path of a folder. Raises CheckpointError for one that tensorstore takes for another."""
+def _base(folder: Path) -> dict:
+    """The specification of a folder's files, straight from its bucket where it is in one. It is no URL, in which #, ?,
+    % and | have a meaning. Raises CheckpointError for a path that tensorstore takes for another.
+    """
+    if is_bucket(folder):
+        scheme, _, address = str(folder).partition("://")
+        bucket, _, key = address.partition("/")
+        return {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{key}/"}
     path = folder.resolve()
     if "\\" in str(path):
         raise CheckpointError(f"{path} has a backslash in its path, which tensorstore takes for a slash; rename it")
-    return path
+    return {"driver": "file", "path": f"{path}/"}
 
 
 def _ocdbt(folder: Path, key: str) -> dict:
-    """The specification of a key. The base is no URL, in which #, ?, % and | have a meaning."""
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{_resolved(folder)}/"}, "path": f"{key}/"}
+    return {"driver": "ocdbt", "base": _base(folder), "path": f"{key}/", "cache_pool": "cache_pool#ocdbt"}
 
 
-def _open_array(folder: Path, spec: dict, key: str) -> ts.Future:
-    return ts.open({**spec, "kvstore": _kvstore(folder, key)}, read=True, open=True)
+def _open_array(folder: Path, spec: dict, key: str, context: ts.Context) -> ts.Future:
+    return ts.open({**spec, "kvstore": _kvstore(folder, key)}, read=True, open=True, context=context)
 
 
 def _decode(view: ts.TensorStore) -> np.ndarray:
@@ -139,6 +148,8 @@ class _RowCache:
         """`array[index]`."""
         if not array.rank or not index:
             return _decode(array)
+        if len(index) == array.rank and all(isinstance(i, slice) for i in index):  # a box, which is read once
+            return _decode(array[index])
         count, per_chunk = array.shape[0], _chunk(array)[0]
         row = index[0]
         start, stop = (row, row + 1) if isinstance(row, int) else row.indices(count)[:2]
@@ -176,7 +187,7 @@ def _array_tensor(future: ts.Future, folder: Path, name: str, cache: _RowCache, 
         except Exception as error:
             raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
 
-    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, read)
+    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, read, anyhow=True)
 
 
 def write_orbax(
@@ -191,7 +202,7 @@ def write_orbax(
     needs tensors that support any index.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context, tree = ts.Context(), {}
+    context, tree = ts.Context(CONTEXT), {}
     for name, tensor in tensors.items():
         path, parts = (*root, *name.split("/")), pieces(tensor)
         chunk = (parts[0][0].stop, *tensor.shape[1:]) if parts[0] else tensor.shape

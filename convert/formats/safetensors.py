@@ -12,9 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.tensors import CheckpointError, Tensor, contiguous, mapped, pieces
+from convert.tensors import CheckpointError, Index, Tensor, contiguous, mapped, pieces
 from pi0.reading import MAX_JSON, parse_json, read_json, require_regular
-from pi0.storage import below
+from pi0.storage import below, file_size, is_bucket, read_range
 
 _CODES = {
     "F64": np.dtype(np.float64),
@@ -32,10 +32,9 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
     try:
         require_regular(file)
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = parse_json(stream.read(min(length, size, MAX_JSON + 1)), f"its header of {length:,} bytes")
+        size = file_size(file)
+        (length,) = struct.unpack("<Q", read_range(file, 0, min(8, size)))
+        header = parse_json(read_range(file, 8, min(8 + length, size, 9 + MAX_JSON)), f"its header of {length:,} bytes")
         header.pop("__metadata__", None)
         entries = {name: _entry(name, **entry) for name, entry in header.items()}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -47,7 +46,27 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         end += size_of
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes, its header says {end}; is the file truncated?")
-    return {name: mapped(file, *entry[:2], 8 + length + entry[2]) for name, entry in entries.items()}
+    lazily = _ranged if is_bucket(file) else mapped
+    return {name: lazily(file, *entry[:2], 8 + length + entry[2]) for name, entry in entries.items()}
+
+
+def _ranged(file: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+    """An array in a file of a bucket: of a part, the rows of the first axis are read that have it."""
+
+    def read(index: Index) -> np.ndarray:
+        rows, rest = range(shape[0]) if shape else range(1), index
+        if index and isinstance(index[0], slice) and len(range(shape[0])[index[0]]) > 0:
+            first = range(shape[0])[index[0]]
+            rows = range(min(first), max(first) + 1)
+            rest = (slice(None, None, first.step), *index[1:])
+        elif index and not isinstance(index[0], slice):
+            row = rows[index[0]]
+            rows, rest = range(row, row + 1), (0, *index[1:])
+        row_size = math.prod(shape[1:]) * dtype.itemsize
+        content = read_range(file, start + rows.start * row_size, start + rows.stop * row_size)
+        return np.frombuffer(content, dtype).reshape((len(rows), *shape[1:]) if shape else ())[rest]
+
+    return Tensor(shape, dtype, read, anyhow=True)
 
 
 def read_sharded(index: Path) -> dict[str, Tensor]:

@@ -238,7 +238,16 @@ def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: 
         array = source[name].read(index).reshape([(sizes | rows)[a] for a in letters])
         return array.transpose([letters.index(a) for a in parameter.axes if a in letters])
 
+    # Whether our axes are theirs, only in another order, so that any index of ours is one of theirs.
+    renamed = "{l}" not in rule.theirs and all(len(group) == 1 for group in rule.groups)
+    anyhow = renamed and source[names[0]].anyhow
+
     def read(index: Index) -> np.ndarray:
+        if anyhow and len(index) == len(parameter.axes) and all(isinstance(i, slice) for i in index):
+            ours = dict(zip(parameter.axes, index, strict=True))
+            array = source[names[0]].read(tuple(int(g[0]) if _is_index(g) else ours[g[0]] for g in rule.groups))
+            letters = [g[0] for g in rule.groups if not _is_index(g)]
+            return array.transpose([letters.index(a) for a in parameter.axes])
         row = _row(index, rule.ours, sliced)
         if "{l}" not in rule.theirs:
             return one(names[0], row)
@@ -246,7 +255,7 @@ def _ours_from(rule: Rule, parameter: Parameter, sizes: dict[str, int], source: 
             return one(names[row], None)
         return np.stack([one(name, None) for name in names[row or slice(None)]])
 
-    return Tensor(parameter.shape, dtypes.pop(), read, sliced)
+    return Tensor(parameter.shape, dtypes.pop(), read, sliced, anyhow)
 
 
 def _theirs_from(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import pi0.reading
+from pi0.datasets import index
 from pi0.datasets.errors import DataError
 from pi0.datasets.frames import MEMORY, FrameCache, FrameMemory
 from pi0.datasets.images import MAX_PIXELS
@@ -75,12 +77,14 @@ class Dataset(Protocol):
     cameras: list[str]
     states: tuple[str, ...]
     actions: tuple[str, ...]
-    every_episode: list[Any]
-    episodes: list[Any]
+    every_episode: Sequence[Any]
+    episodes: Sequence[Any]
     starts: np.ndarray
     skipped: list[DataError]
     tasks: dict[int, str]
-    _columns: dict[str, np.ndarray]
+    instructions: dict[int, tuple[str, ...]]  # of a task that has several, the same in other words
+    _columns: Mapping[str, Any]
+    _index: index.Index | None
     _cached: Mapping[str, FrameCache | FrameMemory]
 
     def __init__(
@@ -106,14 +110,10 @@ class Dataset(Protocol):
             raise DataError(f"fps is {self.fps}; expected a positive number", self.root)
         _choose([*self.states, *self.actions], list(self.features), "column")
         self.cameras = _choose(cameras, [name for name, f in self.features.items() if is_camera(f)], "camera")
-        self.every_episode = list(listed)
-        by_number = {episode.index: episode for episode in self.every_episode}
-        if len(by_number) != len(self.every_episode) or any(episode.length < 1 for episode in self.every_episode):
-            raise DataError("the table of episodes has a number twice, or an episode without frames", self.root)
-        self.tasks = {}
-        self.prepare()
-        numbers = _choose(episodes, list(by_number), "episode")
-        self._read([by_number[number] for number in numbers], skip_damaged)
+        self._index = None
+        self.tasks, self.instructions = {}, {}
+        if not self._read_by_index(episodes, skip_damaged):
+            self._read_all(listed, episodes, skip_damaged)
         self._cached = {}
         if cache == MEMORY:
             self._cached = {camera: FrameMemory() for camera in self.cameras}
@@ -131,13 +131,32 @@ class Dataset(Protocol):
     def read_columns(self, episode: Any) -> Mapping[str, Any]:
         """The columns of numbers [F, ...] of an episode, at least `self.states` and `self.actions`.
 
-        Optional are `timestamp` in seconds, `index` (of the frame, over all episodes), `task_index` (see `task`) and
-        `subtask`, texts that are empty for frames without one. Raises DataError.
+        Optional are `timestamp` in seconds, `index` (of the frame, over all episodes), `task_index` (see `task`),
+        `success` bool of the episode, and `subtask`, texts that are empty for frames without one. Raises DataError.
         """
 
     @abc.abstractmethod
     def decode(self, camera: str, position: int, frame: int) -> np.ndarray:
         """The image uint8 [H, W, 3] of a frame of `self.episodes[position]`, as recorded. Raises DataError."""
+
+    def read_many(self, episodes: Sequence[Any]) -> dict[str, np.ndarray] | None:
+        """The columns of all episodes of a file at once, as `_checked` returns them, where nothing is wrong in them.
+
+        None where a format cannot, or something may be wrong: then each episode is read by itself.
+        """
+        return None
+
+    @classmethod
+    def pack_episode(cls, episode: Any, root: Path) -> dict[str, Any] | None:
+        """An episode as JSON values, for the index of a large dataset; None where a format has no index."""
+        if type(episode) is not Episode or not episode.file.is_relative_to(root):
+            return None
+        return {"index": episode.index, "length": episode.length, "file": str(episode.file.relative_to(root))}
+
+    @classmethod
+    def unpack_episode(cls, values: dict[str, Any], root: Path) -> Any:
+        """The episode that `pack_episode` made the values of."""
+        return Episode(values["index"], values["length"], root / values["file"])
 
     def prepare(self) -> None:
         """Read what else the format needs, such as `tasks`, before any episode is read."""
@@ -158,7 +177,8 @@ class Dataset(Protocol):
 
         Cameras uint8 [H, W, 3], read-only where they come from a cache; states float32 [D]; actions float32 [T, D],
         which repeat the last action past the episode's end, where `action_is_pad` bool [T] is true; `timestamp` in
-        seconds; `episode_index` and `frame_index`; and `task`, `subtask` and `index` where the dataset has them. Raises
+        seconds; `episode_index` and `frame_index`; and `task`, `tasks` (the instruction in several wordings),
+        `subtask` and `index` where the dataset has them. Raises
         IndexError beyond the frames, and DataError for a damaged one, or where all episodes are left out as damaged.
         """
         if self.skipped and not self.episodes:
@@ -176,6 +196,7 @@ class Dataset(Protocol):
         item |= {name: self._columns[name][np.minimum(chunk, end - 1)] for name in self.actions}
         item |= {"action_is_pad": chunk >= end, "timestamp": float(self._columns["timestamp"][i])}
         item |= {"task": self.task(i)} if self.tasks else {}
+        item |= {"tasks": texts} if (texts := self.instructions.get(self._task_index(i), ())) else {}
         item |= {"subtask": str(self._columns["subtask"][i])} if "subtask" in self._columns else {}
         counters = [name for name in ("index", "episode_index", "frame_index") if name in self._columns]
         item |= {name: int(self._columns[name][i]) for name in counters}
@@ -189,7 +210,10 @@ class Dataset(Protocol):
 
     def task(self, i: int) -> str:
         """The instruction of frame i, empty where the dataset has none."""
-        return self.tasks[int(self.table("task_index")[i])] if self.tasks else ""
+        return self.tasks[self._task_index(i)] if self.tasks else ""
+
+    def _task_index(self, i: int) -> int:
+        return int(self._columns["task_index"][i])
 
     def dimension_names(self, column: str) -> list[str]:
         """The names of a column's dimensions, empty where the recording does not have them."""
@@ -213,6 +237,9 @@ class Dataset(Protocol):
     def cache_name(self, camera: str) -> str:
         """The name of a camera's folder in a cache: a hash of the episodes, and of size and time of their files."""
         parts: list[object] = [CACHE_REVISION, self.image_size, self.fps, camera]
+        if self._index is not None:
+            parts.append(self._index.about["content"])
+            return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         files: set[Path] = set()
         for episode in self.every_episode:
             file, place = self.image_source(camera, episode)
@@ -231,22 +258,111 @@ class Dataset(Protocol):
             logger.warning("%s has no images of %s of %s: decoding them", folder, missing, self.root)
         return {camera: FrameCache(path) for camera, path in found.items() if path.exists()}
 
+    def _read_all(self, listed: Iterable[Any], chosen: Sequence[int] | None, skip_damaged: bool) -> None:
+        """Read all that there is of the chosen episodes; of a large dataset, by an index that is made now."""
+        self.every_episode = list(listed)
+        by_number = {episode.index: episode for episode in self.every_episode}
+        if len(by_number) != len(self.every_episode) or any(episode.length < 1 for episode in self.every_episode):
+            raise DataError("the table of episodes has a number twice, or an episode without frames", self.root)
+        self.prepare()
+        numbers = _choose(chosen, list(by_number), "episode")
+        total = sum(episode.length for episode in self.every_episode)
+        if index.MIN_FRAMES <= total <= index.MAX_FRAMES and self._write_index(skip_damaged):
+            self._read_by_index(chosen, skip_damaged)
+        else:
+            self._read([by_number[number] for number in numbers], skip_damaged)
+
+    def _index_columns(self, skip_damaged: bool) -> list[Any]:
+        kind = type(self)
+        return [kind.__module__, kind.__qualname__, self.states, self.actions, self.cameras, skip_damaged]
+
+    def _write_index(self, skip_damaged: bool) -> bool:
+        """Write the index of all episodes, and return whether that was possible."""
+        if not self.root.is_dir() or self.pack_episode(self.every_episode[0], self.root) is None:
+            return False
+        about: dict[str, Any] = {"problems": []}
+
+        def parts() -> Iterator[tuple[int, int, Mapping[str, np.ndarray]]]:
+            start = 0
+            for group, part, problems in self._parts(self.every_episode, skip_damaged):
+                end = start + sum(episode.length for episode in group)
+                about["problems"] += [
+                    (p.problem, None if p.file is None else str(p.file), group[0].index, p.frame) for p in problems
+                ]
+                if part is not None:
+                    yield start, end, part
+                start = end
+            about["tasks"], about["instructions"] = list(self.tasks.items()), list(self.instructions.items())
+
+        packed = (self.pack_episode(episode, self.root) or {} for episode in self.every_episode)
+        try:
+            index.write_index(self.root, self._index_columns(skip_damaged), self.every_episode, packed, parts(), about)
+        except OSError as error:
+            logger.warning("cannot write an index of %s, so it is read anew each time: %s", self.root, error)
+            return False
+        return True
+
+    def _read_by_index(self, chosen: Sequence[int] | None, skip_damaged: bool) -> bool:
+        """Take columns and episodes of the index, and return whether there is one."""
+        found = index.find_index(self.root, self._index_columns(skip_damaged))
+        if found is None:
+            return False
+        everything = np.arange(len(found.numbers))
+        self.every_episode = index.IndexedEpisodes(found, everything, type(self), self.root)
+        self.tasks = {int(n): text for n, text in found.about["tasks"]}
+        self.instructions = {int(n): tuple(texts) for n, texts in found.about["instructions"]}
+        self._index = found
+        self.prepare()
+        numbers = np.asarray(_choose(chosen, found.numbers.tolist(), "episode"), np.int64)
+        order = np.argsort(found.numbers, kind="stable")
+        positions, problems = order[np.searchsorted(found.numbers, numbers, sorter=order)], found.problems()
+        self.skipped = [p for number in numbers[np.isin(numbers, list(problems))] for p in problems[int(number)]]
+        if self.skipped and not skip_damaged:
+            raise self.skipped[0]
+        positions = positions[~np.isin(numbers, list(problems))]
+        self.episodes = index.IndexedEpisodes(found, positions, type(self), self.root)
+        self._columns = index.IndexedColumns(found, positions)
+        self.starts = np.concatenate([[0], np.cumsum(found.lengths[positions])])
+        return True
+
+    def _parts(
+        self, episodes: Sequence[Any], skip_damaged: bool
+    ) -> Iterator[tuple[Sequence[Any], dict[str, np.ndarray] | None, list[DataError]]]:
+        """The checked columns of episodes, several at a time where `read_many` can, and their problems."""
+        for _, group in itertools.groupby(episodes, lambda episode: episode.file):
+            together = list(group)
+            part = self.read_many(together)
+            for some in [together] if part is not None else ([episode] for episode in together):
+                problems: list[DataError] = []
+                own = part
+                if own is None:
+                    try:
+                        own = self._checked(some[0], self.read_columns(some[0]))
+                    except DataError as error:
+                        problems.append(DataError(error.problem, some[0].file, some[0].index, error.frame))
+                found = {episode.index: list(self.check_episode(episode, skip_damaged)) for episode in some}
+                if len(some) == 1 or not any(found.values()):
+                    problems += found[some[0].index]
+                    yield some, None if problems else own, problems
+                    continue
+                start = 0
+                for episode in some:
+                    rows = slice(start, start + episode.length)
+                    own_part = {name: column[rows] for name, column in (own or {}).items()}
+                    yield [episode], None if found[episode.index] else own_part, found[episode.index]
+                    start += episode.length
+
     def _read(self, episodes: Sequence[Any], skip_damaged: bool) -> None:
         """Read the columns of episodes, and keep the undamaged ones."""
-        self.episodes, self.skipped = [], []
+        self.episodes: list[Any] = []
+        self.skipped = []
         parts: list[dict[str, np.ndarray]] = []
-        for episode in episodes:
-            problems: list[DataError] = []
-            try:
-                part = self._checked(episode, self.read_columns(episode))
-            except DataError as error:
-                problems.append(DataError(error.problem, episode.file, episode.index, error.frame))
-            problems += self.check_episode(episode, skip_damaged)
+        for group, part, problems in self._parts(episodes, skip_damaged):
             if problems and not skip_damaged:
                 raise problems[0]
             self.skipped += problems
-            if not problems:
-                self.episodes.append(episode)
+            if part is not None:
+                self.episodes += group
                 parts.append(part)
         self.starts = np.cumsum([0] + [episode.length for episode in self.episodes])
         self._columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -309,7 +425,7 @@ def _choose(chosen: Sequence[Any] | None, known: list[Any], what: str) -> list[A
     """`chosen`, or all known ones. Raises DataError for unknown or repeated ones."""
     if chosen is None:
         return known
-    unknown = [c for c in chosen if c not in known]
+    unknown = sorted(set(chosen) - set(known), key=list(chosen).index)
     if unknown or len(set(chosen)) != len(chosen) or (not chosen and what == "episode"):
         problem = f"no {what} {unknown}" if unknown else f"{what}s {list(chosen)} are none or repeat"
         raise DataError(f"{problem}; there are {known}")

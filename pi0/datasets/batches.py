@@ -49,8 +49,8 @@ class InOrder:
 class Batches:
     """The batch of any step, a pure function of the step: no state but the step is saved.
 
-    Step s has the frames at positions s·B to (s + 1)·B of `order`, each through the pipeline of its dataset, and
-    randomly augmented by `augment_images` where there is an `augment_seed`.
+    Step s has the frames at positions s·B to (s + 1)·B of `order`, each with one of its instructions, through the
+    pipeline of its dataset, and randomly augmented by `augment_images` where there is an `augment_seed`.
     """
 
     order: Order
@@ -81,6 +81,10 @@ class Batches:
         """The model's inputs of the frame at a position, and `truncated`."""
         dataset, frame = self.order.locate(position)
         pipeline, item = self.pipelines[dataset], self.order.datasets[dataset][frame]
+        if texts := item.get("tasks"):  # several instructions: one is drawn, in validation the first
+            seed = getattr(self.order, "seed", None)
+            chosen = 0 if seed is None else np.random.default_rng((seed, 3, position)).integers(len(texts))
+            item |= {"task": texts[chosen]}
         before = pipeline.tokenizer.truncated
         row = pipeline(item) | {"truncated": np.bool_(pipeline.tokenizer.truncated > before)}
         if self.augment_seed is not None:

@@ -7,11 +7,8 @@ The folder has a folder for each camera of a dataset at a size, named by a hash 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,20 +16,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pi0.command import add_dataset, exit_on_error, make_parser, output_path
+from pi0.command import add_dataset, exit_on_error, local_output_path, make_parser
 from pi0.datasets.base import Dataset
+from pi0.datasets.engine import add_engine, run_tasks
 from pi0.datasets.registry import find_format
 from pi0.fetch import cache_dir
 from pi0.storage import local_path, write_text
 
-_work: tuple[Dataset, str, np.memmap]  # in a worker process: dataset, camera and the frames to fill
 
-
-def build_cache(dataset: Dataset, folder: Path, *, workers: int = 1) -> list[Path]:
+def build_cache(dataset: Dataset, folder: Path, *, workers: int = 1, engine: str = "local") -> list[Path]:
     """Decode all images of a dataset's episodes into `folder`, and return the folders of its cameras.
 
-    Existing ones are kept. A camera's folder gets its name when it is complete. Each of the `workers` processes decodes
-    one file of images after the other. Raises DataError for a damaged image, OSError if the disk is too small, and
+    Existing ones are kept. A camera's folder gets its name when it is complete. A task of `run_tasks` decodes
+    one file of images; on several machines, `folder` is one that they share. Raises DataError for a damaged image,
+    OSError if the disk is too small, and
     ValueError without `image_size`, or for a dataset with only some or none of its undamaged episodes.
     """
     if dataset.image_size is None:
@@ -49,7 +46,7 @@ def build_cache(dataset: Dataset, folder: Path, *, workers: int = 1) -> list[Pat
         target = folder / dataset.cache_name(camera)
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial:
-                _build(dataset, camera, Path(partial, "frames"), workers)
+                _build(dataset, camera, Path(partial, "frames"), workers, engine)
                 try:
                     Path(partial, "frames").rename(target)
                 except OSError:
@@ -59,7 +56,7 @@ def build_cache(dataset: Dataset, folder: Path, *, workers: int = 1) -> list[Pat
     return done
 
 
-def _build(dataset: Dataset, camera: str, folder: Path, workers: int) -> None:
+def _build(dataset: Dataset, camera: str, folder: Path, workers: int, engine: str) -> None:
     folder.mkdir()
     assert dataset.image_size is not None
     shape, file = (len(dataset), *dataset.image_size, 3), folder / "frames.npy"
@@ -70,42 +67,31 @@ def _build(dataset: Dataset, camera: str, folder: Path, workers: int) -> None:
     by_file: dict[Path, list[int]] = {}  # positions of the episodes whose images share a file
     for position, episode in enumerate(dataset.episodes):
         by_file.setdefault(dataset.image_source(camera, episode)[0], []).append(position)
-    progress = tqdm(total=len(dataset), desc=f"caching {camera}", unit="frame", mininterval=1.0)
-    with progress:
-        if workers == 1:
-            _start_worker(dataset, camera, file)
-            for positions in by_file.values():
-                progress.update(_decode_into(positions))
-        else:
-            context = multiprocessing.get_context("spawn")
-            arguments = (dataset, camera, file)
-            with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
-                jobs = [pool.submit(_decode_into, positions) for positions in by_file.values()]
-                try:
-                    for job in concurrent.futures.as_completed(jobs):
-                        progress.update(job.result())
-                finally:
-                    pool.shutdown(cancel_futures=True)
+    with tqdm(total=len(dataset), desc=f"caching {camera}", unit="frame", mininterval=1.0) as progress:
+        shared, tasks = (dataset, camera, file), list(by_file.values())
+        for _ in run_tasks(
+            _decode_into,
+            shared,
+            tasks,
+            workers=workers,
+            engine=engine,
+            progress=progress,
+            amount=lambda own: sum(dataset.episodes[p].length for p in own),
+        ):
+            pass
     starts = dict(zip((e.index for e in dataset.episodes), dataset.starts[:-1].tolist(), strict=True))
     about = {"dataset": str(dataset.root), "camera": camera, "size": dataset.image_size, "starts": starts}
     write_text(folder / "about.json", json.dumps(about))
 
 
-def _start_worker(dataset: Dataset, camera: str, file: Path) -> None:
-    global _work
-    _work = dataset, camera, np.lib.format.open_memmap(file, "r+")
-
-
-def _decode_into(positions: list[int]) -> int:
-    """Decode some episodes into the file of frames, and return the number of frames."""
-    dataset, camera, frames = _work
-    count = 0
+def _decode_into(shared: tuple[Dataset, str, Path], positions: list[int]) -> None:
+    """Decode some episodes into the file of frames."""
+    dataset, camera, file = shared
+    frames = np.lib.format.open_memmap(file, "r+")
     for position in positions:
         for frame in range(dataset.episodes[position].length):
             frames[dataset.starts[position] + frame] = dataset.image(camera, position, frame)
-            count += 1
     frames.flush()
-    return count
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -129,17 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_dataset(parser)
     parser.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of images (default 224x224)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    add_engine(parser)
     parser.add_argument(
-        "--cache", type=output_path, default=cache_dir() / "frames", help="the folder (default %(default)s)"
+        "--cache", type=local_output_path, default=cache_dir() / "frames", help="the folder (default %(default)s)"
     )
     parser.add_argument("--skip-damaged", action="store_true", help="leave episodes with damaged files out")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}; at least 1 is needed")
     options = {"image_size": args.size, "skip_damaged": args.skip_damaged}
     dataset = find_format(args.format)(args.dataset, states=(), actions=(), **options)
     for problem in dataset.skipped:
         print(f"left out: {problem}")
-    for camera, folder in zip(dataset.cameras, build_cache(dataset, args.cache, workers=args.workers), strict=True):
+    folders = build_cache(dataset, args.cache, workers=args.workers, engine=args.engine)
+    for camera, folder in zip(dataset.cameras, folders, strict=True):
         print(f"{camera}: {(folder / 'frames.npy').stat().st_size / 1e9:.2f} GB in {folder}")

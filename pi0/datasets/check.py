@@ -9,12 +9,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pi0.command import add_dataset, exit_on_error, make_parser
+from pi0.datasets.base import Dataset
+from pi0.datasets.engine import add_engine, run_tasks
 from pi0.datasets.errors import DataError
 from pi0.datasets.registry import find_format
 
 
 def find_damage(
-    root: str | Path, *, format: str = "lerobot", decode: bool = True, **options: object
+    root: str | Path,
+    *,
+    format: str = "lerobot",
+    decode: bool = True,
+    workers: int = 1,
+    engine: str = "local",
+    **options: object,
 ) -> list[DataError]:
     """All problems of a dataset by episode: the first of its rows and of each camera.
 
@@ -26,14 +34,23 @@ def find_damage(
     except DataError as error:
         return [error]
     problems = list(dataset.skipped)
-    for position, episode in enumerate(tqdm(dataset.episodes if decode else [], desc="decoding", unit="episode")):
-        for camera in dataset.cameras:
-            try:
-                for frame in range(episode.length):
-                    dataset.image(camera, position, frame)
-            except DataError as error:
-                problems.append(error)
+    positions = range(len(dataset.episodes) if decode else 0)
+    with tqdm(total=len(positions), desc="decoding", unit="episode") as progress:
+        for found in run_tasks(_decode, dataset, positions, workers=workers, engine=engine, progress=progress):
+            problems += found
     return sorted(problems, key=lambda problem: -1 if problem.episode is None else problem.episode)
+
+
+def _decode(dataset: Dataset, position: int) -> list[DataError]:
+    """The first problem of each camera in an episode's images."""
+    problems = []
+    for camera in dataset.cameras:
+        try:
+            for frame in range(dataset.episodes[position].length):
+                dataset.image(camera, position, frame)
+        except DataError as error:
+            problems.append(error)
+    return problems
 
 
 @exit_on_error("pi0-check-data")
@@ -50,9 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="decode every image")
     parser.add_argument("--states", nargs="+", metavar="COLUMN", help="default: observation.state")
     parser.add_argument("--actions", nargs="+", metavar="COLUMN", help="default: action")
+    add_engine(parser)
     args = parser.parse_args(arguments)
     columns = {name: value for name, value in vars(args).items() if name in ("states", "actions") and value}
-    problems = find_damage(args.dataset, format=args.format, decode=args.decode, **columns)
+    run = {"workers": args.workers, "engine": args.engine}
+    problems = find_damage(args.dataset, format=args.format, decode=args.decode, **run, **columns)
     if not problems:
         print(f"{args.dataset}: no damage found{'' if args.decode else ', without decoding images'}")
         return

@@ -8,6 +8,7 @@ import numpy as np
 
 from pi0.command import add_dataset, add_robot, exit_on_error, make_parser, output_path
 from pi0.datasets.base import Dataset
+from pi0.datasets.engine import add_engine
 from pi0.datasets.mixture import split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import dataset_statistics, frame_numbers
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--normalization", choices=MODES, default="quantile", help="as in training (default: quantile)")
     parser.add_argument("--held-out", type=int, nargs="+", default=[], metavar="EPISODE", help="only reported on")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the output folder")
+    add_engine(parser)
     args = parser.parse_args(arguments)
     root = fetch(args.dataset)
     try:
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         return open_dataset(root, robot, format=args.format, **options)
 
     fitted = dataset_of(kept)
-    stats = dataset_statistics(fitted, robot)["actions"].norm_stats()
+    stats = dataset_statistics(fitted, robot, workers=args.workers, engine=args.engine)["actions"].norm_stats()
     chunks = stats.apply(action_chunks(fitted, robot), args.normalization)
     tokenizer = FASTTokenizer.fit(list(chunks), args.scale, args.vocab_size)
     lines = [HEAD, Report.measure(tokenizer, chunks).row("fitted")]

@@ -1,13 +1,28 @@
-"""Decoded images of one camera by episode and frame: kept in memory, or in a folder that `pi0-cache` wrote."""
+"""Decoded images of one camera by episode and frame, in memory or a folder that `pi0-cache` wrote; files kept open."""
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 MEMORY = "memory"  # instead of a folder
+
+
+class OpenFiles(threading.local):
+    """The image files that the current thread has opened: decoders and file positions are not shared."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple[Any, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.by_key)
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
 
 
 class FrameMemory:

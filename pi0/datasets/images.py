@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pi0.datasets.errors import DataError
+from pi0.plugins import require_extra
 from pi0.reading import require_regular
 
 MAX_PIXELS = 2**26  # of an image or a video's frame, 8192 x 8192: default of the arguments `max_pixels`
@@ -38,6 +39,24 @@ def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
         unknown = isinstance(error, UnidentifiedImageError)
         reason = f"it is none of {', '.join(FORMATS)}, or damaged" if unknown else error
         raise DataError(f"cannot be decoded: {reason}", file) from error
+
+
+def read_jpeg(source: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A JPEG image as uint8 [H, W, 3] with TensorFlow's pixels: libjpeg-turbo's fast DCT, and no EXIF orientation.
+
+    Raises DataError.
+    """
+    require_extra("data", "simplejpeg")
+    import simplejpeg
+
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(source)
+        check_size(width, height, max_pixels)
+        return simplejpeg.decode_jpeg(source, fastdct=True)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"cannot be decoded: {error}") from error
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

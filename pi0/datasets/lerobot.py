@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ import pyarrow.compute as pc
 
 from pi0.datasets.base import Contents, Dataset, is_camera
 from pi0.datasets.errors import DataError
+from pi0.datasets.frames import OpenFiles
 from pi0.datasets.lerobot_tables import (
     LeRobotEpisode,
+    VideoSegment,
     read_episodes,
     read_info,
     read_parquet,
@@ -29,19 +30,6 @@ from pi0.datasets.video import MAX_GROUP, EncodedImages, Video
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 SUBTASKS = ("subtask_index", "subtask", "language_persistent")  # the first that a dataset has
 MAX_OPEN_FILES = 64  # image files per dataset and thread; beyond it the least recently used one is closed
-
-
-class OpenFiles(threading.local):
-    """The image files that the current thread has opened: decoders and file positions are not shared."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[tuple[Any, ...], Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.by_key)
-
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
-        return OpenFiles, ()
 
 
 class LeRobotDataset(Dataset):
@@ -69,7 +57,11 @@ class LeRobotDataset(Dataset):
         return Contents(info["fps"], features, read_episodes(root, info, videos))
 
     def prepare(self) -> None:
-        info, total = read_info(self.root), sum(episode.length for episode in self.every_episode)
+        info = read_info(self.root)
+        if self._index is not None:
+            total = int(self._index.first_rows[-1])
+        else:
+            total = sum(episode.length for episode in self.every_episode)
         self.tasks, self.subtasks = (read_texts(self.root, info, what) for what in ("task", "subtask"))
         if total != info["total_frames"]:
             problem = f"the episodes have {total} frames in all, total_frames is {info['total_frames']}"
@@ -94,7 +86,7 @@ class LeRobotDataset(Dataset):
                     self._open(EncodedImages, episode.file, camera, self.max_pixels, self.max_bytes),
                     frame,
                 )
-                return images.frame(self._first_rows[episode.index] + frame)
+                return images.frame(self._first_row(episode) + frame)
             video = self._open(Video, segment.file, self.fps, self.max_pixels)
             video.check(segment.start, segment.end, episode.length)
             damaged, before = frame, video.decoded
@@ -139,7 +131,6 @@ class LeRobotDataset(Dataset):
             raise DataError(f"{len(found)} rows, the episode table says {episode.length}")
         if found[-1] - found[0] != episode.length - 1:
             raise DataError("its rows are not together")
-        self._first_rows[episode.index] = int(found[0])
         rows, counted = table.slice(found[0], episode.length), np.arange(episode.length)
         columns: dict[str, Any] = {name: _flat(rows[name], name) for name in COUNTERS}
         for name, first in (("frame_index", 0), ("index", episode.first_index)):
@@ -153,6 +144,66 @@ class LeRobotDataset(Dataset):
         _check_texts(columns["task_index"], self.tasks, "task")
         texts = _subtask_texts(rows, self.subtasks, columns["timestamp"])
         return columns if texts is None else columns | {"subtask": np.array(texts, object)}
+
+    def read_many(self, episodes: Sequence[LeRobotEpisode]) -> dict[str, np.ndarray] | None:
+        """None where anything is not as expected: reading one by one says what."""
+        subtasks = [name for name in SUBTASKS if name in self.features]
+        try:
+            read = [*self.states, *self.actions, *COUNTERS, *subtasks]
+            rows = read_parquet(episodes[0].file, read, max_rows=self._total)
+            columns: dict[str, Any] = {name: _flat(rows[name], name) for name in COUNTERS}
+            lengths = np.array([episode.length for episode in episodes])
+            if lengths.sum() != len(rows) or lengths.max() > len(rows):  # before anything of that length is made
+                return None
+            counted = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            first = np.repeat([episode.first_index for episode in episodes], lengths)
+            numbers = np.repeat([episode.index for episode in episodes], lengths)
+            right = {"episode_index": numbers, "frame_index": counted, "index": first + counted}
+            if not all(np.array_equal(columns[name], expected) for name, expected in right.items()):
+                return None
+            if not (np.abs(columns["timestamp"] * self.fps - counted) < 0.5).all():
+                return None
+            for name, size in self._sizes.items():
+                columns[name] = _flat(rows[name], name, size).astype(np.float32).reshape(len(counted), size)
+                if not np.isfinite(columns[name]).all():
+                    return None
+            _check_texts(columns["task_index"], self.tasks, "task")
+            texts = _subtask_texts(rows, self.subtasks, columns["timestamp"])
+        except DataError:
+            return None
+        return columns if texts is None else columns | {"subtask": np.array(texts, object)}
+
+    @classmethod
+    def pack_episode(cls, episode: LeRobotEpisode, root: Path) -> dict[str, Any]:
+        def name(file: Path) -> str:
+            return file.relative_to(root).as_posix()
+
+        videos = {
+            video: segment.problem
+            if isinstance(segment, DataError)
+            else [name(segment.file), segment.start, segment.end]
+            for video, segment in episode.videos.items()
+        }
+        return {"episode": [episode.index, episode.length, name(episode.file), episode.first_index], "videos": videos}
+
+    @classmethod
+    def unpack_episode(cls, values: dict[str, Any], root: Path) -> LeRobotEpisode:
+        number, length, file, first = values["episode"]
+        videos: dict[str, Any] = {
+            video: DataError(found, episode=number)
+            if isinstance(found, str)
+            else VideoSegment(root / found[0], *found[1:])
+            for video, found in values["videos"].items()
+        }
+        return LeRobotEpisode(number, length, root / file, first, videos)
+
+    def _first_row(self, episode: LeRobotEpisode) -> int:
+        """The row of an episode's first frame in its file."""
+        if episode.index not in self._first_rows:
+            numbers = _flat(read_parquet(episode.file, ["episode_index"])["episode_index"], "episode_index")
+            found, rows = np.unique(numbers, return_index=True)
+            self._first_rows |= dict(zip(found.tolist(), rows.tolist(), strict=True))
+        return self._first_rows[episode.index]
 
     def _read(self, episodes: Sequence[Any], skip_damaged: bool) -> None:
         super()._read(episodes, skip_damaged)

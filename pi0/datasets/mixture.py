@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 BLOCK = 4096  # positions; each block has the weights' exact share of frames
+ROUNDS = 8  # of the Feistel network
+_MASK = 2**64 - 1
 
 
 def split_episodes(
@@ -37,15 +39,20 @@ class Mixture:
     """An infinite shuffled sequence of frames of several datasets, in proportion to `weights` (default: by size).
 
     The frame at a position is the same on every worker and host. Each block of `BLOCK` positions has the weights' share
-    of each dataset; each dataset is reshuffled after every pass over it. The length is that of all datasets together.
-    Raises ValueError for weights that do not match the datasets, and datasets without frames.
+    of each dataset; each dataset is reshuffled after every pass over it, by `shuffle`: "feistel" computes the frame at
+    a position, "permutation" draws an array of all frames for each pass, as version 0.1 did. The length is that
+    of all datasets together. Raises ValueError for weights that do not match the datasets, datasets without frames, and
+    an unknown shuffle.
     """
 
     datasets: Sequence[Any]
     weights: Sequence[float] | None = None
     seed: int = 0
+    shuffle: str = "feistel"
 
     def __post_init__(self) -> None:
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(f"unknown shuffle {self.shuffle!r}; known are {', '.join(SHUFFLES)}")
         sizes = [len(dataset) for dataset in self.datasets]
         weights = sizes if self.weights is None else self.weights
         if not sizes or min(sizes) == 0:
@@ -71,7 +78,7 @@ class Mixture:
         which, ranks = _block(shares, self.seed, block)
         dataset = int(which[place])
         epoch, nth = divmod(block * shares[dataset] + int(ranks[place]), len(self.datasets[dataset]))
-        return dataset, int(_order(len(self.datasets[dataset]), self.seed, dataset, epoch)[nth])
+        return dataset, SHUFFLES[self.shuffle](nth, len(self.datasets[dataset]), (self.seed, 1, dataset, epoch))
 
     def __getitem__(self, position: int) -> Any:
         """The item at a position."""
@@ -89,7 +96,38 @@ def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
     return which, ranks
 
 
+def feistel(position: int, size: int, key: tuple[int, ...]) -> int:
+    """The image of a position in a permutation of 0 to size - 1 that depends on the key, without an array.
+
+    A Feistel network permutes the numbers below the least power of four from `size` on; one that lands beyond `size` is
+    permuted again until it does not ("cycle walking", Black and Rogaway 2002): less than four times on average.
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    mask, value = (1 << half) - 1, position
+    while True:
+        left, right = value >> half, value & mask
+        for round_key in _round_keys(key):
+            mixed = ((right + round_key) * 0x9E3779B97F4A7C15) & _MASK  # the finalizer of SplitMix64
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & mask)
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def _permutation(position: int, size: int, key: tuple[int, ...]) -> int:
+    return int(_permuted(size, key)[position])
+
+
+SHUFFLES = {"feistel": feistel, "permutation": _permutation}
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(k) for k in np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64))
+
+
 @functools.lru_cache(maxsize=16)
-def _order(size: int, seed: int, dataset: int, epoch: int) -> np.ndarray:
-    """The order of a dataset's frames in an epoch."""
-    return np.random.default_rng((seed, 1, dataset, epoch)).permutation(size)
+def _permuted(size: int, key: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(key).permutation(size)

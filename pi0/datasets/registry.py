@@ -7,11 +7,12 @@ from typing import Any
 
 from pi0.datasets.base import Dataset
 from pi0.datasets.frames import MEMORY
+from pi0.datasets.index import find_index
 from pi0.fetch import fetch
 from pi0.plugins import require_extra, resolve
 from pi0.robots.robot import Robot
 
-FORMATS = {"lerobot": "pi0.datasets.lerobot:LeRobotDataset"}
+FORMATS = {"lerobot": "pi0.datasets.lerobot:LeRobotDataset", "rlds": "pi0.datasets.rlds:RLDSDataset"}
 
 
 def find_format(name: str) -> type[Dataset]:
@@ -53,4 +54,7 @@ def open_dataset(root: str | Path, robot: Robot, *, format: str = "lerobot", **o
 
 def episode_numbers(root: str | Path, format: str = "lerobot") -> list[int]:
     """The numbers of a dataset's episodes, without reading them."""
+    found = find_index(fetch(root), None)
+    if found is not None:
+        return found.numbers.tolist()
     return [episode.index for episode in find_format(format).contents(fetch(root)).episodes]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pi0.command import add_dataset, add_robot, exit_on_error, make_parser, output_path
 from pi0.datasets.base import Dataset
+from pi0.datasets.engine import add_engine, run_tasks
 from pi0.datasets.registry import open_dataset
 from pi0.plots import plot_distributions
 from pi0.plugins import require_extra
@@ -16,7 +19,7 @@ from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
-from pi0.storage import below
+from pi0.storage import below, new_file
 
 BINS = 8192  # of each dimension's histogram; at least half of them, less one, span the data
 LOWEST_EXPONENT = -1000  # of a bin's width, for data that are all zero
@@ -124,14 +127,24 @@ def _count(numbers: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray
     return sums.astype(np.int64).reshape(dims, BINS)
 
 
-def dataset_statistics(dataset: Dataset, robot: Robot) -> dict[str, RunningStats]:
-    """The statistics of `frame_numbers`: "state", and "actions" over whole chunks. Raises ValueError as that does."""
-    stats: dict[str, RunningStats] = {}
-    for data in frame_numbers(dataset, robot):
-        for key, x in data.items():
-            new = RunningStats.of(x)
+def dataset_statistics(
+    dataset: Dataset, robot: Robot, *, workers: int = 1, engine: str = "local"
+) -> dict[str, RunningStats]:
+    """The statistics of `frame_numbers`: "state", and "actions" over whole chunks. Raises ValueError as that does.
+
+    Blocks are the same and merged in the same order for any number of workers, and so the result to the bit.
+    """
+    blocks, stats = _blocks(dataset, robot), {}  # type: ignore[var-annotated]
+    progress = tqdm(total=len(blocks), desc="statistics", unit="block", disable=None if len(blocks) > 1 else True)
+    options: dict[str, Any] = {"workers": workers, "engine": engine, "progress": progress}
+    for found in run_tasks(_statistics_of, (dataset, robot), blocks, **options):
+        for key, new in found.items():
             stats[key] = stats[key] + new if key in stats else new
     return stats
+
+
+def _statistics_of(shared: tuple[Dataset, Robot], block: range) -> dict[str, RunningStats]:
+    return {key: RunningStats.of(x) for key, x in _numbers(*shared, block).items()}
 
 
 def frame_numbers(dataset: Dataset, robot: Robot) -> Iterator[dict[str, np.ndarray]]:
@@ -141,6 +154,12 @@ def frame_numbers(dataset: Dataset, robot: Robot) -> Iterator[dict[str, np.ndarr
     `action_horizon` and repeat an episode's last action beyond its end (openpi `compute_norm_stats.py`). Raises
     ValueError where the dataset is not the robot's.
     """
+    for block in _blocks(dataset, robot):
+        yield _numbers(dataset, robot, block)
+
+
+def _blocks(dataset: Dataset, robot: Robot) -> list[range]:
+    """The frames that are processed together."""
     action_keys = robot.action_keys(dataset.features)
     if not action_keys:
         raise ValueError(f"the dataset has no actions; it has {sorted(dataset.features)}")
@@ -148,14 +167,17 @@ def frame_numbers(dataset: Dataset, robot: Robot) -> Iterator[dict[str, np.ndarr
         table = {key: dataset.table(key) for key in (*robot.state_keys(dataset.features), *action_keys)}
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    lengths = [episode.length for episode in dataset.episodes]
-    last = np.repeat(np.cumsum(lengths) - 1, lengths)
     size = max(1, BLOCK // (dataset.action_horizon * sum(table[key].shape[-1] for key in action_keys)))
-    for start in range(0, len(last), size):
-        rows = np.arange(start, min(start + size, len(last)))
-        chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[rows, None])
-        data = robot.numbers({key: column[chunks if key in action_keys else rows] for key, column in table.items()})
-        yield data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+    return [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+
+
+def _numbers(dataset: Dataset, robot: Robot, block: range) -> dict[str, np.ndarray]:
+    rows, action_keys = np.asarray(block), robot.action_keys(dataset.features)
+    last = dataset.starts[np.searchsorted(dataset.starts, rows, side="right")] - 1
+    chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[:, None])
+    keys = (*robot.state_keys(dataset.features), *action_keys)
+    data = robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
+    return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
 
 
 def report(stats: Mapping[str, RunningStats]) -> str:
@@ -220,6 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=output_path, metavar="FOLDER", help="where <asset id>/ is written")
     parser.add_argument("--asset-id", required=True, metavar="ID", help="the name of these norm stats")
     parser.add_argument("--overwrite", action="store_true", help="replace the norm stats of this asset id")
+    add_engine(parser)
     args = parser.parse_args(arguments)
     require_extra("plots", "matplotlib")  # before anything takes long
     folder = below(args.out, args.asset_id)
@@ -227,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise FileExistsError(f"{folder} has norm stats already; choose another --asset-id or pass --overwrite")
     robot, options = make_robot(args.robot), {"action_horizon": args.action_horizon, "cameras": []}
     dataset = open_dataset(args.dataset, robot, format=args.format, **options)
-    stats = dataset_statistics(dataset, robot)
+    stats = dataset_statistics(dataset, robot, workers=args.workers, engine=args.engine)
     print(report(stats))
     norm_stats = {key: running.norm_stats() for key, running in stats.items()}
     save_norm_stats(folder / "norm_stats.json", norm_stats)
@@ -236,5 +259,6 @@ def main(arguments: list[str] | None = None) -> None:
         for key, running in stats.items()
         for dim in range(len(running.mean))
     }
-    plot_distributions(panels, folder / "norm_stats.png")
+    with new_file(folder / "norm_stats.png") as file:
+        plot_distributions(panels, file)
     print(f"\n{folder}: norm_stats.json, norm_stats.png")

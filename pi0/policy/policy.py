@@ -88,8 +88,8 @@ class Policy(abc.ABC):
         """
         start = time.perf_counter()
         observation = self.inputs(observations)
-        noise = self._noise(len(observations), noise)
-        ready = time.perf_counter()
+        noise = self.noise(len(observations), noise)
+        ready, tokens = time.perf_counter(), None
         if self.assets.subtasks:
             if self._subtasks.subtask is not None and len(self._subtasks.subtask) != len(observations):
                 self.reset()
@@ -97,14 +97,20 @@ class Policy(abc.ABC):
         else:
             outputs = self.sample(observation, noise)
         sampled = time.perf_counter()
-        pairs = [self._actions(output, state) for output, state in zip(outputs, observation.state, strict=True)]
+        result = self.outputs(outputs, observation.state, tokens)
+        parts = {"inputs": ready - start, "model": sampled - ready, "actions": time.perf_counter() - sampled}
+        return result | {"timing": parts}
+
+    def outputs(self, outputs: np.ndarray, state: np.ndarray, subtask: np.ndarray | None = None) -> dict[str, Any]:
+        """`infer_batch`'s result without timing, of what `sample` or `sample_with_subtask` gave for `inputs`.
+
+        `state` [B, S] is that of the inputs, `subtask` [B, D] the tokens. Raises FASTError as `infer_batch`.
+        """
+        pairs = [self._actions(output, row) for output, row in zip(outputs, state, strict=True)]
         result: dict[str, Any] = {"actions": np.stack([actions for actions, _ in pairs])}
         if self.config.family.action_tokens:
             result["decoded"] = np.array([decoded for _, decoded in pairs])
-        if self.assets.subtasks:
-            result["subtask"] = [self.pipeline.text(row) for row in tokens]
-        parts = {"inputs": ready - start, "model": sampled - ready, "actions": time.perf_counter() - sampled}
-        return result | {"timing": parts}
+        return result if subtask is None else result | {"subtask": [self.pipeline.text(row) for row in subtask]}
 
     def inputs(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
         """The robot's observations as the model's inputs, validated. Raises ObservationError."""
@@ -127,14 +133,19 @@ class Policy(abc.ABC):
         except ValueError as error:
             raise ObservationError(f"{where}{error}") from error
 
-    def _noise(self, batch: int, noise: np.ndarray | None) -> np.ndarray | None:
+    def noise(self, batch: int, noise: Any = None, seed: int | None = None) -> np.ndarray | None:
+        """Noise [B, T, A] for a batch: the given one, checked, or drawn, by `seed` or else by the policy's generator.
+
+        None for a model that takes none. Raises ObservationError.
+        """
         if self.config.family.action_tokens:
-            if noise is not None:
+            if noise is not None or seed is not None:
                 raise ObservationError(f"noise: {self.config.family.title} decodes greedily and takes none")
             return None
         if noise is None:
             shape = (batch, self.config.action_horizon, self.config.action_dim)
-            return self._rng.normal(size=shape).astype(np.float32)
+            rng = self._rng if seed is None else np.random.default_rng(seed)
+            return rng.normal(size=shape).astype(np.float32)
         return check_actions(noise, self.config, batch, name="noise")
 
     def _actions(self, output: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 from pi0.robots.robot import Robot, default_cameras
 
@@ -23,5 +24,12 @@ class Droid(Robot):
     )
 
     state_dim, action_dim = 8, 8
+    velocities: ClassVar[Sequence[str]] = ("action_dict/joint_velocity", "action_dict/gripper_position")  # of RLDS
+    positions: ClassVar[Sequence[str]] = ("action_dict/joint_position", "action_dict/gripper_position")
     state_names = (("joint_position", "gripper_position"), ("state",))
     delta_dims = (7, -1)
+
+    def action_keys(self, available: Collection[str]) -> list[str]:
+        """Of RLDS, the columns of joint velocities or, with `delta`, positions; of others, as of any robot."""
+        recorded = self.positions if self.delta else self.velocities
+        return list(recorded) if all(name in available for name in recorded) else super().action_keys(available)

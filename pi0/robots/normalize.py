@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pi0.reading import read_json
-from pi0.storage import write_text
+from pi0.storage import as_path, write_text
 
 EPSILON = 1e-6  # added to the divisor of "zscore" and "quantile" (openpi `transforms.Normalize`)
 # LeRobot's modes, with its epsilon, an option: "mean_std" adds it to the divisor of what goes in, and not to the factor
@@ -194,7 +194,7 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
 
     Raises FileNotFoundError, or ValueError naming the file and the entry that is missing or wrong.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     content = read_json(path)
     if not isinstance(content.get("norm_stats"), dict):
         raise ValueError(f'{path}: expected an object {{"norm_stats": {{...}}}}')
@@ -204,7 +204,7 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
     """Write the file that `load_norm_stats` reads, whole or not at all."""
     entries = {key: {k: v.tolist() for k, v in value.present().items()} for key, value in stats.items()}
-    write_text(pathlib.Path(path), json.dumps({"norm_stats": entries}, indent=2))
+    write_text(as_path(path), json.dumps({"norm_stats": entries}, indent=2))
 
 
 def _entry(where: str, entry: object) -> NormStats:

@@ -67,6 +67,11 @@ class Pipeline:
         return cls(robot, t.Transforms(steps), tokenizer)
 
     @property
+    def normalize(self) -> t.Normalize:
+        """The normalization step."""
+        return next(step for step in self.transforms.steps if isinstance(step, t.Normalize))
+
+    @property
     def recipe(self) -> t.TokenizeRecipe | None:
         """The tokenization step of π0.5's recipe, where the model was trained with it."""
         return next((step for step in self.transforms.steps if isinstance(step, t.TokenizeRecipe)), None)
@@ -93,6 +98,15 @@ class Pipeline:
         if self.recipe is None:
             raise AssetsError("the checkpoint's assets have no recipe of π0.5: it generates no text")
         return self.recipe.tokenizer.read(tokens)
+
+    def subtask_tokens(self, text: str, length: int) -> np.ndarray:
+        """The tokens int32 [length] of a subtask as π0.5 writes them, to give to `sample_with_subtask`.
+
+        Raises AssetsError for a model that writes none, and ValueError for a text that is longer.
+        """
+        if self.recipe is None:
+            raise AssetsError("the checkpoint's assets have no recipe of π0.5: it writes no subtasks")
+        return self.recipe.tokenizer.encode_subtask(text, length)
 
     def actions(self, output: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's actions [T, A], or π0-FAST's tokens [N], in the robot's dimensions and units, [T, robot dims].

@@ -94,6 +94,22 @@ class Robot:
             data["actions"] = self.adapt_actions(actions)
         return data
 
+    def columns(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """A live frame's state, float32 [D], and images, uint8 [H, W, 3], by the columns of a LeRobot dataset.
+
+        Its adapter reads them as it does the frame. Raises ValueError for what is missing or wrong.
+        """
+        item = _flatten(item)
+        found = {f"observation.{_bare(key)}": self._vector(item, key) for key in self.state_keys(item)}
+        images = {key: to_uint8(item[key], key) for key in self.camera_keys(item)}
+        columns = {name: np.atleast_1d(x).astype(np.float32) for name, x in found.items()}
+        return columns | {f"observation.images.{_bare(key)}": image for key, image in images.items()}
+
+    def prompt(self, item: Mapping[str, Any]) -> str:
+        """The instruction of a frame, or the default; empty for none."""
+        prompts = [_text(item[key]) for key in ("prompt", "task") if item.get(key) is not None]
+        return prompts[0] if prompts else self.default_prompt or ""
+
     def from_model(self, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Un-normalized absolute `actions` [T, A or more] of the model as the robot's `action` float32 [T, A].
 
@@ -268,6 +284,11 @@ def _keys(available: Collection[str], names: Iterable[str]) -> list[str]:
 
 def _find(available: Collection[str], name: str) -> str | None:
     return next((prefix + name for prefix in PREFIXES if prefix + name in available), None)
+
+
+def _bare(key: str) -> str:
+    """A key without its prefix."""
+    return key.removeprefix(next(prefix for prefix in PREFIXES if key.startswith(prefix)))
 
 
 def _flatten(item: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -110,6 +110,11 @@ class Normalize:
             self._warn_of_far(np.asarray(data["state"]), out["state"])
         return out
 
+    @property
+    def modes(self) -> tuple[dict[str, str], float]:
+        """The modes of "state" and "actions", and LeRobot's epsilon."""
+        return modes_of(self.mode)
+
     def _warn_of_far(self, state: np.ndarray, normalized: np.ndarray) -> None:
         for dim in np.unique(np.argwhere(np.abs(normalized) > FAR)[:, -1]).tolist():
             if dim not in self._warned:

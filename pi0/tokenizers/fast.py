@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pi0.fetch import fetch
 from pi0.reading import MAX_JSON, parse_json, read_bytes
-from pi0.storage import below, new_folder
+from pi0.storage import as_path, below, new_folder
 from pi0.tokenizers.text import require_sha256
 
 FAST = "hf://physical-intelligence/fast"
@@ -194,7 +194,7 @@ class FASTTokenizer:
         exists, unless it is a FAST tokenizer's to `overwrite`.
         """
         files = {**self._files, "tokenizer_config.json": _TOKENIZER_CONFIG}
-        with new_folder(Path(folder), overwrite, **FOLDER) as temporary:
+        with new_folder(as_path(folder), overwrite, **FOLDER) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
         self.source = str(folder)

@@ -149,6 +149,13 @@ class RecipeTokenizer:
         prompt = self.text.encode(f"Question: {one_line(question)}\nAnswer: ", add_bos=True)
         return self._grouped((prompt, [*self.text.encode(one_line(answer)), self.text.eos_id], []), max_len)
 
+    def encode_subtask(self, subtask: str, length: int) -> np.ndarray:
+        """`{subtask}<eos>` int32 [length], padded as generated tokens are. Raises ValueError for a longer text."""
+        ids = [*self.text.encode(one_line(subtask)), self.text.eos_id]
+        if len(ids) > length:
+            raise ValueError(f"the subtask has {len(ids)} tokens; at most {length} are read")
+        return np.array(ids + [0] * (length - len(ids)), np.int32)
+
     def read(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of generated tokens [N] up to the first `<eos>`, without ids beyond the text vocabulary."""
         ids = [int(t) for t in tokens]

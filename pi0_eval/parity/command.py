@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,14 @@ from pathlib import Path
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
 from pi0.storage import write_text
+from pi0_eval.parity.ci import to_badge, to_json, to_junit
 from pi0_eval.parity.compare import compare, compare_all
 from pi0_eval.parity.explain import explain
 from pi0_eval.parity.html import to_html
-from pi0_eval.parity.report import matrix_table
+from pi0_eval.parity.report import Report, matrix_table
 from pi0_eval.parity.sides import FRAMEWORKS, Side, SideError
+
+SILENCE = 3.0  # seconds without a line before the last one is repeated
 
 
 @exit_on_error("pi0-parity", code=2)
@@ -44,23 +49,53 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--matrix", action="store_true", help="compare A with every way to run B, in one table")
     parser.add_argument("--explain", action="store_true", help="of a failure, name the first operation that parts")
     parser.add_argument("--inputs", type=Path, help="npz file with an observation's keys, actions, noise, time")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 steps and no gradients: for a first look, or every push"
+    )
     parser.add_argument("--batch", type=int, default=2, help="rows of random inputs (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default 0)")
-    parser.add_argument("--steps", type=int, default=10, help="Euler steps, or tokens to decode (default 10)")
+    parser.add_argument("--steps", type=int, help="Euler steps, or tokens to decode (default 10, with --quick 2)")
     parser.add_argument("--no-gradients", action="store_true", help="skip gradients: half the memory and time")
     parser.add_argument("--json", type=output_path, help="write the report as JSON to this file")
     parser.add_argument("--html", type=output_path, help="write the report with plots as one HTML file")
+    parser.add_argument("--junit", type=output_path, help="write a test case for each stage as JUnit XML")
+    parser.add_argument("--badge", type=output_path, help="write the JSON of a shields.io endpoint badge")
     args = parser.parse_args(arguments)
     if args.explain and (args.matrix or {args.side_a.path, args.side_b.path} != {"plain"}):
         raise SideError("--explain is for two plain sides: samplers record no operations")
-    for file in filter(None, (args.json, args.html)):  # fail before the work, not after it
+    if args.matrix and args.html:
+        raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
+    for file in filter(None, (args.json, args.html, args.junit, args.badge)):  # fail before the work, not after it
         file.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    with Progress(f"comparing {args.a} and {args.b}") as progress:
+        reports = run(args, progress)
+    if args.matrix:
+        print(matrix_table(reports))
+    else:
+        (report,) = reports.values()
+        print(report.table())
+        if args.explain and not report.passed:
+            print(explanation(args, report))
+        if args.html:
+            write_text(args.html, to_html(report))
+    for file, form in ((args.json, to_json), (args.junit, to_junit), (args.badge, to_badge)):
+        if file:
+            write_text(file, form(reports).rstrip() + "\n")
+    sys.exit(0 if all(report.passed for report in reports.values()) else 1)
 
-    def progress(line: str) -> None:
-        print(f"{time.perf_counter() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    progress(f"comparing {args.a} and {args.b}")
+def explanation(args: argparse.Namespace, report: Report) -> str:
+    """The operation at which a comparison fails."""
+    named = (args.side_a, args.framework_a), (args.side_b, args.framework_b)
+    side_a, side_b = (replace(side, framework=side.framework or framework) for side, framework in named)
+    steps = args.steps if args.steps is not None else 2 if args.quick else 10
+    chosen = {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": steps}
+    return explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen)
+
+
+def run(args: argparse.Namespace, progress: Progress) -> dict[str, Report]:
+    """The comparison, or with `--matrix` all of them, by how B is run."""
+    steps = args.steps if args.steps is not None else 2 if args.quick else 10
     options = {
         "dtype": args.dtype,
         "side_a": args.side_a,
@@ -68,23 +103,38 @@ def main(arguments: list[str] | None = None) -> None:
         "inputs": args.inputs,
         "batch": args.batch,
         "seed": args.seed,
-        "num_steps": args.steps,
-        "gradients": not args.no_gradients,
+        "num_steps": steps,
+        "gradients": not (args.no_gradients or args.quick),
         "progress": progress,
     }
     if args.matrix:
-        reports = compare_all(args.a, args.b, **options)
-        print(matrix_table(reports))
-        sys.exit(0 if all(report.passed for report in reports.values()) else 1)
+        return compare_all(args.a, args.b, **options)
     report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)
-    print(report.table())
-    if args.explain and not report.passed:
-        named = (args.side_a, args.framework_a), (args.side_b, args.framework_b)
-        side_a, side_b = (replace(side, framework=side.framework or framework) for side, framework in named)
-        chosen = {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": args.steps}
-        print(explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen))
-    if args.json:
-        write_text(args.json, report.to_json() + "\n")
-    if args.html:
-        write_text(args.html, to_html(report))
-    sys.exit(0 if report.passed else 1)
+    return {report.b: report}
+
+
+class Progress:
+    """Lines with seconds on stderr; within its block at least one every few seconds, also during imports."""
+
+    def __init__(self, line: str):
+        self._started, self._lock, self._done = time.perf_counter(), threading.Lock(), threading.Event()
+        self._line, self._last = line, 0.0
+        self(line)
+
+    def __call__(self, line: str) -> None:
+        with self._lock:  # lines of several threads stay whole
+            self._line, self._last = line, time.perf_counter()
+            sys.stderr.write(f"{self._last - self._started:6.1f} s  {line}\n")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Progress:
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+
+    def _beat(self) -> None:
+        while not self._done.wait(0.2):
+            if time.perf_counter() - self._last > SILENCE:
+                self(self._line if self._line.startswith("still: ") else f"still: {self._line}")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from convert.checkpoints import Checkpoint, open_checkpoint
+from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.parameters import parameters
 from pi0.plugins import require_extra
@@ -37,7 +38,7 @@ FEW = 512
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 SAMPLED = ("actions", "tokens")
 SMALL = 100_000_000  # parameters: smaller models run two at a time, for twice the memory
-HEARTBEAT = 4.0  # seconds without a line
+HEARTBEAT = 2.5  # seconds without a line
 # Gradients with a norm below this fraction of the whole gradient's are measured relative to that fraction of it.
 GRADIENT_FLOOR = 1e-4
 # Gradients below this fraction in both models are rounding noise and not compared: SigLIP's key bias has no gradient in
@@ -105,7 +106,8 @@ def compare(
     dtypes = [side.dtype or dtype for side in sides]
     rows = judge(a_exact, b_exact, a_rounded, b_rounded, dtypes[0], dtypes[1])
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
-    return Report(names[0], names[1], dtype, rows, a_rounded.stages.get("actions"), b_rounded.stages.get("actions"))
+    sampled = a_rounded.stages.get("actions"), b_rounded.stages.get("actions")
+    return Report(names[0], names[1], dtype, rows, *sampled, *_units(checkpoints[0].assets))
 
 
 def _all(
@@ -136,9 +138,9 @@ def compare_all(a: str | Path, b: str | Path, **options: Any) -> dict[str, Repor
 
 
 def assert_parity(a: str | Path, b: str | Path, **options: Any) -> Report:
-    """`compare`, raising AssertionError with the table where a stage is out; for pytest."""
+    """`compare`, raising AssertionError where a stage is out: with it first, then with the table; for pytest."""
     report = compare(a, b, **options)
-    assert report.passed, "\n" + report.table()
+    assert report.passed, report.failure()
     return report
 
 
@@ -217,6 +219,15 @@ def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
         different = [f"{name}: {one} against {other}" for name, one, other in fields if one != other]
         raise ParityError("the two checkpoints are of different models:\n  " + "\n  ".join(different))
     return ours
+
+
+def _units(assets: Assets) -> tuple[int | None, str | None]:
+    """How many action dims the robot has, and how they are normalized, where the checkpoint says so."""
+    if assets.norm_stats is None or "actions" not in assets.norm_stats:
+        return None, None
+    mode = assets.normalization
+    mode = mode.get("actions") if isinstance(mode, Mapping) else mode
+    return min(len(assets.norm_stats["actions"].mean), assets.model.action_dim), mode
 
 
 def _framework_of(checkpoint: Checkpoint) -> str:

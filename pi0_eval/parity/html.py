@@ -14,19 +14,26 @@ import numpy as np
 from pi0 import __version__
 from pi0_eval.parity.report import PROOF, Report, Row, numbers
 
-# Colors of cells: class, background, text, legend. Lightness decreases with the error, to be readable without hue; a
-# cell out of tolerance also has a cross and a frame.
+# Colors of cells: class, background, text, legend, by the share of what is allowed. Two independent roundings of the
+# same size take 71 % of it. Lightness decreases with the share, to be readable without hue; a cell that is out also has
+# a cross and a frame.
+SHARES = (0.25, 0.5, 0.75)
 INSIDE = (
-    ("in3", "#d3efcf", "#111", "1000 times inside or more"),
-    ("in2", "#a9dca3", "#111", "100 times inside or more"),
-    ("in1", "#7cc47a", "#111", "10 times inside or more"),
-    ("in0", "#f2e08a", "#111", "inside, less than 10 times"),
+    ("in3", "#d3efcf", "#111", "up to 25 % of what is allowed"),
+    ("in2", "#a9dca3", "#111", "up to 50 %"),
+    ("in1", "#7cc47a", "#111", "up to 75 %"),
+    ("in0", "#f2e08a", "#111", "up to 100 %"),
 )
 OUTSIDE = (
     ("out0", "#d0512f", "#fff", "out, up to 10 times"),
     ("out1", "#9c1c2e", "#fff", "out, up to 100 times"),
     ("out2", "#4f0a1d", "#fff", "out, more than 100 times or not a number"),
 )
+UNITS = {  # by `Report.normalization`
+    None: "in the model's normalized units",
+    "zscore": "normalized: 1 is one standard deviation of the training data",
+    "quantile": "normalized: −1 and 1 are the 1 % and 99 % quantiles of the training data",
+}
 PLOT = (220, 110)  # width, height of a plot of actions in pixels, without labels
 
 STYLE = """
@@ -53,6 +60,8 @@ th { text-align: left; font-weight: 600; }
 svg text { font-size: 11px; fill: #333; }
 svg .frame { fill: none; stroke: #bbb; }
 svg polyline { fill: none; }
+svg.padding { opacity: .45; }
+svg.padding .frame { stroke-dasharray: 2 3; }
 svg .a { stroke: #0b5fa5; stroke-width: 2.6; }
 svg .b { stroke: #d95f02; stroke-width: 1.6; stroke-dasharray: 5 3; }
 """
@@ -81,11 +90,11 @@ def to_html(report: Report) -> str:
 {rows}
 </tbody></table>
 <h2>Where they differ</h2>
-<p>How far B is apart from A, relative L2. The number in a cell is its power of ten; the color is its distance from what
-the rounding of both allows, or where the two are not one function in float64, from what a proof allows. Hover over a
-cell for the exact numbers.</p>
+<p>How far B is apart from A, relative L2, without units. The number in a cell is its power of ten; the color is its
+share of what the rounding of both allows, or where the two are not one function in float64, of what a proof allows.
+Hover over a cell for the exact numbers.</p>
 {_heat_map(report.rows)}
-{_plots(report.actions_a, report.actions_b)}
+{_plots(report)}
 <h2>All numbers</h2>
 <p>Relative L2; of tokens, the fraction that differs. The proof is in float64, each error against its own float64.</p>
 {_table(report.rows)}
@@ -134,11 +143,11 @@ def _cell(row: Row) -> str:
 
 
 def _color(row: Row) -> str:
-    """The class of a cell, by powers of ten between what was found and what is allowed."""
+    """The class of a cell, by the share of what is allowed; what is out by powers of ten."""
     found, allowed = _judged(row)
     if row.passed:
-        ratio = allowed / found if found > 0 else math.inf
-        return INSIDE[sum(ratio < bound for bound in (1000, 100, 10))][0]
+        share = found / allowed if found > 0 else 0.0
+        return INSIDE[sum(share > bound for bound in SHARES)][0]
     ratio = found / allowed if allowed > 0 else math.inf
     return OUTSIDE[0 if ratio <= 10 else 1 if ratio <= 100 else 2][0]
 
@@ -156,27 +165,32 @@ def _exponent(error: float) -> str:
     return f"{int(f'{error:e}'.split('e')[1])}".replace("-", "−")
 
 
-def _plots(a: np.ndarray | None, b: np.ndarray | None) -> str:
+def _plots(report: Report) -> str:
     """One plot per action dim of the first row of actions [B, T, A]; nothing for models that sample tokens."""
+    a, b = report.actions_a, report.actions_b
     if a is None or b is None:
         return ""
     first, second = (np.asarray(x)[0].astype(np.float64) for x in (a, b))
-    plots = "\n".join(_plot(i, first[:, i], second[:, i]) for i in range(first.shape[1]))
+    dims = first.shape[1] if report.robot_dims is None else report.robot_dims
+    plots = "\n".join(_plot(i, first[:, i], second[:, i], i >= dims) for i in range(first.shape[1]))
+    padding = "" if dims >= first.shape[1] else f" Dims from {dims} on are padding, which the robot does not have."
     key = " ".join(
         f'<svg width="70" height="14" role="img" aria-label="{line.upper()}">'
         f'<polyline class="{line}" points="0,7 44,7"/><text x="52" y="11">{line.upper()}</text></svg>'
         for line in "ab"
     )
+    units = UNITS.get(report.normalization, f"normalized by {escape(str(report.normalization))}")
     return f"""<h2>Sampled actions</h2>
-<p>First row of the batch over the horizon, normalized; the labels are the limits of the vertical axis.</p>
+<p>First row of the batch over the horizon, a step of the robot's control period each, {units};
+the labels are the limits of the vertical axis.{padding}</p>
 <p>{key}</p>
 <div class="plots">
 {plots}
 </div>"""
 
 
-def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
-    """A [T] and B [T] in one plot; values that are not finite leave gaps and are counted."""
+def _plot(dim: int, a: np.ndarray, b: np.ndarray, padding: bool = False) -> str:
+    """A [T] and B [T] in one plot, paler for padding; values that are not finite leave gaps and are counted."""
     width, height = PLOT
     both = np.concatenate([a, b])
     lost = int((~np.isfinite(both)).sum())
@@ -198,10 +212,12 @@ def _plot(dim: int, a: np.ndarray, b: np.ndarray) -> str:
         difference = np.abs(b - a)
     largest = f"{difference.max():.1e}" if np.isfinite(difference).all() else "not a number"
     note = f", {lost} not finite" if lost else ""
-    label = f"dim {dim}: largest difference {largest}{note}"
+    name = f"dim {dim}, padding" if padding else f"dim {dim}"
+    label = f"{name}: largest difference {largest}{note}"
+    kind = ' class="padding"' if padding else ""
     return (
-        f'<svg width="{width + 8}" height="{height + 40}" viewBox="-4 -20 {width + 8} {height + 40}" role="img" '
-        f'aria-label="{label}"><title>{label}</title><text x="0" y="-7">dim {dim}{note}</text>'
+        f'<svg{kind} width="{width + 8}" height="{height + 40}" viewBox="-4 -20 {width + 8} {height + 40}" role="img" '
+        f'aria-label="{label}"><title>{label}</title><text x="0" y="-7">{name}{note}</text>'
         f'<text x="{width}" y="-7" text-anchor="end">{high:.4g}</text>'
         f'<text x="{width}" y="{height + 14}" text-anchor="end">{low:.4g}</text>'
         f'<rect class="frame" width="{width}" height="{height}"/>{"".join(lines)}</svg>'

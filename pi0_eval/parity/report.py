@@ -37,7 +37,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The comparison of B against A, with the sampled actions [B, T, A]; None for π0-FAST, which samples tokens."""
+    """The comparison of B against A, with the sampled actions [B, T, A]; None for π0-FAST, which samples tokens.
+
+    `robot_dims`: how many of the action dims the robot has, the others are padding; None where nothing says it.
+    `normalization`: what 1 means in actions, "quantile" or "zscore"; None where nothing says it.
+    """
 
     a: str
     b: str
@@ -45,6 +49,8 @@ class Report:
     rows: list[Row]
     actions_a: np.ndarray | None = dataclasses.field(repr=False, compare=False)
     actions_b: np.ndarray | None = dataclasses.field(repr=False, compare=False)
+    robot_dims: int | None = None
+    normalization: str | None = None
 
     @property
     def first_failure(self) -> Row | None:
@@ -75,15 +81,23 @@ class Report:
 
     def table(self) -> str:
         """The report as text."""
-        width = max(len(row.stage) for row in self.rows)
         lines = [f"A  {self.a}", f"B  {self.b}", f"computed in {self.dtype}; relative L2", ""]
+        return "\n".join([*lines, *self._lines(self.rows), "", self.verdict])
+
+    def failure(self) -> str:
+        """The verdict and the row it comes from, then the whole table: a test's log may be cut after a few lines."""
+        first = self.first_failure
+        return "\n".join([self.verdict, "", *self._lines([first] if first else []), "", self.table()])
+
+    def _lines(self, rows: list[Row]) -> list[str]:
+        width = max(len(row.stage) for row in self.rows)
         names = ("proof", "A's error", "B's error", "apart", "allowed")
-        lines.append(f"{'stage':<{width}}" + "".join(f"  {name:>9}" for name in names))
-        for row in self.rows:
+        lines = [f"{'stage':<{width}}" + "".join(f"  {name:>9}" for name in names)]
+        for row in rows:
             values = (row.proof, row.error_a, row.error_b, row.apart, row.allowed)
             figures = "".join(f"  {x:9.2e}" for x in values)
             lines.append(f"{row.stage:<{width}}{figures}  {'ok' if row.passed else 'OUT'}")
-        return "\n".join([*lines, "", self.verdict])
+        return lines
 
 
 def numbers(row: Row) -> str:

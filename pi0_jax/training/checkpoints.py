@@ -4,14 +4,17 @@ checkpoints/<step>/params         what is evaluated and exported: the moving ave
 checkpoints/<step>/train_state    what training resumes from, without frozen parameters, which `params` has
 checkpoints/<step>/assets         config.json, norm stats
 checkpoints/<step>/checksums.json of every file, written when the checkpoint is complete
-checkpoints/damaged-<step>        a checkpoint that was found damaged and renamed
+checkpoints/damaged-<step>        a checkpoint that was found damaged and moved there
+
+In a bucket, Orbax writes a checkpoint in its place and, when it is complete, a file that says so; one that is moved
+loses that file first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from convert.checkpoints import COMMITTED, is_complete
 from convert.checksums import CHECKSUMS, WEIGHTS, find_changes, read_checksums, sign
 from convert.formats.orbax import read_orbax
 from pi0.assets import Assets
+from pi0.storage import as_path, move, resolved, upload
 
 BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 
@@ -35,10 +40,12 @@ class AssetsHandler(ocp.CheckpointHandler):
 
     def save(self, directory: Any, args: AssetsSave) -> None:
         if jax.process_index() == 0:
-            args.assets.save(Path(directory))
+            with tempfile.TemporaryDirectory(prefix="pi0-") as folder:
+                args.assets.save(Path(folder))
+                upload(Path(folder), as_path(str(directory)))
 
     def restore(self, directory: Any, args: AssetsRestore | None = None) -> Assets | None:
-        return Assets.load(Path(directory).parent)
+        return Assets.load(as_path(str(directory)).parent)
 
 
 @ocp.args.register_with_handler(AssetsHandler, for_save=True)
@@ -63,7 +70,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, keep_best: bool = False, keep_every: int = 0):
-        self._folder = folder.resolve()
+        self._folder = resolved(folder)
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             best = checkpoint_managers.BestN(
@@ -73,7 +80,10 @@ class Checkpoints:
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), create=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=(lambda metrics: metrics[BEST]) if keep_best else None,  # with it, metrics are kept for a restart
+            best_mode="min",
+            create=True,
         )
         self._manager = ocp.CheckpointManager(
             self._folder, item_names=("params", "train_state", "assets"), options=options
@@ -110,7 +120,7 @@ class Checkpoints:
 
     def _sign_when_complete(self, step: int) -> None:
         self._manager.wait_until_finished()
-        if (self._folder / str(step)).exists():
+        if is_complete(self._folder / str(step)):
             sign(self._folder / str(step))
 
     def restore_newest(self, train_state: Any) -> tuple[int, Any]:
@@ -131,9 +141,10 @@ class Checkpoints:
                     return step, state
                 problem = "it has NaN or infinite values; the run had diverged"
             if jax.process_index() == 0:
-                aside = self._folder / f"damaged-{step}"
+                names = (f"damaged-{step}{i}" for i in ("", *(f"-{n}" for n in range(2, 1000))))
+                aside = next(self._folder / name for name in names if not (self._folder / name).exists())
                 print(f"checkpoint {step} is damaged and put aside as {aside.name}: {problem}")
-                os.replace(folder, aside)
+                move(folder, aside, last=[COMMITTED, CHECKSUMS])
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
             self._manager.reload()
         return 0, None

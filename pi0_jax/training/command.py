@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.experiments import parse_arguments
+from pi0.fetch import cache_dir
+from pi0.storage import as_path
 from pi0_jax.training.preemption import Preempted
 
 EXAMPLES = """examples:
@@ -14,6 +17,7 @@ EXAMPLES = """examples:
   pi0-train --config pi0_metaworld --config.mesh.fsdp=8 --workdir runs/pi0_metaworld
   pi0-train --config my_experiments/towels.py --config.model.action_horizon=20 --workdir runs/towels
   pi0-train --config my_lab.experiments:get_towels --workdir runs/towels
+  pi0-train --config pi0_metaworld --workdir gs://bucket/runs/pi0 --compilation-cache gs://bucket/compiled
 
 files of a run's folder:
   config.json, metrics.jsonl, tensorboard/, images/, checkpoints/<step>/{params,train_state,assets}"""
@@ -27,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         "(pi0/run_config.py). A run resumes from the newest checkpoint in its folder."
     )
     parser = make_parser("pi0-train", description, EXAMPLES)
-    parser.add_argument("--workdir", required=True, type=output_path, help="the run's folder")
+    parser.add_argument("--workdir", required=True, type=output_path, help="the run's folder, gs:// too")
     processes = parser.add_argument_group("several processes", "detected on TPU pods, GKE and SLURM; else give all")
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0")
     processes.add_argument("--process-count", type=int, metavar="N", help="the number of processes")
@@ -37,6 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="replace the run in the folder, once this one has a checkpoint",
     )
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="FOLDER",
+        help="where compiled programs are kept, gs:// too, or none (default: $JAX_COMPILATION_CACHE_DIR, or the "
+        "user's cache)",
+    )
     parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard or Perfetto")
     args, config = parse_arguments(parser, arguments)
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -44,5 +54,20 @@ def main(arguments: list[str] | None = None) -> None:
     from pi0_jax.training.sharding import start_processes
     from pi0_jax.training.train import train
 
+    keep_compiled(args.compilation_cache)
     start_processes(args.coordinator, args.process_count, args.process_index)
     train(config, args.workdir, profile=args.profile, overwrite=args.overwrite)
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Keep compiled programs in `folder` ("none": nowhere; None: a folder of this user, or what JAX is told to).
+
+    A run that is started again then compiles nothing. Raises ValueError for an address that is no bucket's.
+    """
+    import jax
+
+    if folder == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    where = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_dir() / "jax")
+    jax.config.update("jax_compilation_cache_dir", str(as_path(where)))

@@ -21,6 +21,7 @@ from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.filters import FilteredDataset
 from pi0.datasets.mixture import Mixture, split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import RunningStats, dataset_statistics
@@ -139,13 +140,18 @@ class Recordings:
         if skipped:
             episodes = len({problem.episode for problem in skipped})
             print(f"{root}: {episodes} damaged episodes are left out; the first problem is {skipped[0]}")
-        longest = max((episode.length for episode in training.episodes), default=0)
+        longest = int(np.diff(training.starts).max(initial=0))
         if longest < model.action_horizon:
             raise ValueError(
                 f"{root}: the longest of {len(training.episodes)} training episodes has {longest} frames, and "
                 f"model.action_horizon is {model.action_horizon}: no chunk of actions would be whole"
             )
         held_out: Any = validation if validation and len(validation) else None
+        if config.filters:
+            if config.subtasks:
+                raise ValueError(f"{root}: data.filters and data.subtasks cannot be combined; give one of them")
+            held_out = FilteredDataset(held_out, **config.filters) if held_out else None
+            return cls(config, robot, FilteredDataset(training, **config.filters), held_out)
         if file := config.subtasks:
             held_out = AnnotatedDataset(held_out, file) if held_out else None
             return cls(config, robot, AnnotatedDataset(training, file), held_out)
@@ -170,7 +176,7 @@ def load_data(config: RunConfig) -> tuple[Assets, Batches, Batches | None]:
     assets = [make_assets(r.config, norm_stats[r.config.asset_id], config, subtasks) for r in recordings]
     pipelines = [Pipeline.from_assets(a) for a in assets]
     weights = [r.config.weight for r in recordings if r.config.weight is not None] or None
-    training = Mixture([r.training for r in recordings], weights, config.seed)
+    training = Mixture([r.training for r in recordings], weights, config.seed, config.shuffle)
     if config.batch_size > len(training):
         raise ValueError(f"batch_size is {config.batch_size}; with {len(training)} frames it must be 1 to that many")
     batches = Batches(training, pipelines, config.batch_size, config.seed if config.data.augment else None)
@@ -197,7 +203,9 @@ def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, Nor
             )
         if not place and not isinstance(one.training, Questions):
             total = totals.setdefault(asset_id, {})
-            recorded = one.training.dataset if isinstance(one.training, AnnotatedDataset) else one.training
+            recorded = one.training
+            while isinstance(recorded, AnnotatedDataset | FilteredDataset):
+                recorded = recorded.dataset
             for key, stats in dataset_statistics(recorded, one.robot).items():
                 total[key] = total[key] + stats if key in total else stats
     computed = {asset_id: {key: s.norm_stats() for key, s in total.items()} for asset_id, total in totals.items()}

@@ -17,7 +17,9 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from pi0.storage import resolved
 from pi0_jax.training.data import Loader
+from pi0_jax.training.mirror import Mirror, keep_lines
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,8 @@ class Trace:
     def before(self, step: int) -> None:
         """Call before each step."""
         if self._folder is not None and step == self._start + PROFILED.start:
-            jax.profiler.start_trace(self._folder)
+            self._mirror = Mirror(self._folder)
+            jax.profiler.start_trace(self._mirror.folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
@@ -101,11 +104,15 @@ class Trace:
     def __exit__(self, *exception: object) -> None:
         if self._running:
             jax.profiler.stop_trace()
+            self._mirror.__exit__()
             self._running = False
 
 
 class Metrics(ExitStack):
-    """Logs scalars and images by step; all processes of a run but one are `silent` and log nothing."""
+    """Logs scalars and images by step; all processes of a run but one are `silent` and log nothing.
+
+    What an earlier process logged of steps after `start` is replaced: they are done again.
+    """
 
     def __init__(
         self,
@@ -118,9 +125,14 @@ class Metrics(ExitStack):
         silent: bool = False,
     ):
         super().__init__()
-        self._images, self._silent = workdir / "images", silent
-        self._jsonl = Path(os.devnull) if silent else workdir / "metrics.jsonl"
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=not silent)
+        self._silent, self._mirror = silent, self.enter_context(Mirror(workdir))
+        folder = self._mirror.folder
+        self._images = folder / "images"
+        self._jsonl = Path(os.devnull) if silent else folder / "metrics.jsonl"
+        if not silent:
+            keep_lines(workdir / "metrics.jsonl", self._jsonl, start)
+        options: dict[str, Any] = {"write_to_disk": not silent, "purge_step": start + 1}
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), **options)
         self.callback(self._tensorboard.close)
         bar = {"unit": "step", "dynamic_ncols": True, "desc": "training", "disable": silent}
         self._bar = self.enter_context(tqdm(total=total_steps, initial=start, **bar))
@@ -128,8 +140,9 @@ class Metrics(ExitStack):
         if wandb and not silent:
             import wandb as client
 
-            options = {"name": workdir.resolve().name, "id": workdir.resolve().name, "resume": "allow"}
-            self._wandb = client.init(project=wandb, dir=workdir, config=config, **options)
+            name = resolved(workdir).name
+            options = {"name": name, "id": name, "resume": "allow"}
+            self._wandb = client.init(project=wandb, dir=folder, config=config, **options)
             self.callback(self._wandb.finish)
 
     def advance(self, steps: int = 1) -> None:
@@ -152,6 +165,12 @@ class Metrics(ExitStack):
         elif not self._silent:
             line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "/" not in name)
             self._bar.write(f"step {step}: {line}")
+
+    def publish(self, *, wait: bool = False) -> None:
+        """Copy what was logged to the bucket of the run's folder, if that is in one; see `Mirror`."""
+        if not self._silent:
+            self._tensorboard.flush()
+            self._mirror.publish(wait=wait)
 
     def image(self, name: str, step: int) -> Path | None:
         """The PNG file to write an image to, before `show`; None in a silent process."""

@@ -146,6 +146,13 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
 
 
+def local_box(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The smallest box of an array that contains all parts of it which are on this process's devices."""
+    parts: Any = sharding.addressable_devices_indices_map(shape).values()
+    bounds = [[axis.indices(size)[:2] for axis, size in zip(part, shape, strict=True)] for part in parts]
+    return tuple(slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*bounds, strict=True))
+
+
 def global_batch(local: Any, batch_size: int, mesh: Mesh) -> Any:
     """The global arrays of which every process has its `local_rows`."""
     rows = NamedSharding(mesh, ROWS)

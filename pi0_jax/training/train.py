@@ -17,10 +17,11 @@ from flax import nnx
 from convert.checkpoints import open_checkpoint
 from pi0 import numerics
 from pi0.datasets.batches import Batches
+from pi0.datasets.identity import contents_of
 from pi0.observation import Observation
 from pi0.plugins import require_extra
 from pi0.run_config import RecipeConfig, RunConfig
-from pi0.storage import local_path, write_text
+from pi0.storage import as_path, write_text
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.planning import hlo
 from pi0_jax.training.checkpoints import Checkpoints
@@ -32,6 +33,7 @@ from pi0_jax.training.sharding import (
     barrier,
     check_batch,
     global_batch,
+    local_box,
     local_rows,
     make_mesh,
     state_shardings,
@@ -55,7 +57,7 @@ def train(
     or parameters that are not finite, which are never saved; and Preempted after SIGTERM, once a checkpoint is saved.
     """
     # config
-    workdir = local_path(workdir)
+    workdir = as_path(workdir)
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     if config.wandb:
@@ -72,6 +74,7 @@ def train(
 
     # data
     assets, training, validation = load_data(config)
+    contents = [contents_of(source) for source in config.data.sources] if lead else []
     load = functools.partial(
         Loader,
         model=config.model,
@@ -81,7 +84,7 @@ def train(
     )
 
     with (
-        RunFolder(workdir, config, overwrite) as folder,
+        RunFolder(workdir, config, overwrite, contents) as folder,
         closing(
             Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
         ) as checkpoints,
@@ -142,6 +145,7 @@ def train(
                     means = window.means(flops) | {"learning_rate": float(schedule(step))}
                     metrics.write(done, means)
                     last |= means
+                    metrics.publish()
                     window.restart()
                 if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
                     with window.paused():
@@ -149,6 +153,7 @@ def train(
                         metrics.write(done, scalars)
                     last |= scalars
                 if save:
+                    metrics.publish(wait=True)  # not behind the checkpoint: its steps are not done again
                     folder.settle()
                     checkpoints.save(done, inference_params(state), state, assets, last)
                 if stop:
@@ -196,19 +201,26 @@ def init_state(config: RunConfig, optimizer: optax.GradientTransformation, base:
 def read_base(config: RunConfig, shardings: dict[str, Any]) -> dict[str, Any] | None:
     """The nested parameters of `config.base_checkpoint`, in their shardings; None where there is none.
 
-    Parameters that the checkpoint lacks are fresh: LoRA, and the action expert for PaliGemma's own weights. Raises what
-    `open_checkpoint` does.
+    Each process reads the parts that its devices hold, of a bucket straight from there. Parameters that the checkpoint
+    lacks are fresh: LoRA, and the action expert for PaliGemma's own weights. Raises what `open_checkpoint` does.
     """
     if not config.base_checkpoint:
         return None
-    checkpoint = open_checkpoint(config.base_checkpoint, config.model, fresh=config.seed)
+    checkpoint = open_checkpoint(config.base_checkpoint, config.model, fresh=config.seed, in_place=True)
     if checkpoint.fresh and jax.process_index() == 0:
         print(f"newly initialized: {len(checkpoint.fresh)} parameters, {checkpoint.fresh[0]} and others")
     placed = flatten(shardings)
 
     def place(name: str) -> jax.Array:
-        array = checkpoint.ours[name].read(())
-        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
+        tensor, sharding = checkpoint.ours[name], placed[name]
+        box = local_box(sharding, tensor.shape)
+        array, start = tensor.part(box), [axis.start for axis in box]
+
+        def piece(index: Any) -> np.ndarray:
+            bounds = (axis.indices(size)[:2] for axis, size in zip(index, tensor.shape, strict=True))
+            return array[tuple(slice(a - at, b - at) for (a, b), at in zip(bounds, start, strict=True))]
+
+        return jax.make_array_from_callback(tensor.shape, sharding, piece)
 
     return unflatten({name: place(name) for name in checkpoint.ours})
 

@@ -1,52 +1,92 @@
 """The folder of a run: used by one run at a time, resumed by the same config, replaced once the new run can go on.
 
-config.json, metrics.jsonl, tensorboard/, images/, profile/, wandb/, checkpoints/, and
-.lock         of the process that trains in it; the system releases it when the process ends, in whatever way
+config.json, data.json, metrics.jsonl, tensorboard/, images/, profile/, wandb/, checkpoints/, and
+.lock         of the process that trains in it (pi0_jax.training.lock)
 .replaced/    with --overwrite, the files of the run before, until the new one has its first checkpoint
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from convert.checkpoints import COMMITTED, is_complete
+from convert.checksums import CHECKSUMS
 from pi0.assets import Assets, AssetsError
 from pi0.reading import read_json
 from pi0.run_config import RunConfig
-from pi0.storage import write_text
+from pi0.storage import delete, is_bucket, is_folder, move, resolved, write_text
 from pi0_jax.loading import flatten
+from pi0_jax.training.lock import NAME, BucketLock, FileLock, lock
 from pi0_jax.training.sharding import barrier
 
-FILES = ("config.json", "metrics.jsonl", "tensorboard", "images", "profile", "wandb", "checkpoints", "non_finite.json")
-FREE = ("steps", "log_every", "eval_every", "save_every", "keep_", "mesh", "sharding", "wandb", "data.workers")
+FILES = (
+    *("config.json", "data.json", "metrics.jsonl", "tensorboard", "images", "profile", "wandb", "checkpoints"),
+    "non_finite.json",
+)
+MOVING = "moving"  # a file in .replaced while the old run's files are moved there or back
+# The fields that may differ when a run goes on: they change no batch, and no number but by the order of its sums.
+FREE = (
+    *("steps", "log_every", "eval_every", "save_every", "keep_", "wandb"),
+    *("mesh", "sharding", "accumulate", "model.runtime.remat", "data.workers", "data.cache"),
+)
+MOVED = "data.root"  # may differ too, where the data has the same contents
+FREE_OF_SOURCE = ("root", "cache", "workers")  # in the tables of data.mixture
 
 
-def check_workdir(workdir: Path, config: RunConfig, overwrite: bool = False) -> None:
+def check_workdir(
+    workdir: Path, config: RunConfig, overwrite: bool = False, contents: Sequence[str] | None = None
+) -> None:
     """Raise ValueError where a run of `config` can neither begin in `workdir` nor, with `overwrite`, replace its run.
 
     That is a folder of something else, and without `overwrite` one with checkpoints of a config that differs in a field
-    which changes the result.
+    which changes the result, or of datasets with other `contents` (None: they are not known yet).
     """
-    if workdir.exists() and not workdir.is_dir():
+    if workdir.exists() and not is_folder(workdir):
         raise ValueError(f"{workdir} is not a folder; choose another --workdir")
-    if "\\" in str(workdir.resolve()):
+    if "\\" in str(resolved(workdir)):
         raise ValueError(f"{workdir} has a backslash in its path, which tensorstore takes for a slash; choose another")
     before = recorded_config(workdir)
     if before is None or overwrite:
         return
-    was, now = flatten(before.to_dict()), flatten(config.to_dict())
-    names = sorted(was.keys() | now.keys())
-    changed = [n for n in names if was.get(n) != now.get(n) and not n.startswith(FREE)]
+    was, now = _fixed(before), _fixed(config)
+    changed = [n for n in sorted(was.keys() | now.keys()) if was.get(n) != now.get(n)]
+    recorded = recorded_contents(workdir)
+    moved = [source.root for source in before.data.sources] != [source.root for source in config.data.sources]
+    if recorded is None and moved:
+        changed.append(MOVED)
+        was[MOVED], now[MOVED] = before.data.root, config.data.root
     if changed:
         changes = ", ".join(f"{n} was {was.get(n)!r} and is {now.get(n)!r}" for n in changed[:5])
         raise ValueError(f"{workdir} has a run of another config: {changes}; choose another --workdir, or --overwrite")
+    if contents is None or recorded is None:
+        return
+    for source, old, new in zip(config.data.sources, recorded, contents, strict=True):
+        if old != new:
+            raise ValueError(
+                f"{workdir} has a run of other data: {source.root or source.questions} is not what it was when the run "
+                "began; restore it, choose another --workdir, or --overwrite"
+            )
+
+
+def _fixed(config: RunConfig) -> dict[str, object]:
+    """The fields of a config that must be the same when a run goes on, by their dotted names."""
+    values = {n: v for n, v in flatten(config.to_dict()).items() if not n.startswith((*FREE, MOVED))}
+    values["data.mixture"] = [{k: v for k, v in t.items() if k not in FREE_OF_SOURCE} for t in config.data.mixture]
+    return values
+
+
+def recorded_contents(workdir: Path) -> list[str] | None:
+    """What identifies the contents of each dataset of the run in `workdir`; None where it is not recorded."""
+    try:
+        contents = read_json(workdir / "data.json").get("contents")
+    except (FileNotFoundError, ValueError):
+        return None
+    return contents if isinstance(contents, list) else None
 
 
 def recorded_config(workdir: Path) -> RunConfig | None:
@@ -86,81 +126,80 @@ def recorded_config(workdir: Path) -> RunConfig | None:
 
 def completed(workdir: Path) -> list[Path]:
     """The folders of the complete checkpoints, the oldest first."""
-    folders = [f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit() and f.is_dir()]
+    folders = [f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit() and is_complete(f)]
     return sorted(folders, key=lambda folder: int(folder.name))
 
 
 class RunFolder:
     """A context manager of a run's folder: locks it, moves a run that is replaced aside, and writes `config.json`.
 
-    Where the new run ends in an error before its first checkpoint, the old one is put back. Process 0 of a run does all
-    of this, the others wait for it. Raises ValueError as `check_workdir`, and while another run uses the folder.
+    `contents` identify the datasets (`pi0.datasets.identity`). Where the new run ends in an error before its first
+    checkpoint, the old one is put back. Process 0 of a run does all of this, once all others have looked at the folder,
+    and they wait for it. Raises ValueError as `check_workdir`, while another run uses the folder, and where this folder
+    is not the same for all processes.
     """
 
-    def __init__(self, workdir: Path, config: RunConfig, overwrite: bool = False):
+    def __init__(self, workdir: Path, config: RunConfig, overwrite: bool = False, contents: Sequence[str] = ()):
         self._workdir, self._config, self._overwrite = workdir, config, overwrite
+        self._contents = list(contents)
         self._aside = workdir / ".replaced"
-        self._lock: int | None = None
+        self._lock: FileLock | BucketLock | None = None
 
     def __enter__(self) -> RunFolder:
+        barrier("run folder checked")
         if jax.process_index() == 0:
-            self._workdir.mkdir(parents=True, exist_ok=True)
+            if not is_bucket(self._workdir):
+                self._workdir.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._workdir)
             try:
                 self._settle()  # what a run that was killed left
-                check_workdir(self._workdir, self._config, self._overwrite)
+                check_workdir(self._workdir, self._config, self._overwrite, self._contents)
                 if self._overwrite:
-                    self._aside.mkdir()
-                    _move(self._workdir, self._aside)
-                write_text(self._workdir / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
+                    _move(self._workdir, self._aside, self._aside)
+                files = {"data.json": {"contents": self._contents}, "config.json": self._config.to_dict()}
+                for name, values in files.items():
+                    write_text(self._workdir / name, json.dumps(values, indent=2) + "\n")
             except BaseException:
                 self.__exit__()
                 raise
         barrier("run folder")
+        if not (self._workdir / NAME).exists():
+            raise ValueError(
+                f"{self._workdir} of process {jax.process_index()} is not that of process 0: give a --workdir that all "
+                "processes see, such as gs://bucket/path"
+            )
         return self
 
     def settle(self) -> None:
-        """Delete the run that was replaced if this one has a checkpoint."""
-        if jax.process_index() == 0 and self._aside.exists() and completed(self._workdir):
-            shutil.rmtree(self._aside)
+        """Delete the run that was replaced if this one has a checkpoint. Raises ValueError where the lock is lost."""
+        if self._lock is None:
+            return
+        self._lock.check()
+        if self._aside.exists() and not (self._aside / MOVING).exists() and completed(self._workdir):
+            delete(self._aside)
 
     def _settle(self) -> None:
         self.settle()
         if self._aside.exists():
-            _move(self._aside, self._workdir)
-            shutil.rmtree(self._aside)
+            if not (self._aside / MOVING).exists():  # the new run has files there
+                for name in FILES:
+                    delete(self._workdir / name)
+            _move(self._aside, self._workdir, self._aside)
+            delete(self._aside)
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             try:
                 self._settle()
             finally:
-                os.close(self._lock)
+                self._lock.close()
                 self._lock = None
 
 
-def _move(source: Path, target: Path) -> None:
-    """Move a run's files, in place of those of the same names."""
+def _move(source: Path, target: Path, aside: Path) -> None:
+    """Move a run's files. While it does, `aside` has the file MOVING: then each file is in one of both, or in both."""
+    write_text(aside / MOVING, "")
     for name in FILES:
         if (source / name).exists():
-            if (target / name).is_dir():
-                shutil.rmtree(target / name)
-            os.replace(source / name, target / name)
-
-
-def lock(workdir: Path) -> int:
-    """The descriptor of the folder's lock, held until it is closed. Raises ValueError while another run holds it."""
-    file = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(file, 1000, 0).decode("utf-8", "replace").strip()
-        os.close(file)
-        raise ValueError(
-            f"{workdir} is in use by another run ({owner}); wait until it ends, or choose another --workdir"
-        ) from error
-    except OSError as error:
-        print(f"{workdir} cannot be locked on this file system ({error}): start no second run in it")
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return file
+            move(source / name, target / name, last=[f"*/{COMMITTED}", f"*/{CHECKSUMS}"])
+    delete(aside / MOVING)

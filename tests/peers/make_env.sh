@@ -16,5 +16,7 @@ pip=("$folder/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-}
 "${pip[@]}" --no-deps --ignore-requires-python lerobot==0.6.1
 "${pip[@]}" -r "$here/requirements.txt"
 "$folder/bin/python" "$here/rewrite_generics.py"
-"$folder/bin/python" -c "import lerobot.policies.pi0, lerobot.policies.pi05, lerobot.policies.pi0_fast"
+"$folder/bin/python" -c "import sys; sys.path.insert(0, '$here')
+from run_lerobot import import_torchvision; import_torchvision()
+import lerobot.datasets, lerobot.policies.pi0, lerobot.policies.pi05, lerobot.policies.pi0_fast"
 echo "made $folder: PI0_PEERS=$folder pytest tests/peers --run-peers"

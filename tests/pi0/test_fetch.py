@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -10,6 +12,7 @@ import tensorstore as ts
 import pi0.fetch
 from pi0.fetch import fetch
 from pi0.storage import below, local_path
+from tests.bucket import Bucket, times
 
 OBJECTS = {
     "models/base": b"a file that shares its name's beginning",
@@ -21,29 +24,6 @@ OBJECTS = {
 }
 
 
-class Bucket:
-    """A bucket in memory that counts requests, and whose reads fail from the `reads_left`-th on."""
-
-    def __init__(self) -> None:
-        self.store = ts.KvStore.open("memory://").result()
-        for key, value in OBJECTS.items():
-            self.store[key] = value
-        self.reads: list[str] = []
-        self.lists = 0
-        self.reads_left = 100
-
-    def __getitem__(self, key: str) -> bytes:
-        if not self.reads_left:
-            raise ValueError("UNAVAILABLE: connection reset")
-        self.reads_left -= 1
-        self.reads.append(key)
-        return self.store[key]
-
-    def list(self, keys: ts.KvStore.KeyRange) -> Any:
-        self.lists += 1
-        return self.store.list(keys)
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PI0_CACHE", str(tmp_path / "cache"))
@@ -51,10 +31,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def bucket(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    bucket = Bucket()
-    monkeypatch.setattr(pi0.fetch, "_open_bucket", {"shop": bucket}.__getitem__)
+def shop(bucket: Bucket, cache: Path) -> Bucket:
+    put(bucket, OBJECTS)
+    bucket.requests.clear()
     return bucket
+
+
+def put(bucket: Bucket, objects: dict[str, bytes]) -> None:
+    name, _, key = bucket.address.removeprefix("gs://").partition("/")
+    store = ts.KvStore.open({"driver": "gcs", "bucket": name, "path": f"{key}/"}).result()
+    for name, content in objects.items():
+        store[name] = content
+
+
+def downloads(bucket: Bucket) -> list[str]:
+    return [path for method, path in bucket.requests if method == "GET" and "alt=media" in path]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -68,9 +59,9 @@ def test_local_file_and_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["s3://bucket/key", "https://host/file", "gs://bucket", "hf://org", "hf://org@main/x"]
+    "source", ["az://bucket/key", "https://host/file", "gs://bucket", "hf://org", "hf://org@main/x"]
 )
-def test_other_addresses_are_refused(source: str) -> None:
+def test_other_addresses_are_refused(source: str, bucket_server: object) -> None:
     with pytest.raises(ValueError, match=f"{source}.*give"):
         fetch(source)
 
@@ -79,20 +70,23 @@ def test_other_addresses_are_refused(source: str) -> None:
     "source",
     ["gs://shop/../x", "gs://../x/y", "gs://shop/a/../../x", "bundled://../assets.py", "hf://org/repo/../x"],
 )
-def test_addresses_that_lead_out_of_their_root_are_refused(source: str, bucket: Bucket) -> None:
+def test_addresses_that_lead_out_of_their_root_are_refused(source: str, shop: Bucket) -> None:
     with pytest.raises(ValueError, match=r"without '\.\.'|no name of a bucket"):
         fetch(source)
-    assert not bucket.reads
+    assert not shop.requests
 
 
 @pytest.mark.parametrize("name", ["../outside", "models/pi0/../../../outside", "/outside", "models/pi0/params/\0"])
-def test_object_names_that_lead_out_of_the_cache_are_refused(name: str, bucket: Bucket, cache: Path) -> None:
-    """Before any file of the folder is written."""
+def test_names_that_lead_out_of_the_cache_are_refused(name: str, cache: Path) -> None:
     with pytest.raises(ValueError, match="is not a path below"):
         below(cache, name)
-    bucket.store["models/pi0/../../../../../outside"] = b"not in the cache"
+
+
+def test_objects_that_lead_out_of_the_cache_are_refused(shop: Bucket, cache: Path) -> None:
+    """Before any file of the folder is written."""
+    put(shop, {"models/pi0/../../../../../outside": b"not in the cache"})
     with pytest.raises(ValueError, match="is not a path below"):
-        fetch("gs://shop/models/pi0")
+        fetch(f"{shop.address}/models/pi0")
     assert not files(cache.parent)
 
 
@@ -103,30 +97,41 @@ def test_addresses_that_cannot_be_written_to_are_refused(target: str | Path) -> 
     assert local_path("runs/a:b") == Path("runs/a:b")
 
 
-def test_gs_file(bucket: Bucket, cache: Path) -> None:
-    path = fetch("gs://shop/models/base")
-    assert path == cache / "gs/shop/models/base"
+def test_gs_file(shop: Bucket, cache: Path) -> None:
+    path = fetch(f"{shop.address}/models/base")
+    assert path == cache / "gs" / shop.address.removeprefix("gs://") / "models/base"
     assert path.read_bytes() == OBJECTS["models/base"]
-    assert fetch("gs://shop/models/base") == path
-    assert (bucket.lists, len(bucket.reads)) == (1, 1), "asked again for a file that it had"
+    requests = len(shop.requests)
+    assert fetch(f"{shop.address}/models/base") == path
+    assert len(shop.requests) == requests, "asked again for a file that it had"
     assert [p.name for p in cache.iterdir()] == ["gs"], "left a temporary file behind"
 
 
-def test_gs_folder(bucket: Bucket, cache: Path) -> None:
-    path = fetch("gs://shop/models/pi0/params/")
+def test_gs_folder(shop: Bucket) -> None:
+    path = fetch(f"{shop.address}/models/pi0/params/")
     assert files(path) == {"a": b"first", "d/b": b"second", ".fetched": b""}
-    requests = bucket.lists, len(bucket.reads)
-    assert fetch("gs://shop/models/pi0/params") == path
-    assert (bucket.lists, len(bucket.reads)) == requests, "asked again for a folder that it had"
+    requests = len(shop.requests)
+    assert fetch(f"{shop.address}/models/pi0/params") == path
+    assert len(shop.requests) == requests, "asked again for a folder that it had"
 
 
-def test_gs_folder_goes_on_where_it_was_interrupted(bucket: Bucket) -> None:
-    bucket.reads_left = 1
-    with pytest.raises(ConnectionError, match=r"gs://shop/models/pi0.*connection reset.*Check the network"):
-        fetch("gs://shop/models/pi0")
-    bucket.reads_left = 100
-    path = fetch("gs://shop/models/pi0")
-    assert len(bucket.reads) == len(set(bucket.reads)) == 3, "downloaded a file twice"
+def test_gs_folder_in_part_and_again(shop: Bucket) -> None:
+    address = f"{shop.address}/models/pi0"
+    path = fetch(address, wanted=lambda name: not name.startswith("params/d"))
+    assert files(path) == {"params/a": b"first", "params0": b"not in the folder"}
+    put(shop, {"models/pi0/params/a": b"other"})
+    assert files(fetch(address))["params/a"] == b"first"
+    whole = {"params/a": b"other", "params/d/b": b"second", "params0": b"not in the folder", ".fetched": b""}
+    assert files(fetch(address, refresh=True)) == whole
+
+
+def test_gs_folder_goes_on_where_it_was_interrupted(shop: Bucket) -> None:
+    lost = lambda method, path: "403" if "params%2Fd" in path and "alt=media" in path else None  # noqa: E731
+    with shop.fault(lost), pytest.raises(ConnectionError, match=r"made by the test.*Check the network"):
+        fetch(f"{shop.address}/models/pi0")
+    path = fetch(f"{shop.address}/models/pi0")
+    fetched = [path for path in downloads(shop) if "params%2Fd" not in path]
+    assert len(fetched) == len(set(fetched)) == 2, "downloaded a file twice"
     assert files(path) == {
         "params/a": b"first",
         "params/d/b": b"second",
@@ -135,10 +140,44 @@ def test_gs_folder_goes_on_where_it_was_interrupted(bucket: Bucket) -> None:
     }
 
 
-def test_gs_missing(bucket: Bucket, cache: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gs://shop/models/pi: .*no such file or folder"):
-        fetch("gs://shop/models/pi")
+def test_gs_missing(shop: Bucket, cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"models/pi: .*no such file or folder"):
+        fetch(f"{shop.address}/models/pi")
     assert not cache.exists()
+
+
+def test_a_large_file_comes_in_pieces(shop: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when transfers are cut off, or the server is unavailable for a moment."""
+    content = os.urandom(1_000_001)
+    put(shop, {"large": content})
+    monkeypatch.setattr(pi0.fetch, "PIECE", 100_000)
+    cut, unavailable = times(1, "cut", "GET", "alt=media"), times(1, "503", "GET", "alt=media")
+    with shop.fault(lambda *request: cut(*request) or unavailable(*request)):
+        assert fetch(f"{shop.address}/large").read_bytes() == content
+    assert len(downloads(shop)) == 11 + 2
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(shop: Bucket, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(shop, {"large": b"a" * 300})
+    monkeypatch.setattr(pi0.fetch, "PIECE", 100)
+    left = [2]
+
+    def change(method: str, path: str) -> None:
+        left[0] -= "alt=media" in path
+        if not left[0]:
+            left[0] = -1
+            put(shop, {"large": b"b" * 300})
+
+    with shop.fault(change), pytest.raises(ConnectionError, match="changed while it was fetched"):
+        fetch(f"{shop.address}/large")
+    assert not files(cache)
+
+
+def test_more_than_the_disk_has_is_refused(shop: Bucket, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=20))
+    with pytest.raises(OSError, match=r"to fetch, and .* left"):
+        fetch(f"{shop.address}/models/base")
+    assert not files(cache) and not downloads(shop)
 
 
 @pytest.fixture

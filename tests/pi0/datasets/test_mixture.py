@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import collections
 
+import numpy as np
 import pytest
 
-from pi0.datasets.mixture import BLOCK, Mixture, split_episodes
+from pi0.datasets.mixture import BLOCK, SHUFFLES, Mixture, feistel, split_episodes
 
 
 def test_split_by_fraction():
@@ -38,8 +39,9 @@ def test_weights_hold_in_every_block():
         assert counts == {0: BLOCK // 2, 1: BLOCK // 4, 2: BLOCK // 4}
 
 
-def test_every_frame_comes_once_before_any_comes_again():
-    mixture, seen = Mixture(DATASETS, [2, 1, 1]), collections.defaultdict(list)
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_every_frame_comes_once_before_any_comes_again(shuffle: str):
+    mixture, seen = Mixture(DATASETS, [2, 1, 1], shuffle=shuffle), collections.defaultdict(list)
     for position in range(3 * BLOCK):
         dataset, frame = mixture.locate(position)
         seen[dataset].append(frame)
@@ -48,6 +50,31 @@ def test_every_frame_comes_once_before_any_comes_again():
         epochs = [frames[i : i + size] for i in range(0, len(frames) - size + 1, size)]
         assert epochs and all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs[:4]}) == len(epochs[:4]), "each is shuffled anew"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000])
+def test_feistel_is_a_permutation(size: int):
+    orders = {tuple(feistel(i, size, (key, 7)) for i in range(size)) for key in range(5)}
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert size < 16 or len(orders) == 5
+
+
+def test_feistel_looks_random():
+    """Of 2¹⁴ numbers: each sixteenth of positions goes evenly to each sixteenth (χ², 255 degrees: 99.99 % < 345), and
+    the steps between neighbours do not repeat."""
+    size = 2**14
+    order = np.array([feistel(i, size, (0, 1)) for i in range(size)])
+    counts = np.histogram2d(np.arange(size), order, 16, [[0, size], [0, size]])[0]
+    assert ((counts - size / 256) ** 2 / (size / 256)).sum() < 345
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 5 / size**0.5
+    assert np.unique(np.diff(order)).size > size / 2
+
+
+def test_the_same_in_later_versions():
+    """Runs go on in their order: these numbers may not change."""
+    assert [feistel(i, 25_000_000, (0, 1, 0, 3)) for i in (0, 1, 24_999_999)] == [7879524, 17798395, 17756011]
+    orders = [[Mixture(DATASETS, seed=3, shuffle=name).locate(p)[1] for p in (0, 1, 5000)] for name in SHUFFLES]
+    assert orders == [[240, 269, 352], [122, 23, 522]]
 
 
 def test_by_size_and_items():
@@ -86,3 +113,8 @@ def test_impossible_mixtures(datasets: list[range], weights: list[float] | None,
 def test_negative_position():
     with pytest.raises(IndexError, match="-1"):
         Mixture(DATASETS).locate(-1)
+
+
+def test_unknown_shuffle():
+    with pytest.raises(ValueError, match="'riffle'; known are feistel, permutation"):
+        Mixture(DATASETS, shuffle="riffle")

@@ -87,7 +87,7 @@ def test_passed():
     assert all(part in text for part in ("one", "two", "float32", f"pi0 {__version__}", "All numbers"))
     for row in made.rows:
         cell_class, cell_text = page.cell(row.stage)
-        assert (cell_class, cell_text) == ("in2", "−8")
+        assert (cell_class, cell_text) == ("in3", "−8")
         assert any(t == row.stage for a, t in page.all("th") if a.get("scope") == "row") or "layer" in row.stage
     assert len([1 for _, t in page.all("td") if t == "ok"]) == len(made.rows)
 
@@ -99,10 +99,10 @@ def test_failed():
         "first stage out of the budget is prefix layer 1 (4.00e-05 apart, allowed 1.00e-05; 1.00e-15 in float64)"
         in page.all("body")[0][1]
     )
-    assert page.cell("prefix layer 0") == ("in2", "−8")
+    assert page.cell("prefix layer 0") == ("in3", "−8")
     assert page.cell("prefix layer 1") == ("out0 out", "−5 ✗")
     assert page.cell("loss") == ("out2 out", "−2 ✗")
-    assert page.cell("actions") == ("in0", "−6")
+    assert page.cell("actions") == ("in1", "−6")
     assert len([1 for _, t in page.all("strong") if t == "OUT"]) == 2
 
 
@@ -120,7 +120,10 @@ def test_another_function():
     [
         (0.0, 1e-5, ("in3", "0")),
         (1e-9, 1e-5, ("in3", "−9")),
-        (9.99e-7, 1e-5, ("in1", "−7")),
+        (2.5e-6, 1e-5, ("in3", "−6")),
+        (5e-6, 1e-5, ("in2", "−6")),
+        (7.1e-6, 1e-5, ("in1", "−6")),
+        (7.6e-6, 1e-5, ("in0", "−6")),
         (1e-5, 1e-5, ("in0", "−5")),
         (1.001e-5, 1e-5, ("out0 out", "−5 ✗")),
         (5e-4, 1e-5, ("out1 out", "−4 ✗")),
@@ -152,6 +155,21 @@ def test_actions_are_drawn_over_each_other():
         low, high = values.min(), values.max()
         drawn = np.concatenate([points["a"], points["b"]])[:, 1]
         np.testing.assert_allclose(drawn, (high - values) / (high - low) * 110, atol=0.051)
+
+
+def test_padded_dimensions_and_units():
+    html = to_html(report(robot_dims=2, normalization="quantile"))
+    figures = html.split('<div class="plots">')[1].split("</svg>")
+    assert ["padding" in figure for figure in figures[:3]] == [False, False, True]
+    assert "Dims from 2 on are padding" in html and "1 % and 99 % quantiles" in html
+    assert "padding" not in to_html(report()).split("</style>")[1]
+    assert "standard deviation" in to_html(report(normalization="zscore"))
+
+
+def test_the_failing_row_comes_first():
+    lines = report({"loss": 5e-2}).failure().splitlines()
+    assert lines[0].startswith("FAILED: other rounding") and lines[3].startswith("loss ") and lines[3].endswith("OUT")
+    assert len(lines) > 20
 
 
 @pytest.mark.filterwarnings("error")
@@ -229,11 +247,13 @@ def test_command_writes_both_reports(tmp_path: Path):
             write_checkpoint(checkpoint, folder, "pi0_torch")
         ours["action_out_proj.bias"] = ours["action_out_proj.bias"] + np.float32(0.1)
     out = tmp_path / "new" / "reports"
-    options = ["--steps", "2", "--no-gradients", "--json", str(out / "r.json"), "--html", str(out / "r.html")]
+    files = [f"--{kind}={out}/r.{kind}" for kind in ("json", "html", "junit", "badge")]
+    options = ["--quick", *files]
     with pytest.raises(SystemExit) as stop:
         main([*options, "--", str(tmp_path / "a"), str(tmp_path / "b")])
     assert stop.value.code == 1
-    assert sorted(p.name for p in out.iterdir()) == ["r.html", "r.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["r.badge", "r.html", "r.json", "r.junit"]
+    assert "gradients, all" not in (out / "r.json").read_text()  # quick
     page = Document((out / "r.html").read_text(encoding="utf-8"))
     assert page.all("h1")[0][1] == "FAILED"
     assert page.cell("velocity")[0].startswith("out") and page.cell("prefix layer 0")[0].startswith("in")

@@ -34,6 +34,11 @@ def test_what_is_kept(options, kept, tmp_path):
     assert saved(tmp_path, {1: 5.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0, 6: 5.0}, **options) == kept
 
 
+def test_the_best_stays_when_a_run_goes_on(tmp_path):
+    assert saved(tmp_path, {1: 5.0, 2: 1.0, 3: 2.0}, keep=1, keep_best=True) == [2, 3]
+    assert saved(tmp_path, {4: 3.0, 5: 0, 6: 4.0}, keep=1, keep_best=True) == [2, 6]
+
+
 def test_the_best_without_validation(tmp_path):
     assert saved(tmp_path, {1: 0, 2: 0, 3: 0}, keep=1, keep_best=True) == [3]
 

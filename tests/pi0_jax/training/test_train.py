@@ -55,6 +55,18 @@ def test_a_run_leaves_what_it_should(run):
     assert json.loads((workdir / "config.json").read_text())["model"]["kind"] == "pi0"
 
 
+def test_rlds(tmp_path):
+    """Two steps on frames that are kept by filters, with one of three instructions each."""
+    config = get_config("tiny")
+    root = str(Path(__file__).parents[2] / "datasets" / "rlds" / "rlds_array_record")
+    config.data.update({"root": root, "format": "rlds", "robot": "droid", "asset_id": "droid", "cache": ""})
+    config.data.update({"validation_episodes": [], "filters": {"success_only": True, "idle": 0.0}})
+    config.model.action_dim = 8
+    config.optimizer.warmup_steps = 1
+    config.update({"batch_size": 4, "steps": 2, "log_every": 1, "eval_every": 0, "save_every": 2})
+    assert np.isfinite(train(RunConfig.from_dict(config.to_dict()), tmp_path)["loss"])
+
+
 def test_a_checkpoint_carries_everything(run):
     checkpoint = open_checkpoint(run[1] / "checkpoints" / "4")
     assets = checkpoint.assets

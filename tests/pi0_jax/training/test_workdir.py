@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,10 +13,14 @@ import jax.numpy as jnp
 import pytest
 
 from pi0.assets import Assets
+from pi0.datasets.identity import contents_of
 from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
+from pi0_jax.training.lock import lock
 from pi0_jax.training.train import train
-from pi0_jax.training.workdir import RunFolder, lock, recorded_config
+from pi0_jax.training.workdir import RunFolder, recorded_config
 from tests.pi0_jax.training.test_train import small_config
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +51,13 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     held = lock(tmp_path)
     with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on .*\); wait"):
         lock(tmp_path)
-    os.close(held)
-    os.close(lock(tmp_path))
+    held.close()
+    lock(tmp_path).close()
 
 
 def test_the_lock_of_a_process_that_was_killed(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from pi0_jax.training.workdir import lock; "
-    script += "lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(100)"
+    script = "import sys, time; from pathlib import Path; from pi0_jax.training.lock import lock; "
+    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(100)"
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(ValueError, match=f"process {other.pid} on"):
@@ -129,7 +134,7 @@ def test_a_run_that_was_killed_while_it_replaced_another(run: Path) -> None:
     before = contents(run)
     folder = RunFolder(run, small_config(batch_size=4), overwrite=True)
     folder.__enter__()
-    os.close(folder._lock)  # as by SIGKILL
+    folder._lock.close()  # as by SIGKILL
     assert not (run / "checkpoints").exists()
     with pytest.raises(ValueError, match="batch_size was 8 and is 4"):
         train(small_config(batch_size=4), run)
@@ -179,3 +184,42 @@ def test_checksums_that_were_lost_or_emptied(run: Path, capsys) -> None:
     assert (step / CHECKSUMS).exists()
     (step / "params" / "d" / "more").write_text("of somebody else")
     assert damage(step) == "params/d/more is not listed in checksums.json"
+
+
+def test_what_may_change_when_a_run_goes_on(run: Path, tmp_path: Path) -> None:
+    """What changes no batch: also the place of the data, but not what is in it."""
+    import shutil
+
+    data = Path(shutil.copytree(ROOT / "pi0" / "sample" / "metaworld_v30", tmp_path / "moved"))
+    config = small_config(steps=2, eval_every=0)
+    same = {"cache": "memory", "root": str(data), "workers": 0}
+    remat = "none" if config.model.runtime.remat != "none" else "full"
+    runtime = dataclasses.replace(config.model.runtime, remat=remat)
+    moved = dataclasses.replace(
+        config,
+        accumulate=2,
+        data=dataclasses.replace(config.data, **same),
+        model=dataclasses.replace(config.model, runtime=runtime),
+    )
+    contents = [contents_of(source) for source in config.data.sources]
+    assert contents == [contents_of(source) for source in moved.data.sources]
+    with RunFolder(run, moved, contents=contents):
+        pass
+    (data / "meta" / "info.json").write_text((data / "meta" / "info.json").read_text() + " ")
+    other = [contents_of(source) for source in moved.data.sources]
+    with pytest.raises(ValueError, match=r"other data: .*moved is not what it was when the run began"):
+        RunFolder(run, moved, contents=other).__enter__()
+    (run / "data.json").unlink()  # of a run that was begun by an earlier version
+    with pytest.raises(ValueError, match=r"another config: data.root was"):
+        RunFolder(run, moved, contents=contents).__enter__()
+
+
+def test_metrics_of_steps_that_are_done_again_are_replaced(run: Path) -> None:
+    """Also lines that were cut off."""
+    file = run / "metrics.jsonl"
+    before = file.read_text()
+    file.write_text(before + json.dumps({"step": 3, "loss": 1.0}) + "\n" + '{"step": 3, "lo')
+    train(small_config(steps=3, eval_every=0), run)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.read_text().startswith(before) and [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["loss"] != 1.0

@@ -1,0 +1,95 @@
+"""Checkpoints in a bucket: converted, inspected and read there, each in the parts that are needed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert.checkpoints import open_checkpoint, read_tensors
+from convert.conversion import main
+from convert.inspection import inspect
+from convert.tensors import CheckpointError
+from pi0.storage import as_path, list_files, upload
+from tests.bucket import Bucket
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pi0" / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PI0_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def parameters(source: str | Path, **options: bool) -> dict[str, bytes]:
+    return {name: tensor.read(()).tobytes() for name, tensor in open_checkpoint(source, **options).ours.items()}
+
+
+def names(folder: Path) -> set[str]:
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("to", ["pi0_torch", "pi0_jax"])
+def test_converted_from_a_bucket_to_a_bucket(to: str, bucket: Bucket, cache: Path, capsys) -> None:
+    upload(GOLDEN, as_path(f"{bucket.address}/base"))
+    source, target = f"{bucket.address}/base", f"{bucket.address}/made"
+    main([source, target, "--to", to])
+    assert parameters(target, in_place=True) == parameters(GOLDEN)
+    assert not any(n.endswith(".safetensors") or "params" in n for n in names(cache)), "weights were fetched"
+    assert parameters(target) == parameters(GOLDEN)  # fetched
+    with pytest.raises(SystemExit):
+        main([source, target, "--to", to])
+    assert "exists already" in capsys.readouterr().err
+    main([source, target, "--to", "pi0_jax", "--overwrite"])
+    assert not any(n.endswith(".safetensors") for n in list_files(as_path(target)))
+    assert parameters(target, in_place=True) == parameters(GOLDEN)
+    with pytest.raises(SystemExit):
+        main([target, target, "--to", to, "--overwrite"])
+    assert "lies in the source" in capsys.readouterr().err
+
+
+def test_the_folder_of_weights_itself(bucket: Bucket) -> None:
+    upload(GOLDEN, as_path(f"{bucket.address}/base"))
+    found = open_checkpoint(f"{bucket.address}/base/params", in_place=True)
+    assert found.assets.norm_stats is None or found.assets.norm_stats
+    assert {n: t.read(()).tobytes() for n, t in found.ours.items()} == parameters(GOLDEN)
+    assert inspect(f"{bucket.address}/base/params").parameters == inspect(GOLDEN).parameters
+
+
+def test_nothing_there(bucket: Bucket) -> None:
+    for in_place in (True, False):
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            read_tensors(f"{bucket.address}/gone", in_place=in_place)
+
+
+def test_a_part_is_all_that_is_read(bucket: Bucket, tmp_path: Path) -> None:
+    """Of a safetensors file its rows; of Orbax the chunks."""
+    main([str(GOLDEN), str(tmp_path / "torch"), "--to", "pi0_torch"])
+    upload(tmp_path / "torch", as_path(f"{bucket.address}/torch"))
+    tensors = read_tensors(f"{bucket.address}/torch", in_place=True).tensors
+    whole = read_tensors(tmp_path / "torch").tensors
+    for index in ((), (1,), (-1,), (slice(1, 3),), (slice(2, 0, -1),), (slice(0, 0),), (slice(None), 0)):
+        for name, tensor in whole.items():
+            if len(tensor.shape) > max(len(index) - 1, 0) and min(tensor.shape, default=0) > 2:
+                np.testing.assert_array_equal(tensors[name].read(index), tensor.read(index), err_msg=f"{name} {index}")
+
+
+def test_boxes_of_parameters(tmp_path: Path) -> None:
+    """`Tensor.part`, in every layout."""
+    main([str(GOLDEN), str(tmp_path / "torch"), "--to", "pi0_torch"])
+    for source in (GOLDEN, tmp_path / "torch"):
+        for name, tensor in open_checkpoint(source).ours.items():
+            box = tuple(slice(size // 2, size) for size in tensor.shape)
+            np.testing.assert_array_equal(tensor.part(box), tensor.read(())[box], err_msg=name)
+
+
+def test_damaged_in_the_bucket(bucket: Bucket, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-10])
+    upload(tmp_path / "damaged", as_path(f"{bucket.address}/damaged"))
+    with pytest.raises(CheckpointError, match="cannot be"):
+        parameters(f"{bucket.address}/damaged", in_place=True)
