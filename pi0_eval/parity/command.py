@@ -6,6 +6,7 @@ import argparse
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pi0.command import exit_on_error, make_parser, output_path
@@ -13,9 +14,10 @@ from pi0.config import DTYPES
 from pi0.storage import write_text
 from pi0_eval.parity.ci import to_badge, to_json, to_junit
 from pi0_eval.parity.compare import compare, compare_all
+from pi0_eval.parity.explain import explain
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.report import Report, matrix_table
-from pi0_eval.parity.sides import FRAMEWORKS, Side
+from pi0_eval.parity.sides import FRAMEWORKS, Side, SideError
 
 SILENCE = 3.0  # seconds without a line before the last one is repeated
 
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         words = "framework, plain or sampler, attention, dtype, device, (un)compiled, with colons between them"
         parser.add_argument(f"--side-{side}", type=Side.parse, default=Side(), help=f"how {side.upper()} runs: {words}")
     parser.add_argument("--matrix", action="store_true", help="compare A with every way to run B, in one table")
+    parser.add_argument("--explain", action="store_true", help="of a failure, name the first operation that parts")
     parser.add_argument("--inputs", type=Path, help="npz file with an observation's keys, actions, noise, time")
     parser.add_argument(
         "--quick", action="store_true", help="2 steps and no gradients: for a first look, or every push"
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--junit", type=output_path, help="write a test case for each stage as JUnit XML")
     parser.add_argument("--badge", type=output_path, help="write the JSON of a shields.io endpoint badge")
     args = parser.parse_args(arguments)
+    if args.explain and (args.matrix or {args.side_a.path, args.side_b.path} != {"plain"}):
+        raise SideError("--explain is for two plain sides: samplers record no operations")
     if args.matrix and args.html:
         raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
     for file in filter(None, (args.json, args.html, args.junit, args.badge)):  # fail before the work, not after it
@@ -69,12 +74,23 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         (report,) = reports.values()
         print(report.table())
+        if args.explain and not report.passed:
+            print(explanation(args, report))
         if args.html:
             write_text(args.html, to_html(report))
     for file, form in ((args.json, to_json), (args.junit, to_junit), (args.badge, to_badge)):
         if file:
             write_text(file, form(reports).rstrip() + "\n")
     sys.exit(0 if all(report.passed for report in reports.values()) else 1)
+
+
+def explanation(args: argparse.Namespace, report: Report) -> str:
+    """The operation at which a comparison fails."""
+    named = (args.side_a, args.framework_a), (args.side_b, args.framework_b)
+    side_a, side_b = (replace(side, framework=side.framework or framework) for side, framework in named)
+    steps = args.steps if args.steps is not None else 2 if args.quick else 10
+    chosen = {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": steps}
+    return explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen)
 
 
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, Report]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
+from pi0.recording import record, section
 from pi0_jax.models.layers import Linear, attention, cast, constrain_rows, gelu, remat
 from pi0_jax.models.lora import at_least_float32, make_lora
 
@@ -49,7 +50,8 @@ class AdaptiveRMSNorm(nnx.Module):
         self, x: Float[Array, "B T W"], condition: Float[Array, "B W"] | None
     ) -> tuple[Float[Array, "B T W"], Float[Array, "B 1 W"]]:
         assert condition is not None, "an adaptive norm needs a condition"
-        scale, shift, gate = jnp.split(self.modulation(condition)[:, None], 3, axis=-1)
+        modulation = record("modulation", self.modulation(condition))
+        scale, shift, gate = jnp.split(modulation[:, None], 3, axis=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).astype(self.dtype), gate
 
@@ -66,7 +68,7 @@ Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]  # sine
 def rotation(positions: Int[Array, "B T"], head_dim: int, dtype: str) -> Rotation:
     """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
     angles = positions[..., None, None] / cast(jnp.asarray(numerics.rope_timescale(head_dim)), "rope", dtype)
-    return jnp.sin(angles), jnp.cos(angles)
+    return record("sine", jnp.sin(angles)), record("cosine", jnp.cos(angles))
 
 
 def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation, dtype: str) -> Float[Array, "B T N H"]:
@@ -92,8 +94,9 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B T W"], rotation: Rotation) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        return apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype), v
+        q, k, v = record("query", self.query(x)), record("key", self.key(x)), record("value", self.value(x))
+        q, k = apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype)
+        return record("RoPE of query", q), record("RoPE of key", k), v
 
 
 class MLP(nnx.Module):
@@ -107,7 +110,8 @@ class MLP(nnx.Module):
         self.down = Linear((mlp_dim,), (width,), bias=False, dtype=dtype, rngs=rngs, lora=lora("m", "d"))
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
-        return self.down(gelu(self.gate(x)) * self.up(x))
+        gate, up = record("MLP gate", self.gate(x)), record("MLP up", self.up(x))
+        return self.down(record("GELU", gelu(gate)) * up)
 
 
 class Block(nnx.Module):
@@ -187,7 +191,10 @@ def joint_layer(
     insulated: bool,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
+    section("layer")
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
+    record("attention norm", normed)
+    record("gate of attention", gates)
     projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
     if cached is not None and slot is not None:
@@ -202,9 +209,11 @@ def joint_layer(
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]]
         start += x.shape[1]
-        x = gated_residual(x, block.attention.out(own), gate)
+        x = record("attention residual", gated_residual(x, record("out projection", block.attention.out(own)), gate))
         y, gate = block.mlp_norm(x, condition)
-        outs.append(gated_residual(x, block.mlp(y), gate))
+        record("MLP norm", y)
+        y = record("MLP down", block.mlp(y))
+        outs.append(record("MLP residual", gated_residual(x, y, record("gate of MLP", gate))))
     return outs, (k, v)
 
 
@@ -251,10 +260,12 @@ def joint_forward(
         )
         return xs, (keys_values, None if stages is None else xs)
 
+    section("RoPE")
     rotations = [rotation(p, e.head_dim, e.dtype) for e, p in zip(experts, positions, strict=True)]
     xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
     xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
     if stages is not None:
         stages.update({f"layers.{i}": output for i, output in enumerate(outputs)})
+    section("out")
     outs = [e.final_norm(x, c)[0] for e, x, c in zip(experts, xs, conditions, strict=True)]
-    return outs, cache
+    return record("final norm", outs), cache

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from pi0 import numerics
+from pi0.recording import record
 from pi0_jax.models.lora import LoRA, at_least_float32
 
 AXES = ("data", "fsdp", "tensor")  # of the mesh, see `pi0_jax.training.sharding`
@@ -110,12 +111,13 @@ def attention(
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     accumulator = numerics.rounding("attention_logits", q.dtype.name)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=accumulator) * head_dim**-0.5
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=accumulator)
+    logits = record("logits", products * head_dim**-0.5)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, numerics.MASKED_LOGIT)
+        logits = jnp.where(record("mask", mask)[:, None, None], logits, numerics.MASKED_LOGIT)
     probabilities = cast(jax.nn.softmax(logits, axis=-1), "attention_probabilities", v.dtype.name)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
-    return out.reshape(batch, queries, heads, head_dim)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", record("softmax", probabilities), v)
+    return record("attention", out.reshape(batch, queries, heads, head_dim))
 
 
 def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
+from pi0.recording import record
 
 
 def at_least_float32(x: Array) -> Array:
@@ -40,7 +41,7 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x = jnp.einsum(self.first, x.astype(self.dtype), self.a[...].astype(self.dtype))
-        return jnp.einsum(self.second, x, self.b[...].astype(self.dtype)) * self.scale
+        return record("LoRA", jnp.einsum(self.second, x, self.b[...].astype(self.dtype)) * self.scale)
 
     def update(self) -> Float[Array, "..."]:
         """a·b × scale in the kernel's axes (after those of stacked layers), float32."""

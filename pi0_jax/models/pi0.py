@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0_jax.models.flow import FlowModel, SuffixSteps
 
 
@@ -26,11 +27,12 @@ class Pi0(FlowModel):
         self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
     ) -> tuple[Float[Array, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
-        tokens = self.action_in_proj(x_t)
+        tokens = record("action_in_proj", self.action_in_proj(x_t))
         embedded = jnp.broadcast_to(self.embed_time(time, tokens.shape[-1])[:, None], tokens.shape)
-        tokens = self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1))
-        tokens = self.action_time_mlp_out(nnx.silu(tokens))
-        return jnp.concatenate([self.state_proj(observation.state)[:, None], tokens], axis=1), None
+        tokens = record("action_time_mlp_in", self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1)))
+        tokens = record("action_time_mlp_out", self.action_time_mlp_out(nnx.silu(tokens)))
+        state = record("state_proj", self.state_proj(observation.state))
+        return jnp.concatenate([state[:, None], tokens], axis=1), None
 
     def suffix_steps(self, times: Float[Array, " E"]) -> SuffixSteps:
         """The time's half of `action_time_mlp_in` is a bias, the actions' half multiplies `action_in_proj`."""

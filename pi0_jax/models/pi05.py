@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0.run_config import RecipeConfig
 from pi0_jax.models.decoding import written
 from pi0_jax.models.flow import FlowModel, SuffixSteps, interpolate
@@ -31,8 +32,8 @@ class Pi05(FlowModel):
         self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
     ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"]]:
         """Tokens of the action expert, T actions, and the condition of its norms."""
-        tokens = self.action_in_proj(x_t)
-        return tokens, self.condition(time)
+        tokens = record("action_in_proj", self.action_in_proj(x_t))
+        return tokens, record("condition", self.condition(time))
 
     def condition(self, time: Float[Array, " B"]) -> Float[Array, "B W"]:
         """The condition of the action expert's adaptive norms."""

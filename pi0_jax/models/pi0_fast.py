@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0 import numerics
 from pi0.masks import block_mask
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0.run_config import RecipeConfig
 from pi0_jax.models.vision_language import VisionLanguageModel
 
@@ -46,8 +47,9 @@ class Pi0Fast(VisionLanguageModel):
         blocks = self.text_blocks(observation)[:, :-1]
         pre_logits, _ = self.read_prefix(inputs, valid, block_mask(blocks, valid), stages)
         targets, wanted = observation.tokenized_prompt[:, 1:], observation.token_loss_mask[:, 1:]
-        logits = self.paligemma.logits(pre_logits[:, -targets.shape[1] :])
+        logits = record("vocabulary logits", self.paligemma.logits(pre_logits[:, -targets.shape[1] :]))
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        record("log probabilities", log_p)
         loss = -(log_p * wanted).sum(axis=1) / jnp.maximum(wanted.sum(axis=1), 1)
         if stages is not None:
             stages.update(

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
+from pi0.recording import record, section
 from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, constrain_rows, gelu, remat
 
 
@@ -27,7 +28,8 @@ class SelfAttention(nnx.Module):
         self.out = Linear(heads, (width,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        return self.out(attention(self.query(x), self.key(x), self.value(x), None, self.implementation))
+        q, k, v = record("query", self.query(x)), record("key", self.key(x)), record("value", self.value(x))
+        return record("out projection", self.out(attention(q, k, v, None, self.implementation)))
 
 
 class MLP(nnx.Module):
@@ -39,7 +41,7 @@ class MLP(nnx.Module):
         self.down = Linear((mlp_dim,), (width,), bias=True, dtype=config.runtime.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        return self.down(gelu(self.up(x)))
+        return record("MLP down", self.down(record("GELU", gelu(record("MLP up", self.up(x))))))
 
 
 class Block(nnx.Module):
@@ -52,8 +54,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = record("attention residual", x + self.attention(record("attention norm", self.attention_norm(x))))
+        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x))))
 
 
 class PatchEmbedding(nnx.Module):
@@ -98,13 +100,15 @@ class SigLIP(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Image tokens. `stages`, where given, receives `vision.layers` [L, B, S, W]."""
         position = cast(self.position_embedding[...], "patches", self.dtype)
-        x = (self.patch_embedding(image) + position).astype(self.dtype)
+        x = (record("patches", self.patch_embedding(image)) + position).astype(self.dtype)
 
         def layer(x: Array, block: Block) -> tuple[Array, Array | None]:
+            section("vision layer")
             x = block(constrain_rows(x))
             return x, None if stages is None else x
 
         x, outputs = jax.lax.scan(remat(layer, self.remat), x, self.layers)
         if stages is not None:
             stages["vision.layers"] = outputs
-        return self.head(self.final_norm(x))
+        section("image tokens")
+        return record("head", self.head(record("final norm", self.final_norm(x))))

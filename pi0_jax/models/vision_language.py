@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
+from pi0.recording import record, section
 from pi0_jax.models.decoding import decode
 from pi0_jax.models.gemma import Cache, Expert, joint_forward
 from pi0_jax.models.layers import cast, constrain_rows
@@ -48,15 +49,17 @@ class VisionLanguageModel(nnx.Module):
         self, observation: Observation, stages: dict[str, Array] | None = None
     ) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
         """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
+        section("images")
         keys = self.config.image_keys
         images = jnp.stack([pixels(observation.images[key], self.config.runtime.dtype) for key in keys], axis=1)
-        batch, cameras = images.shape[:2]
+        batch, cameras = record("pixels", images).shape[:2]
         images = constrain_rows(images.reshape(batch * cameras, *images.shape[2:]))
         tokens = self.vision(images, stages)
         masks = jnp.stack([observation.image_masks[key] for key in keys], axis=1)
         masks = jnp.repeat(masks, tokens.shape[1], axis=1)
         tokens = tokens.reshape(batch, -1, tokens.shape[-1])
-        text = self.paligemma.embed(observation.tokenized_prompt)
+        section("text")
+        text = record("embedding", self.paligemma.embed(observation.tokenized_prompt))
         if stages is not None:
             stages["image_tokens"] = tokens
         return (

@@ -17,6 +17,7 @@ from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.masks import block_mask
 from pi0.observation import Observation
+from pi0.recording import record, section
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.gemma import Cache, Expert, joint_forward
 from pi0_torch.models.layers import Linear, cast
@@ -88,7 +89,8 @@ class FlowModel(VisionLanguageModel):
 
     def embed_time(self, time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
         """`embed_time` with the periods and in the dtype of this model."""
-        return embed_time(time, width, self.config.time_periods, self.config.runtime.dtype)
+        embedded = embed_time(time, width, self.config.time_periods, self.config.runtime.dtype)
+        return record("time", embedded)
 
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
         """`embed_suffix` at some times, but for what depends on the observation."""
@@ -100,7 +102,8 @@ class FlowModel(VisionLanguageModel):
 
     def read_velocity(self, suffix_out: Float[Tensor, "B S W"], horizon: int) -> Float[Tensor, "B T A"]:
         """The velocity of the last T suffix outputs, float32."""
-        return self.action_out_proj(suffix_out[:, -horizon:])
+        section("velocity")
+        return record("action_out_proj", self.action_out_proj(suffix_out[:, -horizon:]))
 
     def compute_loss(
         self,
@@ -114,8 +117,12 @@ class FlowModel(VisionLanguageModel):
 
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
+        section("actions and noise")
         x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
+        record("x_t", x_t)
+        record("target", target)
         prefix, prefix_valid = self.embed_prefix(observation, stages)
+        section("suffix")
         suffix, condition = self.embed_suffix(observation, x_t, time)
         split, horizon = prefix.shape[1], x_t.shape[1]
         blocks = F.pad(self.suffix_blocks(horizon), (split, 0)).to(prefix.device)
@@ -130,7 +137,7 @@ class FlowModel(VisionLanguageModel):
             stages=stages,
         )
         velocity = self.read_velocity(suffix_out, horizon)
-        loss = (velocity - target).square().mean(-1)
+        loss = record("loss", (velocity - target).square().mean(-1))
         if stages is not None:
             stages.update(
                 prefix_tokens=prefix,
@@ -195,9 +202,11 @@ class FlowModel(VisionLanguageModel):
 
         def step(x_t: Tensor, time: float) -> Tensor:
             times = torch.full(noise.shape[:1], time, dtype=torch.float32, device=noise.device)
+            section("suffix")
             suffix, condition = self.embed_suffix(observation, x_t, times)
             (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
-            return x_t + float(np.float32(-1 / num_steps)) * self.read_velocity(out, horizon)
+            x_t = x_t + float(np.float32(-1 / num_steps)) * self.read_velocity(out, horizon)
+            return record("Euler step", x_t)
 
         x_t = cast(noise, "action_projections", self.config.runtime.dtype)
         for time in numerics.euler_times(num_steps):

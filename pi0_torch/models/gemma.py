@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
+from pi0.recording import record, section
 from pi0_torch.models.layers import Linear, attention, cast, dtype_name, gelu, remat
 from pi0_torch.models.lora import at_least_float32, make_lora
 
@@ -51,7 +52,8 @@ class AdaptiveRMSNorm(nn.Module):
         self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"] | None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B 1 W"]]:
         assert condition is not None, "an adaptive norm needs a condition"
-        scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
+        modulation = record("modulation", self.modulation(condition))
+        scale, shift, gate = modulation[:, None].chunk(3, dim=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate
 
@@ -69,7 +71,7 @@ def rotation(positions: Int[Tensor, "B T"], head_dim: int, dtype: str) -> Rotati
     """The sines and cosines by which RoPE rotates heads at `positions`, float32."""
     timescale = torch.from_numpy(numerics.rope_timescale(head_dim)).to(positions.device)
     angles = positions[..., None, None] / cast(timescale, "rope", dtype)
-    return angles.sin(), angles.cos()
+    return record("sine", angles.sin()), record("cosine", angles.cos())
 
 
 def apply_rope(x: Float[Tensor, "B T N H"], rotation: Rotation, dtype: str) -> Float[Tensor, "B T N H"]:
@@ -97,7 +99,9 @@ class Attention(nn.Module):
     def project(self, x: Float[Tensor, "B T W"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
-        return apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype), v
+        q, k, v = record("query", q), record("key", k), record("value", v)
+        q, k = apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype)
+        return record("RoPE of query", q), record("RoPE of key", k), v
 
 
 class MLP(nn.Module):
@@ -112,7 +116,8 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=False, dtype=dtype, lora=lora("m", "d"))
 
     def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
-        return self.down(gelu(self.gate(x)) * self.up(x))
+        gate, up = record("MLP gate", self.gate(x)), record("MLP up", self.up(x))
+        return self.down(record("GELU", gelu(gate)) * up)
 
 
 class Block(nn.Module):
@@ -189,7 +194,10 @@ def joint_layer(
     insulated: bool,
 ) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
     """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
+    section("layer")
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
+    record("attention norm", normed)
+    record("gate of attention", gates)
     projected = [b.attention.project(x, r) for b, x, r in zip(blocks, normed, rotations, strict=True)]
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
     if cached is not None and slot is not None:
@@ -201,9 +209,11 @@ def joint_layer(
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]].flatten(-2)
         start += x.shape[1]
-        x = gated_residual(x, block.attention.out(own), gate)
+        x = record("attention residual", gated_residual(x, record("out projection", block.attention.out(own)), gate))
         y, gate = block.mlp_norm(x, condition)
-        outs.append(gated_residual(x, block.mlp(y), gate))
+        record("MLP norm", y)
+        y = record("MLP down", block.mlp(y))
+        outs.append(record("MLP residual", gated_residual(x, y, record("gate of MLP", gate))))
     return outs, (k, v)
 
 
@@ -243,6 +253,7 @@ def joint_forward(
     """
     layer = remat(joint_layer, experts[0].remat)
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    section("RoPE")
     rotations = [rotation(p, e.head_dim, dtype_name(x)) for e, p, x in zip(experts, positions, xs, strict=True)]
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
@@ -252,5 +263,6 @@ def joint_forward(
         new_cache.append(keys_values)
     if stages is not None:
         stages.update({f"layers.{i}": torch.stack(output) for i, output in enumerate(zip(*outputs, strict=True))})
+    section("out")
     outs = [e.final_norm(x, c)[0] for e, x, c in zip(experts, xs, conditions, strict=True)]
-    return outs, new_cache
+    return record("final norm", outs), new_cache

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0 import numerics
+from pi0.recording import record
 from pi0_torch.models.lora import LoRA, at_least_float32
 
 
@@ -84,12 +85,12 @@ def attention(
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     q, k = cast(q, "attention_logits", dtype_name(q)), cast(k, "attention_logits", dtype_name(k))
-    logits = torch.einsum("BTKGH,BSKH->BKGTS", q, k) * head_dim**-0.5
+    logits = record("logits", torch.einsum("BTKGH,BSKH->BKGTS", q, k) * head_dim**-0.5)
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None], numerics.MASKED_LOGIT)
+        logits = logits.masked_fill(~record("mask", mask)[:, None, None], numerics.MASKED_LOGIT)
     probabilities = cast(logits.softmax(dim=-1), "attention_probabilities", dtype_name(v))
-    out = torch.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
-    return out.reshape(batch, queries, heads, head_dim)
+    out = torch.einsum("BKGTS,BSKH->BTKGH", record("softmax", probabilities), v)
+    return record("attention", out.reshape(batch, queries, heads, head_dim))
 
 
 def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
+from pi0.recording import record
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -37,7 +38,8 @@ class LoRA(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))
-        return torch.einsum(self.second, x, self.b.to(self.dtype)).flatten(-self.out_ndim) * self.scale
+        x = torch.einsum(self.second, x, self.b.to(self.dtype))
+        return record("LoRA", x * self.scale).flatten(-self.out_ndim)
 
     def update(self) -> Float[Tensor, "out in"]:
         """a·b × scale in the weight's axes, heads flat, float32."""

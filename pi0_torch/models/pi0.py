@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0_torch.models.flow import FlowModel, SuffixSteps
 
 
@@ -27,11 +28,12 @@ class Pi0(FlowModel):
         self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
-        tokens = self.action_in_proj(x_t)
+        tokens = record("action_in_proj", self.action_in_proj(x_t))
         embedded = self.embed_time(time, tokens.shape[-1])[:, None].expand_as(tokens)
-        tokens = self.action_time_mlp_in(torch.cat([tokens, embedded], dim=-1))
-        tokens = self.action_time_mlp_out(F.silu(tokens))
-        return torch.cat([self.state_proj(observation.state)[:, None], tokens], dim=1), None
+        tokens = record("action_time_mlp_in", self.action_time_mlp_in(torch.cat([tokens, embedded], dim=-1)))
+        tokens = record("action_time_mlp_out", self.action_time_mlp_out(F.silu(tokens)))
+        state = record("state_proj", self.state_proj(observation.state))
+        return torch.cat([state[:, None], tokens], dim=1), None
 
     def suffix_steps(self, times: Float[Tensor, " E"]) -> SuffixSteps:
         """The time's half of `action_time_mlp_in` is a bias, the actions' half multiplies `action_in_proj`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.decoding import written
 from pi0_torch.models.flow import FlowModel, SuffixSteps, interpolate
@@ -31,8 +32,8 @@ class Pi05(FlowModel):
         self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B S W"], Float[Tensor, "B W"]]:
         """Tokens of the action expert, T actions, and the condition of its norms."""
-        tokens = self.action_in_proj(x_t)
-        return tokens, self.condition(time)
+        tokens = record("action_in_proj", self.action_in_proj(x_t))
+        return tokens, record("condition", self.condition(time))
 
     def condition(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
         """The condition of the action expert's adaptive norms."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from pi0 import numerics
 from pi0.masks import block_mask
 from pi0.observation import Observation
+from pi0.recording import record
 from pi0.run_config import RecipeConfig
 from pi0_torch.models.vision_language import VisionLanguageModel
 
@@ -47,8 +48,9 @@ class Pi0Fast(VisionLanguageModel):
         blocks = self.text_blocks(observation)[:, :-1]
         pre_logits, _ = self.read_prefix(inputs, valid, block_mask(blocks, valid), stages)
         targets, wanted = observation.tokenized_prompt[:, 1:], observation.token_loss_mask[:, 1:]
-        logits = self.paligemma.logits(pre_logits[:, -targets.shape[1] :])
+        logits = record("vocabulary logits", self.paligemma.logits(pre_logits[:, -targets.shape[1] :]))
         log_p = logits.log_softmax(dim=-1).gather(-1, targets[..., None].long())[..., 0]
+        record("log probabilities", log_p)
         loss = -(log_p * wanted).sum(dim=1) / wanted.sum(dim=1).clamp(min=1)
         if stages is not None:
             stages.update(

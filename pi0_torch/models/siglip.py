@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0.config import ModelConfig
+from pi0.recording import record, section
 from pi0_torch.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
 
 
@@ -27,7 +28,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
         q, k, v = (f(x).unflatten(-1, self.heads) for f in (self.query, self.key, self.value))
-        return self.out(attention(q, k, v).flatten(-2))
+        q, k, v = record("query", q), record("key", k), record("value", v)
+        return record("out projection", self.out(attention(q, k, v).flatten(-2)))
 
 
 class MLP(nn.Module):
@@ -40,7 +42,7 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
-        return self.down(gelu(self.up(x)))
+        return record("MLP down", self.down(record("GELU", gelu(record("MLP up", self.up(x))))))
 
 
 class Block(nn.Module):
@@ -54,8 +56,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = record("attention residual", x + self.attention(record("attention norm", self.attention_norm(x))))
+        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x))))
 
 
 class PatchEmbedding(nn.Module):
@@ -96,11 +98,13 @@ class SigLIP(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """Image tokens. `stages`, where given, receives `vision.layers` [L, B, S, W]."""
         position = cast(self.position_embedding, "patches", self.dtype)
-        x = (self.patch_embedding(image) + position).to(getattr(torch, self.dtype))
+        x = (record("patches", self.patch_embedding(image)) + position).to(getattr(torch, self.dtype))
         outputs = []
         for block in self.layers:
+            section("vision layer")
             x = remat(block, self.remat)(x)
             outputs.append(x)
         if stages is not None:
             stages["vision.layers"] = torch.stack(outputs)
-        return self.head(self.final_norm(x))
+        section("image tokens")
+        return record("head", self.head(record("final norm", self.final_norm(x))))

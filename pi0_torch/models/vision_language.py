@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.observation import Observation
+from pi0.recording import record, section
 from pi0_torch.models.decoding import decode
 from pi0_torch.models.gemma import Cache, Expert, joint_forward
 from pi0_torch.models.layers import cast
@@ -47,14 +48,16 @@ class VisionLanguageModel(nn.Module):
         self, observation: Observation, stages: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
         """Tokens of all cameras, in `config.image_keys` order, then of the prompt; and which of them are valid."""
+        section("images")
         keys = self.config.image_keys
         images = torch.stack([pixels(observation.images[key], self.config.runtime.dtype) for key in keys], dim=1)
-        batch = images.shape[0]
+        batch = record("pixels", images).shape[0]
         tokens = self.vision(images.flatten(0, 1), stages)
         masks = torch.stack([observation.image_masks[key] for key in keys], dim=1)
         masks = masks.repeat_interleave(tokens.shape[1], dim=1)
         tokens = tokens.reshape(batch, -1, tokens.shape[-1])
-        text = self.paligemma.embed(observation.tokenized_prompt)
+        section("text")
+        text = record("embedding", self.paligemma.embed(observation.tokenized_prompt))
         if stages is not None:
             stages["image_tokens"] = tokens
         return (

@@ -190,23 +190,24 @@ def test_bfloat16_tolerances_are_the_models_own(pair):
 
 
 @pytest.mark.parametrize(
-    ("parameter", "stage"),
+    ("parameter", "stage", "operation"),
     [
-        ("vision.layers.mlp.up.kernel", "vision layer 0"),
-        ("paligemma.layers.mlp.down.kernel", "prefix layer 0"),
-        ("action_expert.layers.attention.value.kernel", "suffix layer 0"),
-        ("action_out_proj.bias", "velocity"),
+        ("vision.layers.mlp.up.kernel", "vision layer 0", "vision layer 0: MLP up"),
+        ("paligemma.layers.mlp.down.kernel", "prefix layer 0", "layer 0: MLP down"),
+        ("action_expert.layers.attention.value.kernel", "suffix layer 0", "layer 0: value (2)"),
+        ("action_out_proj.bias", "velocity", "velocity: action_out_proj"),
     ],
 )
-def test_the_first_stage_that_differs_is_named(parameter: str, stage: str, pair, tmp_path, capsys):
+def test_the_first_stage_that_differs_is_named(parameter: str, stage: str, operation: str, pair, tmp_path, capsys):
     """A change of 1 % in one parameter; the command exits with 1 and says where, in words and in JSON."""
     checkpoint = random_checkpoint(get_variant("tiny"))
     checkpoint.ours[parameter] = Tensor.of(checkpoint.ours[parameter].read(()) * np.float32(1.01))
     other, report = write(checkpoint, tmp_path / "other", "pi0_torch"), tmp_path / "report.json"
     with pytest.raises(SystemExit) as stop:
-        main([str(pair[1]), str(other), "--json", str(report), "--steps", "1", "--no-gradients"])
+        main([str(pair[1]), str(other), "--json", str(report), "--steps", "1", "--no-gradients", "--explain"])
     assert stop.value.code == 1
-    assert f"first stage that parts is {stage} " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"first stage that parts is {stage} " in out and f"first operation that parts is {operation} (" in out
     values = json.loads(report.read_text())
     assert (values["passed"], values["first_failure"]) == (False, stage)
 
