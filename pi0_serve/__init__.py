@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pi0_serve.client import Client, PolicyError
-    from pi0_serve.connection import Limits
     from pi0_serve.engine import Engine
     from pi0_serve.keys import Keys
+    from pi0_serve.limits import Limits
     from pi0_serve.player import ChunkPlayer, LateError
     from pi0_serve.recording import Recorder
     from pi0_serve.server import PolicyServer
@@ -23,7 +23,7 @@ _WHERE = {
     "Engine": "engine",
     "Keys": "keys",
     "LateError": "player",
-    "Limits": "connection",
+    "Limits": "limits",
     "PolicyError": "client",
     "PolicyServer": "server",
     "Recorder": "recording",

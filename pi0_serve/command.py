@@ -15,9 +15,9 @@ from pi0.command import add_checkpoint, add_preset, add_robot, exit_on_error, ma
 from pi0.config import DTYPES
 from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
+from pi0_serve.limits import SIZES, WAIT, Limits
 
 if TYPE_CHECKING:
-    from pi0_serve.connection import Limits
     from pi0_serve.keys import Keys
 
 SWITCH = 0.001  # seconds a thread may hold Python while others wait, so that the event loop answers in milliseconds
@@ -76,8 +76,6 @@ def _keys(args: argparse.Namespace) -> Keys | None:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from pi0_serve.connection import Limits
-
     names = ("connections", "rate", "idle", "drain")
     values = {name: getattr(args, name) for name in names}
     return Limits(max_message=args.max_message << 20, max_pixels=args.max_pixels, **values)
@@ -143,9 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--subtask-every", type=int, default=1, metavar="N", help="chunks that a subtask is kept for")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="to compile (default 1 2 4 8)"
+        "--batch-sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="to compile (default %(default)s)"
     )
-    parser.add_argument("--batch-wait", type=float, default=2, metavar="MS", help="for others to join (default 2)")
+    parser.add_argument(
+        "--batch-wait", type=float, default=1e3 * WAIT, metavar="MS", help="for others to join (default 2)"
+    )
     parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys (default: those in PI0_API_KEYS)")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="for TLS, a PEM file")
     parser.add_argument("--certificate-key", type=Path, metavar="FILE", help="its private key, if in another file")
@@ -153,15 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--record-fps", type=float, default=10, metavar="HZ", help="of its frames (default 10)")
     parser.add_argument("--metadata", default="{}", metavar="JSON", help="an object that robots are told beside ours")
     parser.add_argument("--access-log", default="-", metavar="FILE", help='"-": standard error (default), or "none"')
-    limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-message", type=int, default=64, metavar="MIB", help="of a message (default 64)")
-    limits.add_argument("--max-pixels", type=int, default=1 << 24, metavar="N", help="of an image (default 2**24)")
-    limits.add_argument(
-        "--max-connections", type=int, dest="connections", default=64, metavar="N", help="of a key (default 64)"
-    )
-    limits.add_argument(
-        "--max-rate", type=float, dest="rate", default=1000, metavar="HZ", help="requests of a key (default 1000)"
-    )
-    limits.add_argument("--idle", type=float, default=3600, metavar="S", help="without a request (default 3600)")
-    limits.add_argument("--drain", type=float, default=60, metavar="S", help="to answer what runs (default 60)")
+    limits, given = parser.add_argument_group("limits"), Limits()
+    for flag, name, default, metavar, text in (
+        ("--max-message", "max_message", given.max_message >> 20, "MIB", "of a message"),
+        ("--max-pixels", "max_pixels", given.max_pixels, "N", "of an image"),
+        ("--max-connections", "connections", given.connections, "N", "of a key"),
+        ("--max-rate", "rate", given.rate, "HZ", "requests of a key"),
+        ("--idle", "idle", given.idle, "S", "without a request"),
+        ("--drain", "drain", given.drain, "S", "to answer what runs"),
+    ):
+        options: dict[str, Any] = {"type": type(default), "dest": name, "default": default, "metavar": metavar}
+        limits.add_argument(flag, help=f"{text} (default %(default)d)", **options)
     return parser

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from concurrent.futures import CancelledError
@@ -12,34 +11,16 @@ from typing import Any, Protocol
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pi0_serve import protocol
-from pi0_serve.engine import Answer, Engine, Request, Session
+from pi0_serve.engine import Answer, Engine, InferenceError, Request, Session
 from pi0_serve.keys import Rate
-from pi0_serve.protocol import MAX_MESSAGE, MAX_PIXELS, FrameError
+from pi0_serve.limits import Limits
+from pi0_serve.protocol import FrameError
 from pi0_serve.watch import Robot, Watch
 
 logger = logging.getLogger(__name__)
 
 # Codes of RFC 6455, with which a connection is closed.
 NORMAL, GOING_AWAY, UNSUPPORTED, INVALID, POLICY = 1000, 1001, 1003, 1007, 1008
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a robot may use: bytes of a message, pixels of an image, connections and requests per second of a key,
-    seconds without a request; and `drain`, the seconds that running requests get when the server is told to end.
-    """
-
-    max_message: int = MAX_MESSAGE
-    max_pixels: int = MAX_PIXELS
-    connections: int = 64
-    rate: float = 1000.0
-    idle: float = 3600.0
-    drain: float = 60.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not 0 < getattr(self, field.name) < 1e12:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive")
 
 
 class Host(Protocol):
@@ -130,8 +111,8 @@ class Connection:
             return None  # the robot is gone: `run` finds out
         except Exception as error:
             logger.exception("request of robot %d", self.robot.number)
-            known = isinstance(error, RuntimeError) and str(error).startswith("inference failed")
-            await self._fail("internal", (str(error) if known else "internal error") + _name(options))
+            known = str(error) if isinstance(error, InferenceError) else "internal error"
+            await self._fail("internal", known + _name(options))
             return None
         await self._send(answer, options, started)
         self.server.record(self.robot, observation, options, answer)

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pi0.observation import Observation, ObservationError
+from pi0.observation import Observation
 from pi0.policy.buckets import placeholder, text_lengths
 from pi0.policy.policy import Policy
+from pi0_serve.limits import SIZES, WAIT
 from pi0_serve.protocol import RequestError
 
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8)
+
+class InferenceError(RuntimeError):
+    """A batch failed, by no fault of its requests; the log says how."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,7 +77,7 @@ class Engine:
         policy: Policy,
         *,
         sizes: Sequence[int] = SIZES,
-        wait: float = 0.002,
+        wait: float = WAIT,
         subtask_every: int = 1,
         threads: int = 2,
         max_queue: int = 1024,
@@ -165,7 +168,7 @@ class Engine:
                 logger.exception("a batch of %d failed", len(batch))
                 for request in batch:
                     if not request.answer.done():
-                        request.answer.set_exception(RuntimeError(f"inference failed: {type(error).__name__}"))
+                        request.answer.set_exception(InferenceError(f"inference failed: {type(error).__name__}"))
 
     def _next(self) -> list[Request]:
         """The next batch, of requests that are alike; empty when closed and nothing is left."""
@@ -235,6 +238,3 @@ class Engine:
             assert noise is not None
             return self.policy.sample_with_subtask(observation, noise, subtask)
         return None, self.policy.sample(observation, noise)
-
-
-__all__ = ["SIZES", "Answer", "Engine", "ObservationError", "Request", "RequestError", "Session"]

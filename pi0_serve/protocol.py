@@ -14,12 +14,12 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from pi0_serve.limits import MAX_PIXELS
+
 PROTOCOL = 1  # the version of OPTIONS
 # What a request may have beside the observation, none of which openpi's clients send.
 OPTIONS = ("protocol", "request_id", "reset", "subtask", "noise", "seed")
 
-MAX_MESSAGE = 64 << 20  # bytes: default of a server's limit
-MAX_PIXELS = 1 << 24  # of one image
 MAX_ITEMS = 20_000  # values of lists and maps in a message; arrays count as one
 MAX_LENGTH = 4096  # of a list or a map
 MAX_DEPTH = 8

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import secrets
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +22,10 @@ from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from pi0 import __version__
-from pi0_serve.connection import Connection, Limits
+from pi0_serve.connection import Connection
 from pi0_serve.engine import Answer, Engine
 from pi0_serve.keys import Keys, Rate
+from pi0_serve.limits import Limits
 from pi0_serve.protocol import OPTIONS, PROTOCOL
 from pi0_serve.recording import Recorder
 from pi0_serve.watch import Robot, Watch
@@ -65,9 +66,9 @@ class PolicyServer:
         self._empty = asyncio.Event()
         routes = [
             Route("/healthz", self._health),
-            Route("/metrics", self._metrics),
-            Route("/state", self._state),
-            Route("/", self._page),
+            Route("/metrics", self._with_key(self._metrics)),
+            Route("/state", self._with_key(self._state)),
+            Route("/", self._with_key(self._page)),
             WebSocketRoute("/", self._robot),
             WebSocketRoute("/{name}", self._robot),
         ]
@@ -162,23 +163,23 @@ class PolicyServer:
             return PlainTextResponse("shutting down\n", 503)
         return PlainTextResponse("OK\n")
 
+    def _with_key(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """`answer`, for those who have a key."""
+
+        async def route(request: Request) -> Response:
+            refused, _ = self._refuse(request)
+            return await answer(request) if refused is None else refused
+
+        return route
+
     async def _metrics(self, request: Request) -> Response:
-        refused, _ = self._refuse(request)
-        if refused is not None:
-            return refused
         return Response(self.watch.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _state(self, request: Request) -> Response:
-        refused, _ = self._refuse(request)
-        if refused is not None:
-            return refused
         state = await asyncio.to_thread(self.watch.state)
         return JSONResponse(state, headers={"cache-control": "no-store"})
 
     async def _page(self, request: Request) -> Response:
-        refused, _ = self._refuse(request)
-        if refused is not None:
-            return refused
         nonce = secrets.token_urlsafe(16)
         policy = f"default-src 'none'; img-src data:; connect-src 'self'; script-src 'nonce-{nonce}'"
         headers = {

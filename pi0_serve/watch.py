@@ -157,31 +157,31 @@ def chunk_and_bounds(policy: Policy, answer: Answer) -> list[dict[str, Any]]:
     """The predicted chunk by dimension, in the units of the model's norm stats, which are its bounds."""
     robot, stats = policy.pipeline.robot, policy.assets.norm_stats
     assert stats is not None
-    data = {"actions": robot.adapt_actions(answer.actions.astype(np.float64)), "state": model_state(policy, answer)}
+    data = {
+        "actions": robot.adapt_actions(answer.actions.astype(np.float64)),
+        "state": model_state(policy, answer.observation.state[0]),
+    }
     if robot.delta_mask is not None:
         data = DeltaActions(robot.delta_mask)(data)
     low, high = bounds(stats["actions"])
-    columns = data["actions"].T[: len(low)]
-    return [
-        {"values": np.round(values, 5).tolist(), "low": float(a), "high": float(b)}
-        for values, a, b in zip(columns, low, high, strict=False)
-    ]
+    dims = range(min(data["actions"].shape[-1], len(low)))  # norm stats may be those of a padded model
+    values = np.round(data["actions"], 5).T.tolist()
+    return [{"values": values[i], "low": float(low[i]), "high": float(high[i])} for i in dims]
 
 
-def model_state(policy: Policy, answer: Answer) -> np.ndarray:
-    """The state [S] in the model's units, before normalization."""
-    stats, modes = policy.pipeline.normalize.stats["state"], policy.pipeline.normalize.modes
-    return stats.invert(answer.observation.state[0], modes[0]["state"], modes[1], exact=True)
+def model_state(policy: Policy, state: np.ndarray) -> np.ndarray:
+    """A normalized, padded state [S] in the model's units."""
+    stats, (modes, eps) = policy.pipeline.normalize.stats["state"], policy.pipeline.normalize.modes
+    return stats.invert(state, modes["state"], eps, exact=True)
 
 
 def warnings(policy: Policy, state: np.ndarray) -> list[str]:
     """The dimensions of a normalized, padded state [S] that lie outside of what training saw."""
-    normalize = policy.pipeline.normalize
-    stats, (modes, eps) = normalize.stats["state"], normalize.modes
+    stats = policy.pipeline.normalize.stats["state"]
     size = min(policy.pipeline.robot.state_dim or len(state), len(state), len(stats.mean))
     low, high = bounds(stats)
     room = MARGIN * np.maximum(high - low, 1e-6)
-    values = stats.invert(state, modes["state"], eps, exact=True)
+    values = model_state(policy, state)
     return [
         f"state[{i}] is {values[i]:.4g}, outside of {low[i]:.4g} to {high[i]:.4g} in training"
         for i in range(size)
