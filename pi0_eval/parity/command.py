@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
@@ -88,25 +89,24 @@ def explanation(args: argparse.Namespace, report: Report) -> str:
     """The operation at which a comparison fails."""
     named = (args.side_a, args.framework_a), (args.side_b, args.framework_b)
     side_a, side_b = (replace(side, framework=side.framework or framework) for side, framework in named)
+    return explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen_inputs(args))
+
+
+def chosen_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """The inputs and steps of a comparison."""
     steps = args.steps if args.steps is not None else 2 if args.quick else 10
-    chosen = {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": steps}
-    return explain(args.a, args.b, report, side_a=side_a, side_b=side_b, **chosen)
+    return {"inputs": args.inputs, "batch": args.batch, "seed": args.seed, "num_steps": steps}
 
 
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, Report]:
     """The comparison, or with `--matrix` all of them, by how B is run."""
-    steps = args.steps if args.steps is not None else 2 if args.quick else 10
-    options = {
+    options: dict[str, Any] = {
         "dtype": args.dtype,
         "side_a": args.side_a,
         "framework_a": args.framework_a,
-        "inputs": args.inputs,
-        "batch": args.batch,
-        "seed": args.seed,
-        "num_steps": steps,
         "gradients": not (args.no_gradients or args.quick),
         "progress": progress,
-    }
+    } | chosen_inputs(args)
     if args.matrix:
         return compare_all(args.a, args.b, **options)
     report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)

@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ FEW = 512
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 SAMPLED = ("actions", "tokens")
 SMALL = 100_000_000  # parameters: smaller models run two at a time, for twice the memory
-HEARTBEAT = 2.5  # seconds without a line
 # Gradients with a norm below this fraction of the whole gradient's are measured relative to that fraction of it.
 GRADIENT_FLOOR = 1e-4
 # Gradients below this fraction in both models are rounding noise and not compared: SigLIP's key bias has no gradient in
@@ -74,25 +73,23 @@ def compare(
         inputs: given, or an npz file of `Inputs.load`; random by default, of `batch` rows from `seed`.
         num_steps: Euler steps, or for π0-FAST the number of decoded tokens.
         gradients: whether to compare gradients, for twice the memory.
-        progress: is told what has been computed.
+        progress: is told what is computed, and what has been.
 
     Raises ParityError for different models, SideError for a side that there is not.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
-    if inputs is None:
-        inputs = Inputs.random(config, batch, seed)
-    elif not isinstance(inputs, Inputs):
-        inputs = Inputs.load(inputs, config)
+    inputs = Inputs.of(inputs, config, batch, seed)
     sides = []
     for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
         side = Side.parse(side) if isinstance(side, str) else side
-        sides.append(side.of(framework or _framework_of(checkpoint), dtype))
+        sides.append(side.of(framework or framework_of(checkpoint), dtype))
         require_extra(sides[-1].framework or "", sides[-1].framework or "")
 
     def run(i: int, side: Side) -> Results:
         assert side.framework is not None and side.dtype is not None
         started = time.perf_counter()
+        progress(f"computing {'AB'[i]} as {side}")
         with exact_matmuls():
             model = config.with_runtime(dtype=side.dtype)
             results = FRAMEWORKS[side.framework](checkpoints[i], model, inputs, num_steps, gradients, side)
@@ -102,33 +99,13 @@ def compare(
 
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
-    a_rounded, a_exact, b_rounded, b_exact = _all(run, jobs, 2 if small else 1, progress)
+    with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
+        a_rounded, a_exact, b_rounded, b_exact = pool.map(run, *zip(*jobs, strict=True))
     dtypes = [side.dtype or dtype for side in sides]
     rows = judge(a_exact, b_exact, a_rounded, b_rounded, dtypes[0], dtypes[1])
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
     sampled = a_rounded.stages.get("actions"), b_rounded.stages.get("actions")
     return Report(names[0], names[1], dtype, rows, *sampled, *_units(checkpoints[0].assets))
-
-
-def _all(
-    run: Callable[[int, Side], Results], jobs: list[tuple[int, Side]], workers: int, progress: Callable[[str], None]
-) -> list[Results]:
-    """The results of all jobs, `workers` at a time; `progress` hears every few seconds that something is computed."""
-    with exact_matmuls(), ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(run, *job): job for job in jobs}
-        pending = set(running)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=HEARTBEAT, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                if not done:
-                    names = ", ".join(f"{'AB'[i]} as {side}" for f, (i, side) in running.items() if f.running())
-                    progress(f"computing {names}")
-        finally:
-            for future in pending:
-                future.cancel()
-    return [future.result() for future in running]
 
 
 def compare_all(a: str | Path, b: str | Path, **options: Any) -> dict[str, Report]:
@@ -230,5 +207,6 @@ def _units(assets: Assets) -> tuple[int | None, str | None]:
     return min(len(assets.norm_stats["actions"].mean), assets.model.action_dim), mode
 
 
-def _framework_of(checkpoint: Checkpoint) -> str:
+def framework_of(checkpoint: Checkpoint) -> str:
+    """The framework whose file format a checkpoint has."""
     return "torch" if checkpoint.layout.format == "safetensors" else "jax"

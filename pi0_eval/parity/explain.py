@@ -11,7 +11,7 @@ import numpy as np
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.config import PROOF_DTYPE, ModelConfig
 from pi0.recording import Operation, recording
-from pi0_eval.parity.compare import judge
+from pi0_eval.parity.compare import framework_of, judge
 from pi0_eval.parity.frameworks import FRAMEWORKS, Results, exact_matmuls
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.parity.report import Report, numbers
@@ -75,17 +75,11 @@ def explain(
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = checkpoints[0].assets.model
-    if inputs is None:
-        inputs = Inputs.random(config, batch, seed)
-    elif not isinstance(inputs, Inputs):
-        inputs = Inputs.load(inputs, config)
-    layouts = [
-        side.framework or ("torch" if c.layout.format == "safetensors" else "jax")
-        for side, c in zip((side_a, side_b), checkpoints, strict=True)
-    ]
+    inputs = Inputs.of(inputs, config, batch, seed)
+    frameworks = [side.framework or framework_of(c) for side, c in zip((side_a, side_b), checkpoints, strict=True)]
     models = [config.with_runtime(dtype=dtype) for dtype in (PROOF_DTYPE, report.dtype)]
     exact_a, exact_b, rounded_a, rounded_b = (
-        operations(checkpoints[i], model, inputs, layouts[i], num_steps) for model in models for i in (0, 1)
+        operations(checkpoints[i], model, inputs, frameworks[i], num_steps) for model in models for i in (0, 1)
     )
     passed = {row.stage for row in report.rows if row.passed}
     rows = judge(exact_a, exact_b, rounded_a, rounded_b, report.dtype, report.dtype)

@@ -57,6 +57,13 @@ class Inputs:
         )
 
     @classmethod
+    def of(cls, given: Inputs | Path | None, config: ModelConfig, batch: int, seed: int) -> Inputs:
+        """The given inputs, those of a file, or else random ones. Raises ParityError."""
+        if given is None:
+            return cls.random(config, batch, seed)
+        return given if isinstance(given, Inputs) else cls.load(given, config)
+
+    @classmethod
     def load(cls, file: Path, config: ModelConfig) -> Inputs:
         """Load an npz file with the keys of `Observation.to_dict`, `actions`, `noise`, `time`. Raises ParityError."""
         data = read_npz(file, error=ParityError)

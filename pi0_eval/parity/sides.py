@@ -79,11 +79,8 @@ class Side:
     def proof(self) -> Side:
         """The same in float64, on the CPU."""
         attention = self.attention if self.attention in IN_FLOAT64 else None
-        return dataclasses.replace(self, dtype=PROOF_DTYPE, attention=attention, compiled=self._uncompiled, device=None)
-
-    @property
-    def _uncompiled(self) -> bool | None:
-        return None if self.framework == "jax" else False
+        compiled = None if self.framework == "jax" else False
+        return dataclasses.replace(self, dtype=PROOF_DTYPE, attention=attention, compiled=compiled, device=None)
 
     def __str__(self) -> str:
         words = [self.framework, self.path, self.attention, self.dtype, self.device]
