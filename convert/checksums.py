@@ -6,7 +6,6 @@ and tokenizers. Opening a checkpoint verifies its sidecar files; resuming a run 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from convert.tensors import CheckpointError
 from pi0.reading import read_json
-from pi0.storage import File, below, delete, is_bucket, list_files, write_text
+from pi0.storage import File, below, delete, digest, is_bucket, list_files, write_text
 
 CHECKSUMS = "checksums.json"
 MD5 = "md5:"  # begins an MD5 in the table; others are BLAKE2b
@@ -83,15 +82,10 @@ def _files(folder: Path) -> dict[str, File]:
 
 def _signature(file: File) -> str:
     """The checksum to sign a file by: the MD5 that its bucket keeps of it, unread, or else BLAKE2b."""
-    return _digest(file.path, "blake2b") if file.md5 is None else MD5 + file.md5
+    return digest(file.path, "blake2b") if file.md5 is None else MD5 + file.md5
 
 
 def _is_signed(file: File, signature: str) -> bool:
     if not signature.startswith(MD5):
-        return _digest(file.path, "blake2b") == signature
-    return (file.md5 or _digest(file.path, "md5")) == signature.removeprefix(MD5)
-
-
-def _digest(file: Path, algorithm: str) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
+        return digest(file.path, "blake2b") == signature
+    return (file.md5 or digest(file.path, "md5")) == signature.removeprefix(MD5)

@@ -380,7 +380,8 @@ def _robot(
         what = f"the model has {len(model.image_keys)} cameras, {list(model.image_keys)}"
         raise _unsupported(path, "input_features", cameras, what)
     # The model's cameras are those of config.json, in order, by the names that `model` gives them.
-    keys = dict(zip(cameras, cameras if set(cameras) <= set(model.image_keys) else model.image_keys, strict=False))
+    named = cameras if set(cameras) <= set(model.image_keys) else model.image_keys[: len(cameras)]
+    keys = dict(zip(cameras, named, strict=True))
     renamed = {source.removeprefix(IMAGES): keys[names[t]] for source, t in renames.items() if names.get(t) in keys}
     own = {camera: key for camera, key in keys.items() if key not in renamed.values()}
     robot: dict[str, Any] = {"name": "generic", "cameras": renamed | own}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from pi0.storage import (
     File,
     as_path,
     below,
+    digest,
     file_of,
     filesystem_of,
     list_files,
@@ -128,8 +128,7 @@ def _is_same(path: Path, file: File, refresh: bool) -> bool:
         return True
     if path.stat().st_size != file.size:
         return False
-    with path.open("rb") as stream:
-        return file.md5 is None or hashlib.file_digest(stream, "md5").hexdigest() == file.md5
+    return file.md5 is None or digest(path, "md5") == file.md5
 
 
 def _download(source: str, files: Mapping[Path, File]) -> None:
@@ -181,10 +180,8 @@ def _download_piece(file: File, arrived: Path, start: int) -> int:
 
 
 def _finish(arrived: Path, path: Path, file: File) -> None:
-    if file.md5 is not None:
-        with arrived.open("rb") as stream:
-            if hashlib.file_digest(stream, "md5").hexdigest() != file.md5:
-                raise ConnectionError(f"{file.path} changed while it was fetched, or was damaged on the way; try again")
+    if file.md5 is not None and digest(arrived, "md5") != file.md5:
+        raise ConnectionError(f"{file.path} changed while it was fetched, or was damaged on the way; try again")
     path.parent.mkdir(parents=True, exist_ok=True)
     arrived.replace(path)
 

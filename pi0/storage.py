@@ -12,6 +12,7 @@ import base64
 import contextlib
 import dataclasses
 import fnmatch
+import hashlib
 import os
 import re
 import shutil
@@ -140,7 +141,7 @@ def require_files_below(root: Path) -> None:
 
 def local_path(target: str | Path) -> Path:
     """A path of this machine to write to. Raises ValueError for an address such as gs://bucket/path."""
-    if is_bucket(Path(target) if isinstance(target, str) else target) or _ADDRESS.match(str(target)):
+    if _ADDRESS.match(str(target)):
         raise ValueError(f"{target} cannot be written to: give a folder or file of this machine")
     return Path(target)
 
@@ -241,6 +242,12 @@ def delete_version(file: Path, version: str) -> None:
             fs.call("DELETE", "b/{}/o/{}", *address.split("/", 1), ifGenerationMatch=version)
         else:
             fs.rm_file(address)
+
+
+def digest(file: Path, algorithm: str) -> str:
+    """A checksum of a file in hex, by an algorithm of `hashlib`."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 @contextlib.contextmanager
