@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pi0.config import ConfigError, ModelConfig, canonical_dtype, from_dict
+from pi0.datasets.mixture import SHUFFLES
 from pi0.tokenizers.text import PALIGEMMA
 
 MAX_BFLOAT16_B2 = 0.99  # a second moment changes by 1 − b2 of itself, and bfloat16 has 8 bits of precision: 1/256
@@ -268,9 +269,7 @@ class RunConfig:
         if self.data.normalization is None:
             data = dataclasses.replace(self.data, normalization=self.model.family.normalization)
             object.__setattr__(self, "data", data)
-        _require(
-            self.shuffle in ("feistel", "permutation"), f"shuffle is {self.shuffle!r}; it is feistel or permutation"
-        )
+        _require(self.shuffle in SHUFFLES, f"shuffle is {self.shuffle!r}; it must be one of {', '.join(SHUFFLES)}")
         for name in ("batch_size", "accumulate", "steps", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("eval_every", "keep_every"):

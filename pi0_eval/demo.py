@@ -15,7 +15,7 @@ from convert.conversion import convert
 from pi0.command import exit_on_error, local_output_path, make_parser
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import open_dataset
-from pi0.fetch import cache_dir, fetch
+from pi0.fetch import fetch
 from pi0.observation import Observation
 from pi0.plots import plot_actions, plot_loss
 from pi0.plugins import require_extra
@@ -41,14 +41,13 @@ def demo(
     `variant` is a model of `pi0.variants` that fits the bundled recordings. Writes checkpoints, `export/`,
     `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises RuntimeError where the frameworks differ.
     """
-    import jax
-
     import pi0_jax
     import pi0_torch
     from configs.metaworld_demo import get_config
+    from pi0_jax.sampler import use_compilation_cache
     from pi0_jax.training.train import train
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+    use_compilation_cache()
     start = time.perf_counter()
     config = RunConfig.from_dict(get_config(variant).to_dict())
     if steps is not None:

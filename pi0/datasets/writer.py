@@ -33,7 +33,7 @@ from pi0.datasets.base import is_camera
 from pi0.datasets.lerobot_tables import read_episodes, read_info, read_texts
 from pi0.reading import read_json
 from pi0.robots.robot import check_text
-from pi0.storage import local_path, write_text
+from pi0.storage import local_path, new_file, write_text
 
 CHUNK = 1000  # files in a folder
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -204,9 +204,8 @@ class DatasetWriter:
         }
         table = pa.table({"task_index": pa.array(range(len(self._tasks)), pa.int64()), index: list(self._tasks)})
         table = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-        file = self.root / "meta" / f".tasks.{os.getpid()}.partial"
-        pq.write_table(table, file)
-        os.replace(file, self.root / "meta" / "tasks.parquet")
+        with new_file(self.root / "meta" / "tasks.parquet") as file:
+            pq.write_table(table, file)
 
     def _write_meta(self) -> None:
         if not self._tasks and not (self.root / "meta" / "tasks.parquet").exists():
@@ -332,10 +331,8 @@ class _Sums:
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> _Sums:
         """Those that `entry` was made of."""
-        sums, fields = (
-            cls(),
-            {key: np.asarray(entry[key], np.float64).reshape(-1) for key in ("mean", "std", "min", "max")},
-        )
+        sums = cls()
+        fields = {key: np.asarray(entry[key], np.float64).reshape(-1) for key in ("mean", "std", "min", "max")}
         sums.count, sums.shape = int(entry["count"][0]), np.shape(entry["mean"])
         sums.total, sums.low, sums.high = sums.count * fields["mean"], fields["min"], fields["max"]
         sums.squares = sums.count * (fields["std"] ** 2 + fields["mean"] ** 2)

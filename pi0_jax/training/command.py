@@ -7,7 +7,6 @@ import os
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.experiments import parse_arguments
-from pi0.fetch import cache_dir
 from pi0.storage import as_path
 from pi0_jax.training.preemption import Preempted
 
@@ -66,8 +65,11 @@ def keep_compiled(folder: str | None) -> None:
     """
     import jax
 
+    from pi0_jax.sampler import use_compilation_cache
+
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    where = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_dir() / "jax")
-    jax.config.update("jax_compilation_cache_dir", str(as_path(where)))
+    if where := folder or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(as_path(where)))
+    use_compilation_cache()
