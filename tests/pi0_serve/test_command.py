@@ -15,7 +15,8 @@ import pytest
 
 from pi0_serve import Client, Engine
 from pi0_serve.command import main
-from tests.pi0_serve.serving import Slow, free_port, observation, serve, write_tiny
+from tests.bucket import free_port
+from tests.pi0_serve.serving import Slow, observation, serve, write_tiny
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef"

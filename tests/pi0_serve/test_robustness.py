@@ -22,7 +22,8 @@ from websockets.sync.client import connect
 
 from pi0_serve import Client, PolicyError, protocol
 from pi0_serve.protocol import FrameError, RequestError
-from tests.pi0_serve.serving import Slow, free_port, observation, serve
+from tests.bucket import free_port
+from tests.pi0_serve.serving import Slow, observation, serve
 
 SCRIPT = """
 import sys

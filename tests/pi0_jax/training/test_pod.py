@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 from convert.checkpoints import open_checkpoint
 from pi0.storage import as_path, list_files, upload
 from pi0_jax.training.workdir import completed
-from tests.bucket import Bucket
+from tests.bucket import Bucket, free_port
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "tests" / "pi0_jax" / "training" / "short_run.py"
@@ -37,9 +36,7 @@ class Pod:
 
     def start(self, count: int, name: str, **changes: object) -> list[subprocess.Popen[str]]:
         """The processes of a run in the folder `name` of the bucket."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        coordinator = f"127.0.0.1:{free_port()}"
         settings = RECIPE | {"data.root": f"{self.address}/data"} | changes
         arguments = ["--config", str(CONFIG), "--workdir", f"{self.address}/{name}"]
         arguments += ["--compilation-cache", f"{self.address}/compiled"]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pi0_jax.training.sharding import (
     state_shardings,
 )
 from pi0_jax.training.train import train
+from tests.bucket import free_port
 from tests.pi0_jax.training.test_train import small_config
 
 ROOT = Path(__file__).parents[3]
@@ -122,10 +122,7 @@ def start(workdir: Path, mesh: tuple[int, int, int], devices: int, *flags: str) 
 
 
 def start_two(workdir: Path, *flags: str) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    joining = ("--coordinator", address, "--process-count", "2", "--process-index")
+    joining = ("--coordinator", f"127.0.0.1:{free_port()}", "--process-count", "2", "--process-index")
     return [start(workdir, (2, 4, 1), 4, *flags, *joining, str(index)) for index in range(2)]
 
 
