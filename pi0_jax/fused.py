@@ -22,10 +22,11 @@ Weights = dict[str, Any]
 Modulation = tuple[Array, ...]  # of a norm: 1 + scale; of an adaptive norm shift and gate too
 
 
-def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
+def lay_out(model: Model, num_steps: int, text: bool, given: bool = False) -> Weights:
     """All parameters but those of [vocabulary, width] in the layout and the dtypes that `Sampler` reads, LoRA merged.
 
-    Without `text`, the language model ends with the keys and values of its last layer.
+    Without `text`, the language model ends with the keys and values of its last layer. With `given`, there are the
+    constants of actions that are given as they are, at t = 0.
     """
     gemma, prefix = model.config.paligemma, expert_weights(model.paligemma)
     if not text:
@@ -34,21 +35,26 @@ def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
         "vision": vision_weights(model.vision),
         "prefix": prefix,
         "prefix_norms": norm_weights(model.paligemma, None, 1),
-        **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
+        **({} if model.config.action_expert is None else suffix_weights(model, num_steps, given)),
     }
 
 
-def suffix_weights(model: Any, num_steps: int) -> Weights:
+def suffix_weights(model: Any, num_steps: int, given: bool = False) -> Weights:
     """The action expert and its projections; what each Euler step adds that no observation changes in `steps`."""
     steps = model.suffix_steps(jnp.asarray(numerics.euler_times(num_steps)))
     extra = {"action_mix": steps.action_mix, "state": steps.state}
-    return {
+    weights = {
         "suffix": expert_weights(model.action_expert),
         "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
         "action_in": (steps.action_in,),
         "action_out": projection(model.action_out_proj),
         **{name: projection(linear) for name, linear in extra.items() if linear is not None},
     }
+    if given:
+        clean = model.suffix_steps(jnp.zeros(1))
+        norms = {} if clean.condition is None else norm_weights(model.action_expert, clean.condition, 1)
+        weights["given"] = jax.tree.map(lambda x: x[0], {"bias": (clean.bias,), **norms})
+    return weights
 
 
 def vision_weights(vision: SigLIP) -> Weights:

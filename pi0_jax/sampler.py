@@ -27,12 +27,14 @@ from pi0.config import GemmaConfig, ModelConfig
 from pi0.fetch import cache_dir
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
+from pi0.policy.rtc import RTC, Previous
 from pi0_jax.fused import Modulation, Weights, lay_out, linear
 from pi0_jax.loading import Model
 from pi0_jax.models.decoding import decode, written
 from pi0_jax.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
 from pi0_jax.models.layers import cast, gelu
 from pi0_jax.models.lora import at_least_float32
+from pi0_jax.models.rtc import clamp, given_actions, guided_velocity
 from pi0_jax.models.vision_language import pixels
 
 Cache = list[tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]]]  # one entry per layer
@@ -42,7 +44,8 @@ Inputs = dict[str, Any]
 class Sampler:
     """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
-    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of
+    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. With `rtc`, actions go on
+    from those of a previous chunk. Prompts are cut to one of
     `text_buckets`. Compiled programs are kept for a restart (`use_compilation_cache`). With `warm_up`, programs for one
     robot with all cameras and any prompt are made now.
 
@@ -59,18 +62,23 @@ class Sampler:
         text_buckets: Sequence[int] = TEXT_BUCKETS,
         eos_token: int = numerics.EOS_TOKEN,
         subtasks: bool = False,
+        rtc: RTC | str | None = None,
         warm_up: bool = True,
     ):
         self.config, self.text_buckets, self.subtasks = model.config, text_buckets, subtasks
         tokens, runtime = self.config.family.action_tokens, self.config.runtime
         if subtasks and not self.config.family.recipe:
             raise ValueError(f"{self.config.family.title} writes no subtasks; leave subtasks out")
+        self.rtc = RTC.of(rtc)
+        if self.rtc and tokens:
+            raise ValueError(f"{self.config.family.title} decodes tokens: real-time chunking is for flow matching")
         if num_steps is None:
             num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
         if runtime.attention != "plain":
             raise ValueError(f"attention is {runtime.attention!r}; a sampler has its own: load the model with 'plain'")
         self.num_steps, self.eos_token = num_steps, eos_token
-        self.weights = jax.jit(lay_out, static_argnums=(1, 2))(model, num_steps, tokens or subtasks)
+        given = self.rtc is not None and self.rtc.method == "trained"
+        self.weights = jax.jit(lay_out, static_argnums=(1, 2, 3))(model, num_steps, tokens or subtasks, given)
         self.weights["embedding"] = model.paligemma.embedding[...]
         if not self.config.tied_output:
             self.weights["output"] = model.paligemma.output[...]
@@ -80,7 +88,7 @@ class Sampler:
 
     def _make_programs(self) -> None:
         use_compilation_cache()
-        self._fused = FusedModel(self.weights, self.config)
+        self._fused = FusedModel(self.weights, self.config, self.rtc)
         tokens, most = self.config.family.action_tokens, self.config.runtime.max_decoding_steps
         decoding: dict[str, Any] = {"steps": self.num_steps if tokens else most, "eos_token": self.eos_token}
         write, act = partial(FusedModel.sample_tokens, **decoding), FusedModel.sample_actions
@@ -114,19 +122,24 @@ class Sampler:
                         jax.block_until_ready(with_subtask(given))
 
     def sample(
-        self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"] | None = None
+        self,
+        observation: Observation,
+        noise: Float[Array | np.ndarray, "B T A"] | None = None,
+        previous: Previous | None = None,
     ) -> Float[Array, "B T A"] | Int[Array, "B D"]:
         """Normalized actions, float32, or of π0-FAST tokens, int32, which takes no noise.
 
-        An observation in NumPy is fastest. A new shape of it compiles once.
+        A sampler with `rtc` goes on from a `previous` chunk. An observation in NumPy is fastest. A new shape of it
+        compiles once.
         """
-        return self._run("sample", observation, noise)
+        return self._run("sample", observation, noise, None, previous)
 
     def sample_with_subtask(
         self,
         observation: Observation,
         noise: Float[Array | np.ndarray, "B T A"],
         subtask: Int[Array | np.ndarray, "B D"] | None = None,
+        previous: Previous | None = None,
     ) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
         """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
@@ -134,7 +147,7 @@ class Sampler:
         """
         if not self.subtasks:
             raise ValueError("this sampler was made without subtasks; make it with subtasks=True")
-        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask)
+        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask, previous)
 
     def stages(
         self, observation: Observation, noise: Float[Array | np.ndarray, "B T A"] | None = None
@@ -152,8 +165,13 @@ class Sampler:
         observation: Observation,
         noise: Float[Array | np.ndarray, "B T A"] | None = None,
         subtask: Int[Array | np.ndarray, "B D"] | None = None,
+        previous: Previous | None = None,
     ) -> Inputs:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
+        if self.rtc is None and previous is not None:
+            raise ValueError("this sampler was made without rtc, and takes no previous chunk")
+        if self.rtc is not None and noise is not None and previous is None:
+            previous = Previous.none(*np.shape(noise))
         inputs = {
             "images": list(observation.images.values()),
             "image_masks": list(observation.image_masks.values()),
@@ -162,6 +180,7 @@ class Sampler:
             "prompt_mask": observation.tokenized_prompt_mask,
             "noise": noise,
             "subtask": subtask,
+            "previous": previous,
         }
         return {name: value for name, value in inputs.items() if value is not None}
 
@@ -172,13 +191,14 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config"])
+@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "rtc"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class FusedModel:
     """The stages of sampling over `weights` of `lay_out`."""
 
     weights: Weights
     config: ModelConfig
+    rtc: RTC | None = None
 
     def sample_actions(self, inputs: Inputs) -> Float[Array, "B T A"]:
         """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
@@ -234,13 +254,24 @@ class FusedModel:
         positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
         rope, weights = rotation(positions, self.config.paligemma.head_dim, dtype), self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
-        time_step = np.float32(-1 / len(weights["steps"]["bias"][0]))
+        num_steps, previous = len(weights["steps"]["bias"][0]), inputs.get("previous")
+        given = given_actions(self.rtc, previous)
 
-        def step(carry: tuple[Array, Cache], now: Weights) -> tuple[tuple[Array, Cache], None]:
-            velocity, cache = self.denoise(carry[1], state, carry[0], rope, bias, now)
-            return (carry[0] + time_step * velocity, cache), None
+        def step(carry: tuple[Array, Cache], now: tuple[Weights, Array, Array]) -> tuple[tuple[Array, Cache], None]:
+            (x_t, cache), (step_weights, time, scale) = carry, now
 
-        return jax.lax.scan(step, (x_t, cache), weights["steps"])[0][0]
+            def denoise(x_t: Array) -> tuple[Array, Cache]:
+                return self.denoise(cache, state, x_t, rope, bias, step_weights, given)
+
+            if self.rtc is None or given is not None:
+                velocity, cache = denoise(x_t)
+            else:  # not in the cache's place, since what is there is needed once more for the gradient
+                velocity = guided_velocity(lambda x: denoise(x)[0], x_t, time, scale, self.rtc, previous)
+            return (clamp(x_t + np.float32(-1 / num_steps) * velocity, given, previous), cache), None
+
+        times, scales = numerics.euler_times(num_steps), (self.rtc or RTC()).scales(num_steps)
+        steps = (weights["steps"], jnp.asarray(times), jnp.asarray(scales))
+        return jax.lax.scan(step, (clamp(x_t, given, previous), cache), steps)[0][0]
 
     def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
         """Text embeddings × sqrt(W)."""
@@ -330,10 +361,18 @@ class FusedModel:
         rope: Rotation,
         bias: Float[Array, "B T S+T"],
         now: Weights,
+        given: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T A"], Cache]:
-        """The velocity at `x_t` and the step whose weights are `now`; and the cache with the suffix in its place."""
+        """The velocity at `x_t` and the step whose weights are `now`; and the cache with the suffix in its place.
+
+        Actions `given` as they are have the weights of t = 0.
+        """
         gemma, weights = self.config.action_expert, self.weights
         assert gemma is not None
+        if given is not None:
+            now = now | jax.tree.map(
+                partial(jnp.where, given[..., None]), weights["given"], {k: now[k] for k in weights["given"]}
+            )
         x = linear(x_t, *weights["action_in"], *now["bias"])
         if state is not None:
             x = jnp.concatenate([state, linear(jax.nn.silu(x), *weights["action_mix"])], axis=1)

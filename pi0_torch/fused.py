@@ -23,11 +23,12 @@ Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shi
 
 
 @torch.no_grad()
-def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
+def lay_out(model: Model, num_steps: int, text: bool, given: bool = False) -> Weights:
     """All parameters in the layout and the dtypes that `Sampler` reads, LoRA merged, in memory of their own.
 
     Without `text`, the language model ends with the keys and values of its last layer, and the text embedding, the
-    largest tensor, is kept in the compute dtype; with it in the parameters' own, in which logits are multiplied.
+    largest tensor, is kept in the compute dtype; with it in the parameters' own, in which logits are multiplied. With
+    `given`, there are the constants of actions that are given as they are, at t = 0.
     """
     gemma, prefix, embedding = model.config.paligemma, expert_weights(model.paligemma), model.paligemma.embedding
     if not text:
@@ -38,23 +39,28 @@ def lay_out(model: Model, num_steps: int, text: bool) -> Weights:
         "vision": vision_weights(model.vision),
         "prefix": prefix,
         "prefix_norms": norm_weights(model.paligemma, None, 1),
-        **({} if model.config.action_expert is None else suffix_weights(model, num_steps)),
+        **({} if model.config.action_expert is None else suffix_weights(model, num_steps, given)),
     }
     return as_module(tree, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
 
 
-def suffix_weights(model: Any, num_steps: int) -> dict[str, Any]:
+def suffix_weights(model: Any, num_steps: int, given: bool = False) -> dict[str, Any]:
     """The action expert and its projections; what each Euler step adds that no observation changes in `steps`."""
     times = torch.from_numpy(numerics.euler_times(num_steps)).to(model.action_in_proj.weight.device)
     steps = model.suffix_steps(times)
     extra = {"action_mix": steps.action_mix, "state": steps.state}
-    return {
+    weights = {
         "suffix": expert_weights(model.action_expert),
         "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
         "action_in": (steps.action_in,),
         "action_out": projection(model.action_out_proj),
         **{name: projection(linear) for name, linear in extra.items() if linear is not None},
     }
+    if given:
+        clean = model.suffix_steps(torch.zeros_like(times[:1]))
+        norms = {} if clean.condition is None else norm_weights(model.action_expert, clean.condition, 1)
+        weights["given"] = {"bias": (clean.bias,), **norms}
+    return weights
 
 
 def vision_weights(vision: SigLIP) -> dict[str, Any]:

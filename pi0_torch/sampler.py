@@ -26,6 +26,7 @@ from pi0 import masks, numerics
 from pi0.config import GemmaConfig, ModelConfig
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
+from pi0.policy.rtc import RTC, Previous
 from pi0_torch.attention import Attend, attention_backend, flash_attention, sdpa_attention
 from pi0_torch.fused import Modulation, Weights, lay_out, linear
 from pi0_torch.loading import Model
@@ -33,6 +34,7 @@ from pi0_torch.models.decoding import decode, written
 from pi0_torch.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
 from pi0_torch.models.layers import cast, dtype_name, gelu
 from pi0_torch.models.lora import at_least_float32
+from pi0_torch.models.rtc import clamp, given_actions, guided_velocity
 from pi0_torch.models.vision_language import pixels
 
 Cache = list[tuple[Float[Tensor, "B K P H"], Float[Tensor, "B K P H"]]]  # one entry per layer
@@ -42,7 +44,8 @@ Inputs = dict[str, Any]
 class Sampler:
     """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
-    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. Prompts are cut to one of
+    `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. With `rtc`, actions go on
+    from those of a previous chunk. Prompts are cut to one of
     `text_buckets`. `attention` is one of `ATTENTION`, see `attention_backend`. `compile` makes one graph of each shape
     of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text
     is written without them); without it, every operation runs by itself, which a debugger can follow. With `warm_up`,
@@ -61,6 +64,7 @@ class Sampler:
         text_buckets: Sequence[int] = TEXT_BUCKETS,
         eos_token: int = numerics.EOS_TOKEN,
         subtasks: bool = False,
+        rtc: RTC | str | None = None,
         attention: str | None = None,
         compile: bool | None = None,
         mode: str | None = None,
@@ -70,6 +74,9 @@ class Sampler:
         tokens, runtime = self.config.family.action_tokens, self.config.runtime
         if subtasks and not self.config.family.recipe:
             raise ValueError(f"{self.config.family.title} writes no subtasks; leave subtasks out")
+        self.rtc = RTC.of(rtc)
+        if self.rtc and tokens:
+            raise ValueError(f"{self.config.family.title} decodes tokens: real-time chunking is for flow matching")
         if num_steps is None:
             num_steps = runtime.max_decoding_steps if tokens else runtime.num_steps
         self.num_steps, self.eos_token, self.device = num_steps, eos_token, model.paligemma.embedding.device
@@ -77,13 +84,14 @@ class Sampler:
         self.compile = cuda if compile is None else compile
         self._attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
         self.mode = "reduce-overhead" if mode is None and cuda else mode
-        self.weights = lay_out(model, num_steps, tokens or subtasks)
+        given = self.rtc is not None and self.rtc.method == "trained"
+        self.weights = lay_out(model, num_steps, tokens or subtasks, given)
         self._make_programs()
         if warm_up:
             self.warm_up()
 
     def _make_programs(self) -> None:
-        self._fused, text = (FusedModel(self.weights, self.config, self._attend) for _ in range(2))
+        self._fused, text = (FusedModel(self.weights, self.config, self._attend, self.rtc) for _ in range(2))
         for name in ("read_prefix", "read_token", "integrate"):
             # Text is written to a cache that the next call reads: no CUDA graphs, which reuse the memory of results.
             setattr(text, name, self._compiled(getattr(text, name), None))
@@ -124,19 +132,26 @@ class Sampler:
                         self._programs["sample_with_subtask"](inputs | {"subtask": subtask})
 
     def sample(
-        self, observation: Observation, noise: Float[Tensor | np.ndarray, "B T A"] | None = None
+        self,
+        observation: Observation,
+        noise: Float[Tensor | np.ndarray, "B T A"] | None = None,
+        previous: Previous | None = None,
     ) -> Float[Tensor, "B T A"] | Int[Tensor, "B D"]:
         """Normalized actions, float32, or of π0-FAST tokens, int32, which takes no noise.
 
-        An observation in NumPy is fastest. A new shape of it compiles once.
+        A sampler with `rtc` goes on from a `previous` chunk. An observation in NumPy is fastest. A new shape of it
+        compiles once.
         """
-        return self._run("sample", observation, noise).clone()  # the next CUDA graph run writes to its memory
+        return self._run(
+            "sample", observation, noise, None, previous
+        ).clone()  # the next CUDA graph run writes to its memory
 
     def sample_with_subtask(
         self,
         observation: Observation,
         noise: Float[Tensor | np.ndarray, "B T A"],
         subtask: Int[Tensor | np.ndarray, "B D"] | None = None,
+        previous: Previous | None = None,
     ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
         """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
@@ -144,7 +159,7 @@ class Sampler:
         """
         if not self.subtasks:
             raise ValueError("this sampler was made without subtasks; make it with subtasks=True")
-        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask)
+        return self._run("sample_with_subtask", observation.prompt_only(), noise, subtask, previous)
 
     @torch.no_grad()
     def stages(
@@ -165,8 +180,13 @@ class Sampler:
         observation: Observation,
         noise: Float[Tensor | np.ndarray, "B T A"] | None = None,
         subtask: Int[Tensor | np.ndarray, "B D"] | None = None,
+        previous: Previous | None = None,
     ) -> Inputs:
         """What the programs take: lists of the cameras that are there, so that their names make no other program."""
+        if self.rtc is None and previous is not None:
+            raise ValueError("this sampler was made without rtc, and takes no previous chunk")
+        if self.rtc is not None and noise is not None and previous is None:
+            previous = Previous.none(*np.shape(noise))
 
         def move(x: Any) -> Tensor:  # in order, since other strides would be another program
             return torch.as_tensor(x).to(self.device, copy=True, memory_format=torch.contiguous_format)
@@ -178,7 +198,8 @@ class Sampler:
             "noise": noise,
             "subtask": subtask,
         }
-        return {
+        previous = None if previous is None else Previous(*map(move, previous))
+        return ({} if previous is None else {"previous": previous}) | {
             "images": [move(x) for x in observation.images.values()],
             "image_masks": [move(x) for x in observation.image_masks.values()],
             **{name: move(value) for name, value in inputs.items() if value is not None},
@@ -188,9 +209,9 @@ class Sampler:
 class FusedModel(nn.Module):
     """The stages of sampling over `weights` of `lay_out`; `attend` is their attention."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, attend: Attend):
+    def __init__(self, weights: Weights, config: ModelConfig, attend: Attend, rtc: RTC | None = None):
         super().__init__()
-        self.weights, self.config, self.attend = weights, config, attend
+        self.weights, self.config, self.attend, self.rtc = weights, config, attend, rtc
 
     def sample_actions(self, inputs: Inputs) -> Float[Tensor, "B T A"]:
         """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
@@ -249,9 +270,22 @@ class FusedModel(nn.Module):
         rope, bias = rotation(positions, self.config.paligemma.head_dim, dtype), mask_bias(mask, self.config)
         weights = self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
-        num_steps = len(weights["steps"]["bias"][0])
+        num_steps, previous = len(weights["steps"]["bias"][0]), inputs.get("previous")
+        given = given_actions(self.rtc, previous)
+
+        def step(i: int, x_t: Tensor, time: float, scale: float) -> Tensor:
+            def velocity(x_t: Tensor) -> Tensor:
+                return self.denoise(cache, state, x_t, rope, bias, i, given)
+
+            x_t = x_t + float(np.float32(-1 / num_steps)) * guided_velocity(
+                velocity, x_t, time, scale, self.rtc, previous
+            )
+            return clamp(x_t, given, previous)
+
+        x_t = clamp(x_t, given, previous)
+        times, scales = numerics.euler_times(num_steps), (self.rtc or RTC()).scales(num_steps)
         for i in range(num_steps):
-            x_t = x_t + float(np.float32(-1 / num_steps)) * self.denoise(cache, state, x_t, rope, bias, step=i)
+            x_t = step(i, x_t, float(times[i]), float(scales[i]))
         return x_t
 
     def embed_text(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
@@ -348,21 +382,44 @@ class FusedModel(nn.Module):
         rope: Rotation,
         bias: Float[Tensor, "B 1 R S+T"],
         step: int,
+        given: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T A"]:
-        """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache."""
-        gemma, weights, now = self.config.action_expert, self.weights, self.weights["steps"]
+        """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache, but for a gradient.
+
+        Actions `given` as they are have the weights of t = 0.
+        """
+        gemma, weights = self.config.action_expert, self.weights
         assert gemma is not None
-        x = linear(x_t, weights["action_in"][0], now["bias"][0][step])
+
+        def now(name: str, *layer: int) -> Modulation:
+            constants = self.step_constants(name, *layer, step=step)
+            if given is None or name not in weights["given"]:
+                return constants
+            clean = self.step_constants(name, *layer, step=0, steps="given")
+            return tuple(torch.where(given[..., None], a, b) for a, b in zip(clean, constants, strict=True))
+
+        action_in, (shift,) = weights["action_in"][0], now("bias")
+        x = linear(x_t, action_in, shift) if given is None else linear(x_t, action_in) + shift
         if state is not None:
             x = torch.cat([state, linear(F.silu(x), *weights["action_mix"])], dim=1)
         x = x.to(getattr(torch, self.config.runtime.dtype))
         for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
-            attention_norm, mlp_norm = (at(now[name][i], step) for name in ("attention_norms", "mlp_norms"))
+            attention_norm, mlp_norm = now("attention_norms", i), now("mlp_norms", i)
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
-            for kept, fresh in zip((k, v), new, strict=True):
-                kept[:, :, -x.shape[1] :] = fresh
+            if self.rtc is not None and self.rtc.method == "guided":
+                k, v = (torch.cat([kept[:, :, : -x.shape[1]], y], dim=2) for kept, y in zip((k, v), new, strict=True))
+            else:
+                for kept, fresh in zip((k, v), new, strict=True):
+                    kept[:, :, -x.shape[1] :] = fresh
             x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
-        return linear(rms_norm(x, at(now["final_norm"], step))[:, -x_t.shape[1] :], *weights["action_out"])
+        return linear(rms_norm(x, now("final_norm"))[:, -x_t.shape[1] :], *weights["action_out"])
+
+    def step_constants(self, name: str, *layer: int, step: int, steps: str = "steps") -> Modulation:
+        """The constants of this name in an Euler step, of a layer."""
+        constants = self.weights[steps][name]
+        for i in layer:
+            constants = constants[i]
+        return at(constants, step)
 
     def project(
         self, x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation

@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.masks import block_mask
 from pi0.observation import Observation
+from pi0.policy.rtc import RTC, Previous
 from pi0.recording import record, section
 from pi0.run_config import RecipeConfig
-from pi0_jax.models.gemma import Cache, Expert, joint_forward
+from pi0_jax.models.gemma import Cache, Condition, Expert, joint_forward
 from pi0_jax.models.layers import Linear, cast
+from pi0_jax.models.rtc import clamp, delayed, given_actions, guided_velocity, loss_of_rest
 from pi0_jax.models.vision_language import VisionLanguageModel
 
 
@@ -31,12 +33,23 @@ def embed_time(time: Float[Array, " B"], width: int, periods: tuple[float, float
 
 
 def interpolate(
-    actions: Float[Array, "B T A"], noise: Float[Array, "B T A"], time: Float[Array, " B"], dtype: str
-) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
-    """x_t between actions and noise, and the velocity noise − actions that the model learns, float32."""
+    actions: Float[Array, "B T A"],
+    noise: Float[Array, "B T A"],
+    time: Float[Array, " B"],
+    dtype: str,
+    delay: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"], Bool[Array, "B T"] | None]:
+    """x_t between actions and noise, and the velocity noise − actions that the model learns, float32.
+
+    With `delay`, x_t has the first actions of each example as they are; the third value says which.
+    """
     noise, actions = cast(noise, "action_projections", dtype), cast(actions, "action_projections", dtype)
     t = cast(time, "time", dtype)[:, None, None]
-    return t * noise + (1 - t) * actions, noise - actions
+    x_t, given = t * noise + (1 - t) * actions, None
+    if delay is not None:
+        given = delayed(delay, actions.shape[1])
+        x_t = jnp.where(given[..., None], actions, x_t)
+    return x_t, noise - actions, given
 
 
 class SuffixSteps(NamedTuple):
@@ -83,9 +96,16 @@ class FlowModel(VisionLanguageModel):
         raise NotImplementedError
 
     def embed_suffix(
-        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
-    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"] | None]:
-        """Tokens of the action expert, those of the T actions last, and the condition of its norms."""
+        self,
+        observation: Observation,
+        x_t: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        given: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B S W"], Condition | None]:
+        """Tokens of the action expert, those of the T actions last, and the condition of its norms.
+
+        Actions `given` as they are have the time 0, the others `time`.
+        """
         raise NotImplementedError
 
     def embed_time(self, time: Float[Array, " B"], width: int) -> Float[Array, "B W"]:
@@ -113,18 +133,21 @@ class FlowModel(VisionLanguageModel):
         noise: Float[Array, "B T A"],
         time: Float[Array, " B"],
         stages: dict[str, Array] | None = None,
+        delay: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T"]:
         """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
 
+        With `delay`, the first actions of each example are given as they are, at time 0, and the loss is of the others
+        (`rtc.loss_of_rest`), as real-time chunking is trained.
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
         section("actions and noise")
-        x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
+        x_t, target, given = interpolate(actions, noise, time, self.config.runtime.dtype, delay)
         record("x_t", x_t)
         record("target", target)
         prefix, prefix_valid = self.embed_prefix(observation, stages)
         section("suffix")
-        suffix, condition = self.embed_suffix(observation, x_t, time)
+        suffix, condition = self.embed_suffix(observation, x_t, time, given)
         split, horizon = prefix.shape[1], x_t.shape[1]
         blocks = np.concatenate([np.zeros(split, int), self.suffix_blocks(horizon)])
         valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
@@ -138,7 +161,7 @@ class FlowModel(VisionLanguageModel):
             stages=stages,
         )
         velocity = self.read_velocity(suffix_out, horizon)
-        loss = record("loss", jnp.square(velocity - target).mean(-1))
+        loss = record("loss", loss_of_rest(jnp.square(velocity - target).mean(-1), given))
         if stages is not None:
             stages.update(
                 prefix_tokens=prefix,
@@ -160,27 +183,39 @@ class FlowModel(VisionLanguageModel):
         noise: Float[Array, "B T A"],
         time: Float[Array, " B"],
         recipe: RecipeConfig | None = None,
+        delay: Int[Array, " B"] | None = None,
     ) -> dict[str, Array]:
         """The parts of the training loss, float32: `flow` [B, T]. No recipe has a place here."""
         assert recipe is None, "this model has no recipe"
-        return {"flow": self.compute_loss(observation, actions, noise, time)}
+        return {"flow": self.compute_loss(observation, actions, noise, time, delay=delay)}
 
     def sample(
-        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
+        self,
+        observation: Observation,
+        noise: Float[Array, "B T A"],
+        num_steps: int | None = None,
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Array, "B T A"]:
         """Normalized actions: `sample_actions`."""
-        return self.sample_actions(observation, noise, num_steps)
+        return self.sample_actions(observation, noise, num_steps, rtc, previous)
 
     def sample_actions(
-        self, observation: Observation, noise: Float[Array, "B T A"], num_steps: int | None = None
+        self,
+        observation: Observation,
+        noise: Float[Array, "B T A"],
+        num_steps: int | None = None,
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Array, "B T A"]:
         """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
 
         The prefix runs once and its keys and values are kept. `num_steps` (default: the config's) is static.
+        With `rtc`, static too, the actions go on from the `previous` chunk.
         """
         prefix, valid = self.embed_prefix(observation)
         _, cache = self.read_prefix(prefix, valid, block_mask(np.zeros(prefix.shape[1], int), valid))
-        return self.integrate(observation, noise, num_steps, cache, valid)
+        return self.integrate(observation, noise, num_steps, cache, valid, rtc, previous)
 
     def integrate(
         self,
@@ -189,6 +224,8 @@ class FlowModel(VisionLanguageModel):
         num_steps: int | None,
         cache: Cache,
         seen: Bool[Array, "B S"],
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Array, "B T A"]:
         """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
         num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
@@ -197,12 +234,21 @@ class FlowModel(VisionLanguageModel):
         valid = jnp.concatenate([seen, jnp.ones((len(noise), len(blocks)), bool)], axis=1)
         mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
 
-        def step(x_t: Array, time: Array) -> tuple[Array, None]:
-            time = jnp.broadcast_to(time, noise.shape[:1])
-            section("suffix")
-            suffix, condition = self.embed_suffix(observation, x_t, time)
-            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
-            return record("Euler step", x_t + np.float32(-1 / num_steps) * self.read_velocity(out, horizon)), None
+        given = given_actions(rtc, previous)
 
-        x_t = cast(noise, "action_projections", self.config.runtime.dtype)
-        return jax.lax.scan(step, x_t, jnp.asarray(numerics.euler_times(num_steps)))[0]
+        def step(x_t: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
+            time, scale = now
+            times = jnp.broadcast_to(time, noise.shape[:1])
+
+            def velocity(x_t: Array) -> Array:
+                section("suffix")
+                suffix, condition = self.embed_suffix(observation, x_t, times, given)
+                (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
+                return self.read_velocity(out, horizon)
+
+            x_t = x_t + np.float32(-1 / num_steps) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
+            return record("Euler step", clamp(x_t, given, previous)), None
+
+        x_t = clamp(cast(noise, "action_projections", self.config.runtime.dtype), given, previous)
+        scales = (rtc or RTC()).scales(num_steps)
+        return jax.lax.scan(step, x_t, (jnp.asarray(numerics.euler_times(num_steps)), jnp.asarray(scales)))[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,17 @@ from pi0_jax.models.lora import at_least_float32, make_lora
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
 
 
+class TwoTimes(NamedTuple):
+    """The condition at the flow time [B, W] and that at t = 0 [1, W], which tokens `given` [B, T] as they are have."""
+
+    now: Float[Array, "B W"]
+    clean: Float[Array, "1 W"]
+    given: Bool[Array, "B T"]
+
+
+Condition = Float[Array, "B W"] | TwoTimes
+
+
 class RMSNorm(nnx.Module):
     """RMS norm in float32, × (1 + scale), rounded to `dtype`; gives no gate."""
 
@@ -31,15 +42,13 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.zeros(width))
 
-    def __call__(
-        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"] | None
-    ) -> tuple[Float[Array, "B T W"], None]:
+    def __call__(self, x: Float[Array, "B T W"], condition: Condition | None) -> tuple[Float[Array, "B T W"], None]:
         scale = cast(self.scale[...], "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale)).astype(self.dtype), None
 
 
 class AdaptiveRMSNorm(nnx.Module):
-    """RMS norm whose scale, shift and gate [B, 1, W] are a projection of the condition [B, W] (π0.5)."""
+    """RMS norm whose scale, shift and gate are a projection of the condition (π0.5)."""
 
     def __init__(self, width: int, *, dtype: str, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -47,13 +56,19 @@ class AdaptiveRMSNorm(nnx.Module):
         self.modulation.kernel[...] = jnp.zeros((width, 3 * width))  # starts as the identity: gate 0
 
     def __call__(
-        self, x: Float[Array, "B T W"], condition: Float[Array, "B W"] | None
-    ) -> tuple[Float[Array, "B T W"], Float[Array, "B 1 W"]]:
-        assert condition is not None, "an adaptive norm needs a condition"
-        modulation = record("modulation", self.modulation(condition))
-        scale, shift, gate = jnp.split(modulation[:, None], 3, axis=-1)
+        self, x: Float[Array, "B T W"], condition: Condition | None
+    ) -> tuple[Float[Array, "B T W"], Float[Array, "B T W"]]:
+        scale, shift, gate = jnp.split(self.modulate(condition), 3, axis=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).astype(self.dtype), gate
+
+    def modulate(self, condition: Condition | None) -> Float[Array, "B T W"]:
+        """Scale, shift and gate of each token, T = 1 for all alike."""
+        assert condition is not None, "an adaptive norm needs a condition"
+        if not isinstance(condition, TwoTimes):
+            return record("modulation", self.modulation(condition))[:, None]
+        now, clean = self.modulation(condition.now)[:, None], self.modulation(condition.clean)[:, None]
+        return record("modulation", jnp.where(condition.given[..., None], clean, now))
 
 
 def normalize(x: Float[Array, "B T W"], dtype: str) -> Float[Array, "B T W"]:
@@ -184,7 +199,7 @@ def joint_layer(
     xs: Sequence[Float[Array, "B T W"]],
     rotations: Sequence[Rotation],
     mask: Bool[Array, "B T S"],
-    conditions: Sequence[Float[Array, "B W"] | None],
+    conditions: Sequence[Condition | None],
     cached: tuple[Array, Array] | None,
     slot: Int[Array, ""] | None,
     implementation: str,
@@ -239,7 +254,7 @@ def joint_forward(
     xs: Sequence[Float[Array, "B T W"]],
     positions: Sequence[Int[Array, "B T"]],
     mask: Bool[Array, "B T S"],
-    conditions: Sequence[Float[Array, "B W"] | None],
+    conditions: Sequence[Condition | None],
     cache: Cache | None = None,
     slot: Int[Array, ""] | None = None,
     stages: dict[str, Array] | None = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pi0.observation import Observation
 from pi0.recording import record
@@ -24,11 +24,18 @@ class Pi0(FlowModel):
         self.action_time_mlp_out = self.projection(width, width, rngs)
 
     def embed_suffix(
-        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
+        self,
+        observation: Observation,
+        x_t: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        given: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
         tokens = record("action_in_proj", self.action_in_proj(x_t))
-        embedded = jnp.broadcast_to(self.embed_time(time, tokens.shape[-1])[:, None], tokens.shape)
+        embedded = self.embed_time(time, tokens.shape[-1])[:, None]
+        if given is not None:
+            embedded = jnp.where(given[..., None], self.embed_time(jnp.zeros(1), tokens.shape[-1])[:, None], embedded)
+        embedded = jnp.broadcast_to(embedded, tokens.shape)
         tokens = record("action_time_mlp_in", self.action_time_mlp_in(jnp.concatenate([tokens, embedded], axis=-1)))
         tokens = record("action_time_mlp_out", self.action_time_mlp_out(nnx.silu(tokens)))
         state = record("state_proj", self.state_proj(observation.state))

@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import masks, numerics
 from pi0.observation import Observation
+from pi0.policy.rtc import RTC, Previous
 from pi0.recording import record
 from pi0.run_config import RecipeConfig
 from pi0_jax.models.decoding import written
 from pi0_jax.models.flow import FlowModel, SuffixSteps, interpolate
-from pi0_jax.models.gemma import Cache, joint_forward
+from pi0_jax.models.gemma import Cache, Condition, TwoTimes, joint_forward
+from pi0_jax.models.rtc import loss_of_rest
 
 
 class Pi05(FlowModel):
@@ -29,11 +31,16 @@ class Pi05(FlowModel):
         self.time_mlp_out = self.projection(width, width, rngs)
 
     def embed_suffix(
-        self, observation: Observation, x_t: Float[Array, "B T A"], time: Float[Array, " B"]
-    ) -> tuple[Float[Array, "B S W"], Float[Array, "B W"]]:
+        self,
+        observation: Observation,
+        x_t: Float[Array, "B T A"],
+        time: Float[Array, " B"],
+        given: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B S W"], Condition]:
         """Tokens of the action expert, T actions, and the condition of its norms."""
         tokens = record("action_in_proj", self.action_in_proj(x_t))
-        return tokens, record("condition", self.condition(time))
+        condition = record("condition", self.condition(time))
+        return tokens, condition if given is None else TwoTimes(condition, self.condition(jnp.zeros(1)), given)
 
     def condition(self, time: Float[Array, " B"]) -> Float[Array, "B W"]:
         """The condition of the action expert's adaptive norms."""
@@ -60,22 +67,23 @@ class Pi05(FlowModel):
         noise: Float[Array, "B T A"],
         time: Float[Array, " B"],
         recipe: RecipeConfig | None = None,
+        delay: Int[Array, " B"] | None = None,
     ) -> dict[str, Array]:
         """The parts of the training loss that have a weight in the recipe (default: `flow` alone), float32.
 
         `text` [B] and `fast` [B] are the cross-entropy of the next token, mean over the group's tokens of each example;
-        `flow` [B, T] is as in `compute_loss`. An example that lacks a part has 0 there. Without `flow` the action
-        expert does not run.
+        `flow` [B, T] and `delay` are as in `compute_loss`. An example that lacks a part has 0 there. Without `flow` the
+        action expert does not run.
         """
         if recipe is None:
-            return super().loss_parts(observation, actions, noise, time)
+            return super().loss_parts(observation, actions, noise, time, delay=delay)
         prefix, valid = self.embed_prefix(observation)
         groups, split = self.prefix_groups(observation), prefix.shape[1]
         experts, xs = [self.paligemma], [prefix]
-        conditions: list[Array | None] = [None]
+        conditions: list[Condition | None] = [None]
         if recipe.flow_weight:
-            x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
-            suffix, condition = self.embed_suffix(observation, x_t, time)
+            x_t, target, given = interpolate(actions, noise, time, self.config.runtime.dtype, delay)
+            suffix, condition = self.embed_suffix(observation, x_t, time, given)
             experts, xs, conditions = [*experts, self.action_expert], [prefix, suffix], [None, condition]
             groups = jnp.concatenate([groups, jnp.full(suffix.shape[:2], masks.ACTIONS)], axis=1)
             valid = jnp.concatenate([valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
@@ -95,7 +103,7 @@ class Pi05(FlowModel):
             error = self.read_velocity(outs[1], x_t.shape[1]) - target
             if observation.has_actions is not None:
                 error = jnp.where(observation.has_actions[:, None, None], error, 0)
-            losses["flow"] = jnp.square(error).mean(-1)
+            losses["flow"] = loss_of_rest(jnp.square(error).mean(-1), given)
         return {name: losses[name] for name, weight in recipe.weights.items() if weight}
 
     def text_losses(self, observation: Observation, prefix_out: Float[Array, "B S W"]) -> dict[str, Float[Array, " B"]]:
@@ -142,6 +150,8 @@ class Pi05(FlowModel):
         temperature: float = 0.0,
         rng: Array | None = None,
         eos_token: int = numerics.EOS_TOKEN,
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> tuple[Int[Array, "B D"], Float[Array, "B T A"]]:
         """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
@@ -157,4 +167,4 @@ class Pi05(FlowModel):
                 out, cache, seen, steps, read_last=True, temperature=temperature, rng=rng, eos_token=eos_token
             )
             seen = jnp.concatenate([seen, written(subtask, eos_token)], axis=1)
-        return subtask, self.integrate(observation, noise, num_steps, cache, seen)
+        return subtask, self.integrate(observation, noise, num_steps, cache, seen, rtc, previous)

@@ -17,10 +17,12 @@ from pi0 import numerics
 from pi0.config import ModelConfig
 from pi0.masks import block_mask
 from pi0.observation import Observation
+from pi0.policy.rtc import RTC, Previous
 from pi0.recording import record, section
 from pi0.run_config import RecipeConfig
-from pi0_torch.models.gemma import Cache, Expert, joint_forward
+from pi0_torch.models.gemma import Cache, Condition, Expert, joint_forward
 from pi0_torch.models.layers import Linear, cast
+from pi0_torch.models.rtc import clamp, delayed, given_actions, guided_velocity, loss_of_rest
 from pi0_torch.models.vision_language import VisionLanguageModel
 
 
@@ -32,12 +34,23 @@ def embed_time(time: Float[Tensor, " B"], width: int, periods: tuple[float, floa
 
 
 def interpolate(
-    actions: Float[Tensor, "B T A"], noise: Float[Tensor, "B T A"], time: Float[Tensor, " B"], dtype: str
-) -> tuple[Float[Tensor, "B T A"], Float[Tensor, "B T A"]]:
-    """x_t between actions and noise, and the velocity noise − actions that the model learns, float32."""
+    actions: Float[Tensor, "B T A"],
+    noise: Float[Tensor, "B T A"],
+    time: Float[Tensor, " B"],
+    dtype: str,
+    delay: Int[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B T A"], Float[Tensor, "B T A"], Bool[Tensor, "B T"] | None]:
+    """x_t between actions and noise, and the velocity noise − actions that the model learns, float32.
+
+    With `delay`, x_t has the first actions of each example as they are; the third value says which.
+    """
     noise, actions = cast(noise, "action_projections", dtype), cast(actions, "action_projections", dtype)
     t = cast(time, "time", dtype)[:, None, None]
-    return t * noise + (1 - t) * actions, noise - actions
+    x_t, given = t * noise + (1 - t) * actions, None
+    if delay is not None:
+        given = delayed(delay, actions.shape[1])
+        x_t = torch.where(given[..., None], actions, x_t)
+    return x_t, noise - actions, given
 
 
 class SuffixSteps(NamedTuple):
@@ -82,9 +95,16 @@ class FlowModel(VisionLanguageModel):
         raise NotImplementedError
 
     def embed_suffix(
-        self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B S W"], Float[Tensor, "B W"] | None]:
-        """Tokens of the action expert, those of the T actions last, and the condition of its norms."""
+        self,
+        observation: Observation,
+        x_t: Float[Tensor, "B T A"],
+        time: Float[Tensor, " B"],
+        given: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B S W"], Condition | None]:
+        """Tokens of the action expert, those of the T actions last, and the condition of its norms.
+
+        Actions `given` as they are have the time 0, the others `time`.
+        """
         raise NotImplementedError
 
     def embed_time(self, time: Float[Tensor, " B"], width: int) -> Float[Tensor, "B W"]:
@@ -112,18 +132,21 @@ class FlowModel(VisionLanguageModel):
         noise: Float[Tensor, "B T A"],
         time: Float[Tensor, " B"],
         stages: dict[str, Tensor] | None = None,
+        delay: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T"]:
         """Flow-matching loss, mean over A of (v − u)², float32 (π0 paper, section IV).
 
+        With `delay`, the first actions of each example are given as they are, at time 0, and the loss is of the others
+        (`rtc.loss_of_rest`), as real-time chunking is trained.
         `stages`, where given, receives every intermediate result that `pi0_eval.parity` compares.
         """
         section("actions and noise")
-        x_t, target = interpolate(actions, noise, time, self.config.runtime.dtype)
+        x_t, target, given = interpolate(actions, noise, time, self.config.runtime.dtype, delay)
         record("x_t", x_t)
         record("target", target)
         prefix, prefix_valid = self.embed_prefix(observation, stages)
         section("suffix")
-        suffix, condition = self.embed_suffix(observation, x_t, time)
+        suffix, condition = self.embed_suffix(observation, x_t, time, given)
         split, horizon = prefix.shape[1], x_t.shape[1]
         blocks = F.pad(self.suffix_blocks(horizon), (split, 0)).to(prefix.device)
         valid = torch.cat([prefix_valid, prefix_valid.new_ones(suffix.shape[:2])], dim=1)
@@ -137,7 +160,7 @@ class FlowModel(VisionLanguageModel):
             stages=stages,
         )
         velocity = self.read_velocity(suffix_out, horizon)
-        loss = record("loss", (velocity - target).square().mean(-1))
+        loss = record("loss", loss_of_rest((velocity - target).square().mean(-1), given))
         if stages is not None:
             stages.update(
                 prefix_tokens=prefix,
@@ -159,30 +182,42 @@ class FlowModel(VisionLanguageModel):
         noise: Float[Tensor, "B T A"],
         time: Float[Tensor, " B"],
         recipe: RecipeConfig | None = None,
+        delay: Int[Tensor, " B"] | None = None,
     ) -> dict[str, Tensor]:
         """The parts of the training loss, float32: `flow` [B, T]. No recipe has a place here."""
         assert recipe is None, "this model has no recipe"
-        return {"flow": self.compute_loss(observation, actions, noise, time)}
+        return {"flow": self.compute_loss(observation, actions, noise, time, delay=delay)}
 
     @torch.no_grad()
     def sample(
-        self, observation: Observation, noise: Float[Tensor, "B T A"], num_steps: int | None = None
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "B T A"],
+        num_steps: int | None = None,
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Tensor, "B T A"]:
         """Normalized actions: `sample_actions`."""
-        return self.sample_actions(observation, noise, num_steps)
+        return self.sample_actions(observation, noise, num_steps, rtc, previous)
 
     @torch.no_grad()
     def sample_actions(
-        self, observation: Observation, noise: Float[Tensor, "B T A"], num_steps: int | None = None
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "B T A"],
+        num_steps: int | None = None,
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Tensor, "B T A"]:
         """Integrate the velocity from `noise` (t = 1) to actions (t = 0) in `num_steps` Euler steps, float32.
 
-        The prefix runs once and its keys and values are kept. `num_steps` defaults to the config's.
+        The prefix runs once and its keys and values are kept. `num_steps` defaults to the config's. With
+        `rtc` the actions go on from the `previous` chunk.
         """
         prefix, valid = self.embed_prefix(observation)
         blocks = torch.zeros(prefix.shape[1], dtype=torch.int64, device=prefix.device)
         _, cache = self.read_prefix(prefix, valid, block_mask(blocks, valid))
-        return self.integrate(observation, noise, num_steps, cache, valid)
+        return self.integrate(observation, noise, num_steps, cache, valid, rtc, previous)
 
     @torch.no_grad()
     def integrate(
@@ -192,6 +227,8 @@ class FlowModel(VisionLanguageModel):
         num_steps: int | None,
         cache: Cache,
         seen: Bool[Tensor, "B S"],
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
     ) -> Float[Tensor, "B T A"]:
         """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
         num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
@@ -200,15 +237,21 @@ class FlowModel(VisionLanguageModel):
         valid = torch.cat([seen, seen.new_ones((len(noise), len(blocks)))], dim=1)
         mask = block_mask(F.pad(blocks, (seen.shape[1], 0)), valid)[:, -len(blocks) :]
 
-        def step(x_t: Tensor, time: float) -> Tensor:
-            times = torch.full(noise.shape[:1], time, dtype=torch.float32, device=noise.device)
-            section("suffix")
-            suffix, condition = self.embed_suffix(observation, x_t, times)
-            (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
-            x_t = x_t + float(np.float32(-1 / num_steps)) * self.read_velocity(out, horizon)
-            return record("Euler step", x_t)
+        given = given_actions(rtc, previous)
 
-        x_t = cast(noise, "action_projections", self.config.runtime.dtype)
-        for time in numerics.euler_times(num_steps):
-            x_t = step(x_t, float(time))
+        def step(x_t: Tensor, time: float, scale: float) -> Tensor:
+            times = torch.full(noise.shape[:1], time, dtype=torch.float32, device=noise.device)
+
+            def velocity(x_t: Tensor) -> Tensor:
+                section("suffix")
+                suffix, condition = self.embed_suffix(observation, x_t, times, given)
+                (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
+                return self.read_velocity(out, horizon)
+
+            x_t = x_t + float(np.float32(-1 / num_steps)) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
+            return record("Euler step", clamp(x_t, given, previous))
+
+        x_t = clamp(cast(noise, "action_projections", self.config.runtime.dtype), given, previous)
+        for time, scale in zip(numerics.euler_times(num_steps), (rtc or RTC()).scales(num_steps), strict=True):
+            x_t = step(x_t, float(time), float(scale))
         return x_t

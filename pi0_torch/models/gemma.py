@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,17 @@ from pi0_torch.models.lora import at_least_float32, make_lora
 Cache = list[tuple[Float[Tensor, "B S K H"], Float[Tensor, "B S K H"]]]  # one entry per layer
 
 
+class TwoTimes(NamedTuple):
+    """The condition at the flow time [B, W] and that at t = 0 [1, W], which tokens `given` [B, T] as they are have."""
+
+    now: Float[Tensor, "B W"]
+    clean: Float[Tensor, "1 W"]
+    given: Bool[Tensor, "B T"]
+
+
+Condition = Float[Tensor, "B W"] | TwoTimes
+
+
 class RMSNorm(nn.Module):
     """RMS norm in float32, × (1 + scale), rounded to `dtype`; gives no gate."""
 
@@ -32,15 +44,13 @@ class RMSNorm(nn.Module):
         self.dtype = dtype
         self.scale = nn.Parameter(torch.zeros(width))
 
-    def forward(
-        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"] | None
-    ) -> tuple[Float[Tensor, "B T W"], None]:
+    def forward(self, x: Float[Tensor, "B T W"], condition: Condition | None) -> tuple[Float[Tensor, "B T W"], None]:
         scale = cast(self.scale, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale)).to(getattr(torch, self.dtype)), None
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """RMS norm whose scale, shift and gate [B, 1, W] are a projection of the condition [B, W] (π0.5)."""
+    """RMS norm whose scale, shift and gate are a projection of the condition (π0.5)."""
 
     def __init__(self, width: int, *, dtype: str):
         super().__init__()
@@ -49,13 +59,19 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.modulation.weight)  # starts as the identity: gate 0
 
     def forward(
-        self, x: Float[Tensor, "B T W"], condition: Float[Tensor, "B W"] | None
-    ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B 1 W"]]:
-        assert condition is not None, "an adaptive norm needs a condition"
-        modulation = record("modulation", self.modulation(condition))
-        scale, shift, gate = modulation[:, None].chunk(3, dim=-1)
+        self, x: Float[Tensor, "B T W"], condition: Condition | None
+    ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
+        scale, shift, gate = self.modulate(condition).chunk(3, dim=-1)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate
+
+    def modulate(self, condition: Condition | None) -> Float[Tensor, "B T W"]:
+        """Scale, shift and gate of each token, T = 1 for all alike."""
+        assert condition is not None, "an adaptive norm needs a condition"
+        if not isinstance(condition, TwoTimes):
+            return record("modulation", self.modulation(condition))[:, None]
+        now, clean = self.modulation(condition.now)[:, None], self.modulation(condition.clean)[:, None]
+        return record("modulation", torch.where(condition.given[..., None], clean, now))
 
 
 def normalize(x: Float[Tensor, "B T W"], dtype: str) -> Float[Tensor, "B T W"]:
@@ -188,7 +204,7 @@ def joint_layer(
     xs: Sequence[Float[Tensor, "B T W"]],
     rotations: Sequence[Rotation],
     mask: Bool[Tensor, "B T S"],
-    conditions: Sequence[Float[Tensor, "B W"] | None],
+    conditions: Sequence[Condition | None],
     cached: tuple[Tensor, Tensor] | None,
     slot: Int[Tensor, " 1"] | None,
     insulated: bool,
@@ -238,7 +254,7 @@ def joint_forward(
     xs: Sequence[Float[Tensor, "B T W"]],
     positions: Sequence[Int[Tensor, "B T"]],
     mask: Bool[Tensor, "B T S"],
-    conditions: Sequence[Float[Tensor, "B W"] | None],
+    conditions: Sequence[Condition | None],
     cache: Cache | None = None,
     slot: Int[Tensor, " 1"] | None = None,
     stages: dict[str, Tensor] | None = None,

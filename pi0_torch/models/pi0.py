@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0.observation import Observation
@@ -25,11 +25,19 @@ class Pi0(FlowModel):
         self.action_time_mlp_out = self.projection(width, width)
 
     def embed_suffix(
-        self, observation: Observation, x_t: Float[Tensor, "B T A"], time: Float[Tensor, " B"]
+        self,
+        observation: Observation,
+        x_t: Float[Tensor, "B T A"],
+        time: Float[Tensor, " B"],
+        given: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B S W"], None]:
         """Tokens of the action expert: the state, T actions. Its norms have no condition."""
         tokens = record("action_in_proj", self.action_in_proj(x_t))
-        embedded = self.embed_time(time, tokens.shape[-1])[:, None].expand_as(tokens)
+        embedded = self.embed_time(time, tokens.shape[-1])[:, None]
+        if given is not None:
+            clean = self.embed_time(torch.zeros_like(time[:1]), tokens.shape[-1])[:, None]
+            embedded = torch.where(given[..., None], clean, embedded)
+        embedded = embedded.expand_as(tokens)
         tokens = record("action_time_mlp_in", self.action_time_mlp_in(torch.cat([tokens, embedded], dim=-1)))
         tokens = record("action_time_mlp_out", self.action_time_mlp_out(F.silu(tokens)))
         state = record("state_proj", self.state_proj(observation.state))
