@@ -10,6 +10,7 @@ from typing import Any
 
 from pi0.config import ConfigError, ModelConfig, canonical_dtype, from_dict
 from pi0.datasets.mixture import SHUFFLES
+from pi0.policy.rtc import RTCTraining
 from pi0.tokenizers.text import PALIGEMMA
 
 MAX_BFLOAT16_B2 = 0.99  # a second moment changes by 1 − b2 of itself, and bfloat16 has 8 bits of precision: 1/256
@@ -226,6 +227,7 @@ class RunConfig:
         base_checkpoint: any checkpoint that `convert.checkpoints` opens, PaliGemma's too; "": fresh parameters.
         optimizer: the optimizer and its schedule.
         recipe: the weights of π0.5's losses; None: flow matching, or π0-FAST's cross-entropy, alone.
+        rtc: the delays of real-time chunking that the model is trained for; None: none.
         freeze: a regular expression, searched in parameter names; "lora": all of the experts but LoRA; "": nothing.
         frozen_dtype: the dtype of frozen parameters.
         ema_decay: of the moving average of the parameters; None: no moving average.
@@ -249,6 +251,7 @@ class RunConfig:
     base_checkpoint: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
     recipe: RecipeConfig | None = None
+    rtc: RTCTraining | None = None
     freeze: str = ""
     frozen_dtype: str = "float32"
     ema_decay: float | None = 0.99
@@ -282,6 +285,7 @@ class RunConfig:
         decay = self.ema_decay
         _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be from 0 to below 1, or None")
         self._check_recipe()
+        self._check_rtc()
         _ = self.freeze_pattern
 
     def _check_recipe(self) -> None:
@@ -301,6 +305,17 @@ class RunConfig:
                 source.state_in_prompt or (family.prompt == "state" and recipe is None),
                 "data.state_in_prompt is False, which is for π0.5 without a recipe only",
             )
+
+    def _check_rtc(self) -> None:
+        """Raise ConfigError where the model cannot be trained for the delays."""
+        rtc, horizon = self.rtc, self.model.action_horizon
+        flow = self.recipe is None or self.recipe.flow_weight > 0
+        _require(rtc is None or not self.model.family.action_tokens, f"rtc is for flow matching, not {self.model.kind}")
+        _require(rtc is None or flow, "rtc is of the flow matching loss, and recipe.flow_weight is 0")
+        _require(
+            rtc is None or rtc.max_delay < horizon,
+            f"rtc.max_delay is {rtc and rtc.max_delay}; it must be less than the {horizon} actions of action_horizon",
+        )
 
     @property
     def freeze_pattern(self) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pi0 import numerics
+from pi0.config import GemmaConfig
 from pi0_jax.loading import Model
-from pi0_jax.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm
-from pi0_jax.models.layers import LayerNorm, Linear, cast
+from pi0_jax.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm, gated_residual, normalize
+from pi0_jax.models.layers import LayerNorm, Linear, cast, gelu
 from pi0_jax.models.siglip import SigLIP
 
 Weights = dict[str, Any]
@@ -43,7 +44,7 @@ def suffix_weights(model: Any, num_steps: int, given: bool = False) -> Weights:
     """The action expert and its projections; what each Euler step adds that no observation changes in `steps`."""
     steps = model.suffix_steps(jnp.asarray(numerics.euler_times(num_steps)))
     extra = {"action_mix": steps.action_mix, "state": steps.state}
-    weights = {
+    weights: dict[str, Any] = {
         "suffix": expert_weights(model.action_expert),
         "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
         "action_in": (steps.action_in,),
@@ -143,3 +144,43 @@ def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Array | No
         return jnp.matmul(x, kernel)
     accumulator = numerics.at_least_float32(kernel.dtype.name)
     return (jnp.matmul(x, kernel, preferred_element_type=accumulator) + bias).astype(kernel.dtype)
+
+
+def finish_layer(
+    x: Float[Array, "B T W"],
+    attended: Float[Array, "B K R H"],
+    w: Weights,
+    gemma: GemmaConfig,
+    attention_norm: Modulation,
+    mlp_norm: Modulation,
+) -> Float[Array, "B T W"]:
+    """A layer from its attention on: output projection and MLP, each with its residual."""
+    batch, tokens = x.shape[:2]
+    attended = attended.reshape(batch, gemma.num_kv_heads, tokens, -1).swapaxes(1, 2).reshape(batch, tokens, -1)
+    x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
+    gate, up = jnp.split(linear(rms_norm(x, mlp_norm), *w["gate_up"]), 2, axis=-1)
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+
+
+def at(norms: Any, step: int) -> Any:
+    """Norms in one step."""
+    return jax.tree.map(lambda x: x[step], norms)
+
+
+def gate_of(norm: Modulation) -> Array | None:
+    """The gate of an adaptive norm, None of a plain one."""
+    return norm[2] if len(norm) == 3 else None
+
+
+def rms_norm(x: Float[Array, "B T W"], norm: Modulation) -> Float[Array, "B T W"]:
+    """RMS norm with scale, and shift where there is one, in float32, rounded to the dtype of `x`."""
+    y = normalize(x, x.dtype.name) * norm[0]
+    return (y if len(norm) == 1 else y + norm[1]).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "B S W"], scale: Float[Array, " W"], bias: Float[Array, " W"]) -> Float[Array, "B S W"]:
+    """Layer norm in float32, rounded to the dtype of `x`."""
+    y = cast(x, "norm", x.dtype.name)
+    mean = y.mean(-1, keepdims=True)
+    variance = jnp.square(y - mean).mean(-1, keepdims=True)
+    return ((y - mean) * jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPS) * scale + bias).astype(x.dtype)

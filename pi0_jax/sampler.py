@@ -28,10 +28,10 @@ from pi0.fetch import cache_dir
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.policy.rtc import RTC, Previous
-from pi0_jax.fused import Modulation, Weights, lay_out, linear
+from pi0_jax.fused import Modulation, Weights, at, finish_layer, lay_out, layer_norm, linear, rms_norm
 from pi0_jax.loading import Model
 from pi0_jax.models.decoding import decode, written
-from pi0_jax.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
+from pi0_jax.models.gemma import Rotation, apply_rope, rotation
 from pi0_jax.models.layers import cast, gelu
 from pi0_jax.models.lora import at_least_float32
 from pi0_jax.models.rtc import clamp, given_actions, guided_velocity
@@ -419,43 +419,3 @@ def attend(
 def mask_bias(mask: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
     """What is added to logits: 0, or so much below 0 that it leaves nothing of a logit."""
     return jnp.where(mask, 0, jnp.float32(numerics.MASKED_LOGIT))
-
-
-def finish_layer(
-    x: Float[Array, "B T W"],
-    attended: Float[Array, "B K R H"],
-    w: Weights,
-    gemma: GemmaConfig,
-    attention_norm: Modulation,
-    mlp_norm: Modulation,
-) -> Float[Array, "B T W"]:
-    """A layer from its attention on: output projection and MLP, each with its residual."""
-    batch, tokens = x.shape[:2]
-    attended = attended.reshape(batch, gemma.num_kv_heads, tokens, -1).swapaxes(1, 2).reshape(batch, tokens, -1)
-    x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
-    gate, up = jnp.split(linear(rms_norm(x, mlp_norm), *w["gate_up"]), 2, axis=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
-
-
-def at(norms: Any, step: int) -> Any:
-    """Norms in one step."""
-    return jax.tree.map(lambda x: x[step], norms)
-
-
-def gate_of(norm: Modulation) -> Array | None:
-    """The gate of an adaptive norm, None of a plain one."""
-    return norm[2] if len(norm) == 3 else None
-
-
-def rms_norm(x: Float[Array, "B T W"], norm: Modulation) -> Float[Array, "B T W"]:
-    """RMS norm with scale, and shift where there is one, in float32, rounded to the dtype of `x`."""
-    y = normalize(x, x.dtype.name) * norm[0]
-    return (y if len(norm) == 1 else y + norm[1]).astype(x.dtype)
-
-
-def layer_norm(x: Float[Array, "B S W"], scale: Float[Array, " W"], bias: Float[Array, " W"]) -> Float[Array, "B S W"]:
-    """Layer norm in float32, rounded to the dtype of `x`."""
-    y = cast(x, "norm", x.dtype.name)
-    mean = y.mean(-1, keepdims=True)
-    variance = jnp.square(y - mean).mean(-1, keepdims=True)
-    return ((y - mean) * jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPS) * scale + bias).astype(x.dtype)

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0 import numerics
+from pi0.config import GemmaConfig
 from pi0_torch.loading import Model
-from pi0_torch.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm
-from pi0_torch.models.layers import LayerNorm, Linear, cast
+from pi0_torch.models.gemma import AdaptiveRMSNorm, Expert, RMSNorm, gated_residual, normalize
+from pi0_torch.models.layers import LayerNorm, Linear, cast, dtype_name, gelu
 from pi0_torch.models.siglip import SigLIP
 
 Weights = Any  # nested nn.ModuleDict and nn.ModuleList of nn.ParameterList, in which `torch.compile` sees constants
@@ -49,7 +50,7 @@ def suffix_weights(model: Any, num_steps: int, given: bool = False) -> dict[str,
     times = torch.from_numpy(numerics.euler_times(num_steps)).to(model.action_in_proj.weight.device)
     steps = model.suffix_steps(times)
     extra = {"action_mix": steps.action_mix, "state": steps.state}
-    weights = {
+    weights: dict[str, Any] = {
         "suffix": expert_weights(model.action_expert),
         "steps": {"bias": (steps.bias,), **norm_weights(model.action_expert, steps.condition, num_steps)},
         "action_in": (steps.action_in,),
@@ -153,3 +154,39 @@ def linear(
 ) -> Float[Tensor, "..."]:
     """x·weightᵀ (+ bias) in the weight's dtype, rounded once at the end."""
     return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def finish_layer(
+    x: Float[Tensor, "B T W"],
+    attended: Float[Tensor, "B K R H"],
+    w: Weights,
+    gemma: GemmaConfig,
+    attention_norm: Modulation,
+    mlp_norm: Modulation,
+) -> Float[Tensor, "B T W"]:
+    """A layer from its attention on: output projection and MLP, each with its residual."""
+    attended = attended.unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
+    x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
+    gate, up = linear(rms_norm(x, mlp_norm), *w["gate_up"]).chunk(2, dim=-1)
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+
+
+def at(norm: Modulation, step: int) -> Modulation:
+    """A norm in one step."""
+    return tuple(x[step] for x in norm)
+
+
+def gate_of(norm: Modulation) -> Tensor | None:
+    """The gate of an adaptive norm, None of a plain one."""
+    return norm[2] if len(norm) == 3 else None
+
+
+def rms_norm(x: Float[Tensor, "B T W"], norm: Modulation) -> Float[Tensor, "B T W"]:
+    """RMS norm with scale, and shift where there is one, in float32, rounded to the dtype of `x`."""
+    y = normalize(x, dtype_name(x)) * norm[0]
+    return (y if len(norm) == 1 else y + norm[1]).to(x.dtype)
+
+
+def layer_norm(x: Float[Tensor, "B S W"], scale: Float[Tensor, " W"], bias: Float[Tensor, " W"]) -> Tensor:
+    """Layer norm in float32, rounded to the dtype of `x`."""
+    return F.layer_norm(x.to(scale.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS).to(x.dtype)

@@ -13,7 +13,8 @@ import pi0.policy.policy
 from convert.checkpoints import open_checkpoint
 from pi0.config import ModelConfig
 from pi0.observation import Observation
-from pi0.policy.policy import fill_assets
+from pi0.policy.policy import check_rtc, fill_assets
+from pi0.policy.rtc import RTC, Previous
 from pi0.reading import naming
 from pi0.robots.pipeline import Pipeline
 from pi0_torch.loading import load_model, to_device, to_numpy
@@ -39,6 +40,7 @@ class Policy(pi0.policy.policy.Policy):
         seed: int = 0,
         fallback: bool = False,
         subtask_every: int = 1,
+        rtc: RTC | str | None = None,
         use_sampler: bool = False,
         attention: str | None = None,
         compile: bool | None = None,
@@ -48,9 +50,9 @@ class Policy(pi0.policy.policy.Policy):
 
         `preset` names the openpi config that the checkpoint was trained with (`pi0.presets`), which says what an openpi
         checkpoint does not. `asset_id` chooses among several norm stats; `head_dims` is that of `open_checkpoint`;
-        `config`, `dtype`, `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback` and
-        `subtask_every` those of `Policy`; `overrides` what the checkpoint itself does not say, or says otherwise:
-        `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by
+        `config`, `dtype`, `param_dtype` and `device` those of `load`; `num_steps`, `seed`, `fallback`,
+        `subtask_every` and `rtc` those of `Policy`; `overrides` what the checkpoint itself does not say, or says
+        otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by
         `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`, and `model` is None: its memory
         is free again. Raises what they do, and ValueError for these two without `use_sampler`.
         """
@@ -60,32 +62,48 @@ class Policy(pi0.policy.policy.Policy):
         with naming(checkpoint.folder):
             assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
             Pipeline.from_assets(assets)  # before the weights are read
+            if (rtc := RTC.of(rtc)) is not None:
+                check_rtc(rtc, assets)
         checkpoint = dataclasses.replace(checkpoint, assets=assets)
         model: Any = load_model(checkpoint, dtype=dtype, param_dtype=param_dtype, device=device)
-        options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every}
+        options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every, "rtc": rtc}
         if use_sampler:
-            how: dict[str, Any] = {"subtasks": assets.subtasks, "attention": attention, "compile": compile}
+            how: dict[str, Any] = {"subtasks": assets.subtasks, "rtc": rtc, "attention": attention, "compile": compile}
             options["sampler"], model = Sampler(model, num_steps=num_steps, **how), None
         return cls(model, assets, num_steps=num_steps, **options)
 
-    def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
+    def sample(
+        self, observation: Observation, noise: np.ndarray | None, previous: Previous | None = None
+    ) -> np.ndarray:
         """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""
         if self.sampler is not None:
-            return to_numpy(self.sampler.sample(observation, noise))
-        return to_numpy(self.model.sample(*self._on_device(observation, noise), self.num_steps))
+            return to_numpy(self.sampler.sample(observation, noise, previous))
+        observation, noise, previous = self._on_device(observation, noise, previous)
+        options = () if self.rtc is None else (self.rtc, previous)  # π0-FAST takes none
+        return to_numpy(self.model.sample(observation, noise, self.num_steps, *options))
 
     def sample_with_subtask(
-        self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        subtask: np.ndarray | None,
+        previous: Previous | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """π0.5's subtask [B, D], predicted unless it is given, and the actions [B, T, A], as NumPy arrays."""
         if self.sampler is not None:
-            tokens, actions = self.sampler.sample_with_subtask(observation, noise, subtask)
+            tokens, actions = self.sampler.sample_with_subtask(observation, noise, subtask, previous)
         else:
-            inputs = self._on_device(observation, noise, subtask)
-            tokens, actions = self.model.sample_with_subtask(*inputs, self.num_steps)
+            *inputs, previous = self._on_device(observation, noise, subtask, previous)
+            options: dict[str, Any] = {"rtc": self.rtc, "previous": previous}
+            tokens, actions = self.model.sample_with_subtask(*inputs, self.num_steps, **options)
         return to_numpy(tokens), to_numpy(actions)
 
-    def _on_device(self, observation: Observation, *arrays: np.ndarray | None) -> tuple[Any, ...]:
+    def _on_device(self, observation: Observation, *arrays: Any) -> tuple[Any, ...]:
         device = next(self.model.parameters()).device
-        there = (None if array is None else torch.as_tensor(array, device=device) for array in arrays)
-        return to_device(observation, device), *there
+
+        def move(array: Any) -> Any:
+            if isinstance(array, Previous):
+                return Previous(*map(move, array))
+            return None if array is None else torch.as_tensor(array, device=device)
+
+        return to_device(observation, device), *map(move, arrays)

@@ -28,10 +28,10 @@ from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.policy.rtc import RTC, Previous
 from pi0_torch.attention import Attend, attention_backend, flash_attention, sdpa_attention
-from pi0_torch.fused import Modulation, Weights, lay_out, linear
+from pi0_torch.fused import Modulation, Weights, at, finish_layer, lay_out, layer_norm, linear, rms_norm
 from pi0_torch.loading import Model
 from pi0_torch.models.decoding import decode, written
-from pi0_torch.models.gemma import Rotation, apply_rope, gated_residual, normalize, rotation
+from pi0_torch.models.gemma import Rotation, apply_rope, rotation
 from pi0_torch.models.layers import cast, dtype_name, gelu
 from pi0_torch.models.lora import at_least_float32
 from pi0_torch.models.rtc import clamp, given_actions, guided_velocity
@@ -391,12 +391,17 @@ class FusedModel(nn.Module):
         gemma, weights = self.config.action_expert, self.weights
         assert gemma is not None
 
-        def now(name: str, *layer: int) -> Modulation:
-            constants = self.step_constants(name, *layer, step=step)
+        def now(name: str, layer: int | None = None) -> Modulation:
+            """The constants of this step, those of t = 0 for actions that are given."""
+
+            def of(steps: str, step: int) -> Modulation:
+                constants = weights[steps][name]
+                return at(constants if layer is None else constants[layer], step)
+
             if given is None or name not in weights["given"]:
-                return constants
-            clean = self.step_constants(name, *layer, step=0, steps="given")
-            return tuple(torch.where(given[..., None], a, b) for a, b in zip(clean, constants, strict=True))
+                return of("steps", step)
+            pairs = zip(of("given", 0), of("steps", step), strict=True)
+            return tuple(torch.where(given[..., None], clean, noisy) for clean, noisy in pairs)
 
         action_in, (shift,) = weights["action_in"][0], now("bias")
         x = linear(x_t, action_in, shift) if given is None else linear(x_t, action_in) + shift
@@ -413,13 +418,6 @@ class FusedModel(nn.Module):
                     kept[:, :, -x.shape[1] :] = fresh
             x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
         return linear(rms_norm(x, now("final_norm"))[:, -x_t.shape[1] :], *weights["action_out"])
-
-    def step_constants(self, name: str, *layer: int, step: int, steps: str = "steps") -> Modulation:
-        """The constants of this name in an Euler step, of a layer."""
-        constants = self.weights[steps][name]
-        for i in layer:
-            constants = constants[i]
-        return at(constants, step)
 
     def project(
         self, x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
@@ -446,39 +444,3 @@ def mask_bias(mask: Bool[Tensor, "B T S"], config: ModelConfig) -> Float[Tensor,
     bias = torch.where(mask, 0.0, numerics.MASKED_LOGIT).to(getattr(torch, config.runtime.dtype))
     groups = config.paligemma.num_heads // config.paligemma.num_kv_heads if bias.shape[1] > 1 else 1
     return bias.repeat_interleave(groups, dim=1)[:, None]
-
-
-def finish_layer(
-    x: Float[Tensor, "B T W"],
-    attended: Float[Tensor, "B K R H"],
-    w: Weights,
-    gemma: GemmaConfig,
-    attention_norm: Modulation,
-    mlp_norm: Modulation,
-) -> Float[Tensor, "B T W"]:
-    """A layer from its attention on: output projection and MLP, each with its residual."""
-    attended = attended.unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
-    x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
-    gate, up = linear(rms_norm(x, mlp_norm), *w["gate_up"]).chunk(2, dim=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
-
-
-def at(norm: Modulation, step: int) -> Modulation:
-    """A norm in one step."""
-    return tuple(x[step] for x in norm)
-
-
-def gate_of(norm: Modulation) -> Tensor | None:
-    """The gate of an adaptive norm, None of a plain one."""
-    return norm[2] if len(norm) == 3 else None
-
-
-def rms_norm(x: Float[Tensor, "B T W"], norm: Modulation) -> Float[Tensor, "B T W"]:
-    """RMS norm with scale, and shift where there is one, in float32, rounded to the dtype of `x`."""
-    y = normalize(x, dtype_name(x)) * norm[0]
-    return (y if len(norm) == 1 else y + norm[1]).to(x.dtype)
-
-
-def layer_norm(x: Float[Tensor, "B S W"], scale: Float[Tensor, " W"], bias: Float[Tensor, " W"]) -> Tensor:
-    """Layer norm in float32, rounded to the dtype of `x`."""
-    return F.layer_norm(x.to(scale.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS).to(x.dtype)

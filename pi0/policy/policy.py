@@ -15,6 +15,7 @@ import numpy as np
 from pi0.assets import Assets, AssetsError
 from pi0.fetch import fetch
 from pi0.observation import Observation, ObservationError, check_actions, to_numpy
+from pi0.policy.rtc import RTC, Previous
 from pi0.policy.subtasks import SubtaskSampler
 from pi0.presets import describe_assumed, fitting_presets
 from pi0.robots.normalize import NormStats, load_norm_stats
@@ -25,6 +26,8 @@ from pi0.tokenizers.text import PALIGEMMA, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
+PREVIOUS = ("prev_chunk", "delay")  # what an observation says of the chunk that the robot executes
+
 
 class Policy(abc.ABC):
     """A model, and the robot, transforms, norm stats and tokenizers that its checkpoint names.
@@ -33,7 +36,9 @@ class Policy(abc.ABC):
     Noise is drawn from `seed` by NumPy, so that both frameworks draw the same. With `fallback`, tokens of π0-FAST that
     are no actions give zero normalized actions instead of an error. A π0.5 that writes subtasks predicts a new one
     every `subtask_every` calls (and after `reset`, and for another batch size), and keeps it in between. `sampler` does
-    what the model's `sample` does, faster. Raises AssetsError for assets that lack what a robot's data needs
+    what the model's `sample` does, faster. With `rtc` (a method's name, or `RTC`) a chunk goes on from the previous one
+    (real-time chunking), where the observation has `prev_chunk`: "trained" is for checkpoints that were trained so;
+    a sampler has been made with the same. Raises AssetsError for assets that lack what a robot's data needs
     (`fill_assets` adds it), or do not fit each other.
     """
 
@@ -47,26 +52,38 @@ class Policy(abc.ABC):
         fallback: bool = False,
         subtask_every: int = 1,
         sampler: Any = None,
+        rtc: RTC | str | None = None,
     ):
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
         self.model, self.assets, self.config = model, assets, assets.model
         self.num_steps, self.fallback, self.sampler = num_steps, fallback, sampler
         self.pipeline = Pipeline.from_assets(assets)
-        self._rng = np.random.default_rng(seed)
+        self.rtc, self._rng = RTC.of(rtc), np.random.default_rng(seed)
+        if self.rtc is not None:
+            check_rtc(self.rtc, assets)
+        if sampler is not None and sampler.rtc != self.rtc:
+            raise ValueError(f"the sampler was made with rtc={sampler.rtc}, the policy with {self.rtc}")
         self._subtasks = SubtaskSampler(self.sample_with_subtask, subtask_every)
+        self._warned_of_delay = False
 
     def reset(self) -> None:
         """Begin a new episode: the next call predicts a new subtask."""
         self._subtasks.reset()
 
     @abc.abstractmethod
-    def sample(self, observation: Observation, noise: np.ndarray | None) -> np.ndarray:
+    def sample(
+        self, observation: Observation, noise: np.ndarray | None, previous: Previous | None = None
+    ) -> np.ndarray:
         """Normalized actions [B, T, A] from `noise` [B, T, A], or π0-FAST's tokens [B, D], as NumPy arrays."""
 
     @abc.abstractmethod
     def sample_with_subtask(
-        self, observation: Observation, noise: np.ndarray, subtask: np.ndarray | None
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        subtask: np.ndarray | None,
+        previous: Previous | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """π0.5's subtask [B, D], predicted unless it is given, and the actions [B, T, A], as NumPy arrays."""
 
@@ -80,7 +97,9 @@ class Policy(abc.ABC):
 
         An observation is what the robot's adapter reads (see `Robot.to_model`): camera images of any size, state and
         `prompt` (or `task`) as recorded or live, in the robot's own keys and units, which the actions have too.
-        Recorded actions in it are ignored. `noise` [B, T, A] is drawn where not given. π0-FAST's result has `decoded`
+        Recorded actions in it are ignored. With `rtc` it may have `prev_chunk`, the actions [T', robot dims] of the
+        previous chunk from this observation's step on, at most T, and `delay`, how many of them will be executed before
+        the new chunk is there (default 0). `noise` [B, T, A] is drawn where not given. π0-FAST's result has `decoded`
         bool [B] too, False where `fallback` was used; that of a π0.5 which writes subtasks has `subtask`, their texts.
 
         Raises ObservationError, before the model runs, for what is missing or does not fit, by name; FASTError for
@@ -89,13 +108,14 @@ class Policy(abc.ABC):
         start = time.perf_counter()
         observation = self.inputs(observations)
         noise = self.noise(len(observations), noise)
+        previous = self.previous(observations)
         ready, tokens = time.perf_counter(), None
         if self.assets.subtasks:
             if self._subtasks.subtask is not None and len(self._subtasks.subtask) != len(observations):
                 self.reset()
-            tokens, outputs = self._subtasks(observation, noise)
+            tokens, outputs = self._subtasks(observation, noise, previous)
         else:
-            outputs = self.sample(observation, noise)
+            outputs = self.sample(observation, noise, previous)
         sampled = time.perf_counter()
         result = self.outputs(outputs, observation.state, tokens)
         parts = {"inputs": ready - start, "model": sampled - ready, "actions": time.perf_counter() - sampled}
@@ -123,6 +143,47 @@ class Policy(abc.ABC):
         rows = [dummies | row for row in rows]
         data = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         return Observation.from_dict(data, self.config).prompt_only()
+
+    def previous(self, observations: Sequence[Mapping[str, Any]]) -> Previous | None:
+        """The previous chunks in observations, as the model's actions and their weights; None of a policy without RTC.
+
+        Raises ObservationError.
+        """
+        keys = sorted({key for observation in observations for key in PREVIOUS if key in observation})
+        if self.rtc is None:
+            if keys:
+                raise ObservationError(f"{keys[0]}: this policy has no real-time chunking; make it with rtc='guided'")
+            return None
+        rows = []
+        for i, observation in enumerate(observations):
+            try:
+                rows.append(self._previous(self.rtc, observation))
+            except ValueError as error:
+                where = f"observation {i}: " if len(observations) > 1 else ""
+                raise ObservationError(f"{where}prev_chunk: {error}") from error
+        return Previous.join(rows)
+
+    def _previous(self, rtc: RTC, observation: Mapping[str, Any]) -> Previous:
+        horizon, dim = self.config.action_horizon, self.config.action_dim
+        chunk, delay = observation.get("prev_chunk"), observation.get("delay", 0)
+        if chunk is None:
+            if "delay" in observation:
+                raise ValueError("it is missing, of an observation with a delay")
+            return Previous.none(1, horizon, dim)
+        chunk = to_numpy(chunk)
+        if chunk.ndim != 2 or not 0 < len(chunk) <= horizon:
+            raise ValueError(f"it is {list(chunk.shape)}; expected 1 to {horizon} actions, [T, robot dims]")
+        if isinstance(delay, bool) or not isinstance(delay, int | np.integer) or not 0 <= delay <= len(chunk):
+            raise ValueError(f"delay is {delay!r:.80}; it must be from 0 to the {len(chunk)} actions of prev_chunk")
+        trained = (self.assets.training or {}).get("rtc")
+        if rtc.method == "trained" and trained and delay > trained["max_delay"] and not self._warned_of_delay:
+            self._warned_of_delay = True
+            logger.warning("delay is %d; the model was trained for at most %d", delay, trained["max_delay"])
+        actions, weights = (np.zeros((1, horizon, dim), np.float32) for _ in range(2))
+        actions[0, : len(chunk)] = self.pipeline.chunk(observation, chunk)
+        dims = dim if rtc.method == "trained" else self.pipeline.robot.action_dim
+        weights[0, :, :dims] = rtc.weights(horizon, int(delay), len(chunk))[:, None]
+        return Previous(actions, weights)
 
     def _row(self, observation: Mapping[str, Any], i: int, count: int) -> dict[str, Any]:
         where = f"observation {i}: " if count > 1 else ""
@@ -157,6 +218,14 @@ class Policy(abc.ABC):
                 raise
             zeros = np.zeros((self.config.action_horizon, self.pipeline.robot.action_dim))
             return self.pipeline.actions(zeros, state), False
+
+
+def check_rtc(rtc: RTC, assets: Assets) -> None:
+    """Raise AssetsError for a checkpoint whose model cannot be run with real-time chunking of this method."""
+    if assets.model.family.action_tokens:
+        raise AssetsError(f"rtc: {assets.model.family.title} decodes tokens; real-time chunking is for flow matching")
+    if rtc.method == "trained" and not (assets.training or {}).get("rtc"):
+        raise AssetsError("rtc is 'trained', but the checkpoint was not trained with config.rtc; use rtc='guided'")
 
 
 def fill_assets(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pi0.config import ConfigError
 from pi0.numerics import euler_times
 
 METHODS = ("guided", "trained")
@@ -82,7 +83,7 @@ class RTC:
 
 @dataclasses.dataclass(frozen=True)
 class RTCTraining:
-    """The delays that a model is trained for; of each example one is drawn. Raises ValueError for impossible ones.
+    """The delays that a model is trained for; of each example one is drawn. Raises ConfigError for impossible ones.
 
     Attributes:
         max_delay: the largest delay, in actions.
@@ -94,9 +95,9 @@ class RTCTraining:
 
     def __post_init__(self) -> None:
         if self.max_delay < 0:
-            raise ValueError(f"rtc.max_delay is {self.max_delay}; it must be 0 or positive")
+            raise ConfigError(f"rtc.max_delay is {self.max_delay}; it must be 0 or positive")
         if self.distribution not in DELAYS:
-            raise ValueError(f"rtc.distribution is {self.distribution!r}; it must be one of {', '.join(DELAYS)}")
+            raise ConfigError(f"rtc.distribution is {self.distribution!r}; it must be one of {', '.join(DELAYS)}")
 
     def probabilities(self) -> np.ndarray:
         """The probability of each delay, float32 [max_delay + 1]."""

@@ -9,11 +9,11 @@ from typing import Any
 class SubtaskSampler:
     """Subtask and actions chunk by chunk, the subtask predicted anew every `every` chunks and kept in between.
 
-    `sample(observation, noise, subtask)` is `Policy.sample_with_subtask`: it predicts the subtask where that is None,
-    and returns the subtask's tokens and the actions.
+    `sample(observation, noise, subtask, previous)` is `Policy.sample_with_subtask`: it predicts the subtask where that
+    is None, and returns the subtask's tokens and the actions.
     """
 
-    def __init__(self, sample: Callable[[Any, Any, Any], tuple[Any, Any]], every: int = 1):
+    def __init__(self, sample: Callable[..., tuple[Any, Any]], every: int = 1):
         if every < 1:
             raise ValueError(f"every is {every}; a subtask is kept for at least 1 chunk")
         self.sample, self.every = sample, every
@@ -23,10 +23,10 @@ class SubtaskSampler:
         """Begin a new episode: the next call predicts a subtask."""
         self.chunks, self.subtask = 0, None
 
-    def __call__(self, observation: Any, noise: Any) -> tuple[Any, Any]:
+    def __call__(self, observation: Any, noise: Any, previous: Any = None) -> tuple[Any, Any]:
         """The tokens of the subtask, int32 [B, D], and the actions, float32 [B, T, A]."""
         if self.chunks % self.every == 0:
             self.subtask = None
-        self.subtask, actions = self.sample(observation, noise, self.subtask)
+        self.subtask, actions = self.sample(observation, noise, self.subtask, previous)
         self.chunks += 1
         return self.subtask, actions

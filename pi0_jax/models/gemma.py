@@ -58,17 +58,18 @@ class AdaptiveRMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T W"], condition: Condition | None
     ) -> tuple[Float[Array, "B T W"], Float[Array, "B T W"]]:
-        scale, shift, gate = jnp.split(self.modulate(condition), 3, axis=-1)
+        scale, shift, gate = self.modulate(condition)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).astype(self.dtype), gate
 
-    def modulate(self, condition: Condition | None) -> Float[Array, "B T W"]:
+    def modulate(self, condition: Condition | None) -> Sequence[Float[Array, "B T W"]]:
         """Scale, shift and gate of each token, T = 1 for all alike."""
         assert condition is not None, "an adaptive norm needs a condition"
         if not isinstance(condition, TwoTimes):
-            return record("modulation", self.modulation(condition))[:, None]
-        now, clean = self.modulation(condition.now)[:, None], self.modulation(condition.clean)[:, None]
-        return record("modulation", jnp.where(condition.given[..., None], clean, now))
+            return jnp.split(record("modulation", self.modulation(condition))[:, None], 3, axis=-1)
+        now, clean = (jnp.split(self.modulation(c)[:, None], 3, axis=-1) for c in (condition.now, condition.clean))
+        given = condition.given[..., None]
+        return [jnp.where(given, a, b) for a, b in zip(clean, now, strict=True)]
 
 
 def normalize(x: Float[Array, "B T W"], dtype: str) -> Float[Array, "B T W"]:

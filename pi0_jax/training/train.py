@@ -20,6 +20,7 @@ from pi0.datasets.batches import Batches
 from pi0.datasets.identity import contents_of
 from pi0.observation import Observation
 from pi0.plugins import require_extra
+from pi0.policy.rtc import RTCTraining
 from pi0.run_config import RecipeConfig, RunConfig
 from pi0.storage import as_path, write_text
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
@@ -237,18 +238,30 @@ def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.A
     return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
 
 
+def delays(key: jax.Array, batch_size: int, rtc: RTCTraining | None) -> jax.Array | None:
+    """The delay of each example [B], for real-time chunking; None where none is trained.
+
+    Noise and times are as without delays: they are drawn from `key` split in two, the delays from a third part.
+    """
+    if rtc is None or not rtc.max_delay:
+        return None
+    probabilities = jnp.asarray(rtc.probabilities())
+    return jax.random.choice(jax.random.fold_in(key, 2), rtc.max_delay + 1, (batch_size,), p=probabilities)
+
+
 def mean_loss(
     model: Model,
     batch: tuple[Observation, jax.Array],
-    drawn: tuple[jax.Array, jax.Array],
+    drawn: tuple[jax.Array, jax.Array, jax.Array | None],
     recipe: RecipeConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean loss of a batch, given the noise [B, T, A] and flow times [B] `drawn`; and a recipe's parts of it.
+    """The mean loss of a batch, given the noise [B, T, A], flow times [B] and delays [B] `drawn`; and a recipe's parts.
 
     The loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without it
     adds nothing.
     """
-    parts = {name: loss.mean() for name, loss in model.loss_parts(*batch, *drawn, recipe).items()}
+    noise, time, delay = drawn
+    parts = {name: loss.mean() for name, loss in model.loss_parts(*batch, noise, time, recipe, delay).items()}
     if recipe is None:
         return jnp.stack(list(parts.values())).sum(), {}
     loss = jnp.stack([recipe.weights[name] * part for name, part in parts.items()]).sum()
@@ -271,7 +284,8 @@ def train_step(
     def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         return mean_loss(merge(config.model, join(params, state["frozen"])), *rows, config.recipe)
 
-    rows = (batch, noise_and_time(key, batch[1]))  # drawn for the whole batch: it may be cut in any way
+    drawn = (*noise_and_time(key, batch[1]), delays(key, len(batch[1]), config.rtc))
+    rows = (batch, drawn)  # drawn for the whole batch: it may be cut in any way
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     (loss, parts), grads = accumulate(value_and_grad, state["params"], rows, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -284,6 +298,6 @@ def train_step(
 
 
 def validation_loss(config: RunConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
-    """The mean loss of a batch, with the same noise and times at every evaluation."""
-    drawn = noise_and_time(jax.random.key(0), batch[1])
-    return mean_loss(merge(config.model, params), batch, drawn, config.recipe)[0]
+    """The mean loss of a batch, with the same noise and times at every evaluation, and no delays."""
+    noise, time = noise_and_time(jax.random.key(0), batch[1])
+    return mean_loss(merge(config.model, params), batch, (noise, time, None), config.recipe)[0]

@@ -61,17 +61,18 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T W"], condition: Condition | None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
-        scale, shift, gate = self.modulate(condition).chunk(3, dim=-1)
+        scale, shift, gate = self.modulate(condition)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate
 
-    def modulate(self, condition: Condition | None) -> Float[Tensor, "B T W"]:
+    def modulate(self, condition: Condition | None) -> Sequence[Float[Tensor, "B T W"]]:
         """Scale, shift and gate of each token, T = 1 for all alike."""
         assert condition is not None, "an adaptive norm needs a condition"
         if not isinstance(condition, TwoTimes):
-            return record("modulation", self.modulation(condition))[:, None]
-        now, clean = self.modulation(condition.now)[:, None], self.modulation(condition.clean)[:, None]
-        return record("modulation", torch.where(condition.given[..., None], clean, now))
+            return record("modulation", self.modulation(condition))[:, None].chunk(3, dim=-1)
+        now, clean = (self.modulation(c)[:, None].chunk(3, dim=-1) for c in (condition.now, condition.clean))
+        given = condition.given[..., None]
+        return [torch.where(given, a, b) for a, b in zip(clean, now, strict=True)]
 
 
 def normalize(x: Float[Tensor, "B T W"], dtype: str) -> Float[Tensor, "B T W"]:

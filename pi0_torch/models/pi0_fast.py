@@ -70,9 +70,10 @@ class Pi0Fast(VisionLanguageModel):
         noise: Float[Tensor, "B T A"] | None = None,
         time: Float[Tensor, " B"] | None = None,
         recipe: RecipeConfig | None = None,
+        delay: Int[Tensor, " B"] | None = None,
     ) -> dict[str, Tensor]:
-        """The parts of the training loss, float32: `tokens` [B]. No recipe has a place here."""
-        assert recipe is None, "this model has no recipe"
+        """The parts of the training loss, float32: `tokens` [B]. No recipe and no delay has a place here."""
+        assert recipe is None and delay is None, "this model has neither a recipe nor delays"
         return {"tokens": self.compute_loss(observation)}
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def guided_velocity(
     if rtc.jacobian == "identity":
         estimated, u = estimate(x_t)
         return u - scale * (weights * (wanted - estimated))
-    estimated, gradient, u = torch.func.vjp(estimate, x_t, has_aux=True)
+    estimated, gradient, u = torch.func.vjp(estimate, x_t, has_aux=True)  # type: ignore[misc]  # with aux 3
     (guidance,) = gradient(weights * (wanted - estimated))
     return u - scale * guidance
 
