@@ -79,8 +79,10 @@ class Client:
         """The answer to an observation: `actions` float32 [T, A] in the robot's units, and timings.
 
         A `subtask` takes the place of the one that π0.5 would write; `noise` [T, A] or a `seed` of it that of the
-        server's. A request that a lost connection took with it is sent once more. Raises PolicyError for what the
-        server says is wrong, TimeoutError, and ConnectionError; the next call may succeed.
+        server's. For a server with real-time chunking the observation may have `prev_chunk` and `delay`, as in
+        `Policy.infer_batch`, or `executed`, the actions since the last request. A request that a lost connection took
+        with it is sent once more. Raises PolicyError for what the server says is wrong, TimeoutError, and
+        ConnectionError; the next call may succeed.
         """
         self._number += 1
         options: dict[str, Any] = {"subtask": subtask, "noise": noise, "seed": seed}
@@ -88,8 +90,8 @@ class Client:
         if self.metadata.get("protocol"):
             request |= {"protocol": protocol.PROTOCOL, "request_id": self._number}
             request |= {"reset": True} if self._reset else {}
-        elif any(value is not None for value in options.values()):
-            raise ValueError("this server takes no subtask, noise or seed: it is not pi0-serve")
+        elif any(value is not None for value in options.values()) or "prev_chunk" in observation:
+            raise ValueError("this server takes no subtask, noise, seed or prev_chunk: it is not pi0-serve")
         message = protocol.pack(request)
         if len(message) > self.metadata.get("max_message", len(message)):
             raise ValueError(

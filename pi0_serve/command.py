@@ -15,6 +15,7 @@ from pi0.command import add_checkpoint, add_preset, add_robot, exit_on_error, ma
 from pi0.config import DTYPES
 from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
+from pi0.policy.rtc import METHODS
 from pi0_serve.limits import SIZES, WAIT, Limits
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def load_policy(source: str, args: argparse.Namespace) -> Policy:
     """A policy in the framework, with a sampler. Raises ValueError for --device with JAX."""
-    names = ("robot", "preset", "action_horizon", "asset_id", "tokenizer", "dtype", "num_steps", "seed")
+    names = ("robot", "preset", "action_horizon", "asset_id", "tokenizer", "dtype", "num_steps", "seed", "rtc")
     options: dict[str, Any] = {name: getattr(args, name) for name in names} | {"use_sampler": True}
     if args.device is not None:
         if args.framework != "torch":
@@ -140,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-steps", type=int, metavar="N", help="Euler steps (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--subtask-every", type=int, default=1, metavar="N", help="chunks that a subtask is kept for")
+    parser.add_argument(
+        "--rtc", choices=METHODS, help="real-time chunking: guided, or trained of checkpoints that were trained for it"
+    )
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="to compile (default %(default)s)"
     )

@@ -16,6 +16,7 @@ import numpy as np
 from pi0.observation import Observation
 from pi0.policy.buckets import placeholder, text_lengths
 from pi0.policy.policy import Policy
+from pi0.policy.rtc import Previous
 from pi0_serve.limits import SIZES, WAIT
 from pi0_serve.protocol import RequestError
 
@@ -28,24 +29,30 @@ class InferenceError(RuntimeError):
 
 @dataclasses.dataclass(eq=False)
 class Session:
-    """What the server keeps of one connection: π0.5's subtask, and how many chunks it was kept for."""
+    """What the server keeps of one connection: π0.5's subtask, how many chunks it was kept for, and the last chunk."""
 
     subtask: np.ndarray | None = None  # tokens [D]
     chunks: int = 0
+    actions: np.ndarray | None = None  # [T, robot dims], for real-time chunking
+    delay: int = 0
 
     def reset(self) -> None:
         """Begin a new episode: the next request predicts a new subtask."""
-        self.subtask, self.chunks = None, 0
+        self.subtask, self.chunks, self.actions = None, 0, None
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prepared request: inputs of one row, noise [1, T, A] or None, tokens of a subtask [D] that is kept or given."""
+    """A prepared request: inputs of one row, noise [1, T, A] or None, tokens of a subtask [D] that is kept or given.
+
+    `previous` is the chunk that its robot executes, of a policy with real-time chunking.
+    """
 
     session: Session
     observation: Observation
     noise: np.ndarray | None
     subtask: np.ndarray | None
+    previous: Previous | None
     received: float
     queued: float
     answer: Future[Answer] = dataclasses.field(default_factory=Future)
@@ -115,7 +122,8 @@ class Engine:
                 continue
             for size in self.sizes:  # a model takes all cameras, masked or not, and its longest prompt
                 observation = placeholder(config, size, len(config.image_keys), text_lengths(config)[-1])
-                self._sample(observation, policy.noise(size), None)
+                none = None if policy.rtc is None else Previous.none(size, config.action_horizon, config.action_dim)
+                self._sample(observation, policy.noise(size), None, none)
             break
 
     def submit(self, session: Session, observation: Mapping[str, Any], options: Mapping[str, Any]) -> Request:
@@ -128,9 +136,10 @@ class Engine:
             session.reset()
         policy, subtask, noise = self.policy, self._subtask(session, options), options.get("noise")
         inputs = policy.inputs([observation])
+        previous = policy.previous([{**observation, **self._executed(session, options)}])
         with self._drawing:  # one generator for all
             noise = policy.noise(1, None if noise is None else noise[None], options.get("seed"))
-        request = Request(session, inputs, noise, subtask, received, time.perf_counter())
+        request = Request(session, inputs, noise, subtask, previous, received, time.perf_counter())
         with self._changed:
             if self._closed:
                 raise RequestError("the server is shutting down")
@@ -151,6 +160,28 @@ class Engine:
             except ValueError as error:
                 raise RequestError(f"subtask: {error}") from error
         return None if session.chunks % self.subtask_every == 0 else session.subtask
+
+    def _executed(self, session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`prev_chunk` and `delay` of a request, for `Policy.previous`: those that it has, or else that are kept.
+
+        What is left of the kept chunk is known from `executed`, the actions since the last request; without it and
+        without `prev_chunk` a request has no previous chunk.
+        """
+        delay, chunk, executed = options.get("delay"), options.get("prev_chunk"), options.get("executed")
+        if self.policy.rtc is None:
+            given = [key for key in ("prev_chunk", "executed", "delay") if key in options]
+            if given:
+                raise RequestError(f"{given[0]}: this server has no real-time chunking; start it with --rtc guided")
+            return {}
+        if executed is not None and not 0 <= executed < 2**31:
+            raise RequestError(f"executed is {executed}; expected the number of actions since the last request")
+        if executed is not None and session.actions is not None:
+            chunk = session.actions[executed:] if executed < len(session.actions) else None
+        if delay is not None:
+            session.delay = delay
+        if chunk is None:
+            return {}
+        return {"prev_chunk": chunk, "delay": min(session.delay, len(chunk)) if delay is None else delay}
 
     def close(self) -> None:
         """Answer what is queued, take nothing more, and end the threads."""
@@ -208,7 +239,10 @@ class Engine:
         observation = Observation.join([r.observation for r in rows])
         noise = None if batch[0].noise is None else np.concatenate([r.noise for r in rows if r.noise is not None])
         subtask = None if batch[0].subtask is None else np.stack([r.subtask for r in rows if r.subtask is not None])
-        tokens, outputs = self._sample(observation, noise, subtask)
+        previous = None
+        if self.policy.rtc is not None:
+            previous = Previous.join([r.previous for r in rows if r.previous is not None])
+        tokens, outputs = self._sample(observation, noise, subtask, previous)
         sampled = time.perf_counter()
         self.on_batch(count)
         for i, request in enumerate(batch):
@@ -227,14 +261,19 @@ class Engine:
                 "queue": start - request.queued,
                 "model": sampled - start,
             }
-            actions = result.pop("actions")
+            actions = request.session.actions = result.pop("actions")
             request.answer.set_result(Answer(actions, result, request.observation, request.noise, count, seconds))
 
     def _sample(
-        self, observation: Observation, noise: np.ndarray | None, subtask: np.ndarray | None
+        self,
+        observation: Observation,
+        noise: np.ndarray | None,
+        subtask: np.ndarray | None,
+        previous: Previous | None,
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """The subtask's tokens, if any, and the model's outputs, as arrays: the device has finished."""
+        options = () if previous is None else (previous,)
         if self.policy.assets.subtasks:
             assert noise is not None
-            return self.policy.sample_with_subtask(observation, noise, subtask)
-        return None, self.policy.sample(observation, noise)
+            return self.policy.sample_with_subtask(observation, noise, subtask, *options)
+        return None, self.policy.sample(observation, noise, *options)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-MODES = ("sync", "async")
+MODES = ("sync", "async", "rtc")
 COLD = 2  # answers whose latency is not counted: programs are compiled, caches filled
 KEPT = 200  # latencies
 
@@ -64,7 +64,9 @@ class ChunkPlayer:
     `execute` actions of it (default: all). In mode "async" the next chunk is asked for in another thread, `execute`
     actions after the last one was (default: half a chunk), or earlier where the answer would come too late; when it is
     there, it goes on at the step that the robot has reached: actions that have become past are left out, none is sent
-    twice, and none ahead of its step. Robots that jump there need real-time chunking, which is a mode of its own.
+    twice, and none ahead of its step. Mode "rtc" is "async" with real-time chunking, for a policy that has it: each
+    observation has the rest of the last chunk as `prev_chunk`, and the `delay` in actions, and the new chunk goes on
+    from these without a jump.
 
     The delay is the `quantile` of measured latencies, the first COLD left out, in steps. With `ensemble`, the weight m
     of ACT's temporal ensembling, an action is the mean of all chunks that have one for its step, the oldest weighted by
@@ -157,7 +159,7 @@ class ChunkPlayer:
 
     def _tick(self) -> None:
         self._collect()
-        if self.mode == "async":
+        if self.mode != "sync":
             self._ask_if_due()
         action = self._action()
         if action is None and self.mode == "sync":
@@ -190,15 +192,26 @@ class ChunkPlayer:
         last = self._chunks[-1]
         every = len(last.actions) // 2 if self.execute is None else self.execute
         due = self.step - last.start >= max(every, 1)
-        wait = self.delay if self.latencies else len(last.actions) // 2  # nothing is known before the first
+        wait = self._expected_delay(last)
         short = last.start + len(last.actions) - self.step <= wait + 1
         past = self.step == self._asked and self._action() is None  # answered, and nothing left of it
         if past or (self.step > self._asked and (due or short or self.ensemble is not None)):
             self._ask()
 
+    def _expected_delay(self, last: Chunk) -> int:
+        """The steps until the next answer; half a chunk where nothing is known yet."""
+        return self.delay if self.latencies else len(last.actions) // 2
+
     def _ask(self) -> None:
         """Ask for the chunk of this step, in another thread."""
         observation, self._asked, self._asked_at = self.observe(), self.step, self._clock()
+        if (
+            self.mode == "rtc"
+            and self._chunks
+            and (rest := self._chunks[-1].actions[self.step - self._chunks[-1].start :]).size
+        ):
+            delay = min(self._expected_delay(self._chunks[-1]), len(rest))
+            observation = {**observation, "prev_chunk": rest, "delay": delay}
 
         def ask(reply: list[Any]) -> None:
             try:

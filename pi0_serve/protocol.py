@@ -18,7 +18,7 @@ from pi0_serve.limits import MAX_PIXELS
 
 PROTOCOL = 1  # the version of OPTIONS
 # What a request may have beside the observation, none of which openpi's clients send.
-OPTIONS = ("protocol", "request_id", "reset", "subtask", "noise", "seed")
+OPTIONS = ("protocol", "request_id", "reset", "subtask", "noise", "seed", "prev_chunk", "delay", "executed")
 
 MAX_ITEMS = 20_000  # values of lists and maps in a message; arrays count as one
 MAX_LENGTH = 4096  # of a list or a map
@@ -83,6 +83,9 @@ def request(message: bytes, max_pixels: int = MAX_PIXELS) -> tuple[dict[str, Any
         "subtask": (str,),
         "seed": (int,),
         "noise": (np.ndarray,),
+        "prev_chunk": (np.ndarray,),
+        "delay": (int,),
+        "executed": (int,),
     }
     for name, given in options.items():
         if isinstance(given, np.generic):
@@ -98,6 +101,8 @@ def request(message: bytes, max_pixels: int = MAX_PIXELS) -> tuple[dict[str, Any
         raise RequestError(f"seed is {options['seed']}; expected 0 to 2**63 - 1")
     if "seed" in options and "noise" in options:
         raise RequestError("noise and seed are two different noises; give one of them")
+    if "prev_chunk" in options and "executed" in options:
+        raise RequestError("prev_chunk and executed are two different previous chunks; give one of them")
     return value, options
 
 

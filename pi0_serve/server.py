@@ -93,6 +93,7 @@ class PolicyServer:
             "action_horizon": config.action_horizon,
             "noise": None if config.family.action_tokens else [config.action_horizon, config.action_dim],
             "subtasks": policy.assets.subtasks,
+            "rtc": None if policy.rtc is None else policy.rtc.method,
             "image_resolution": list(config.image_resolution),
             "max_message": self.limits.max_message,
         } | self._metadata

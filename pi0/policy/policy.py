@@ -115,7 +115,7 @@ class Policy(abc.ABC):
                 self.reset()
             tokens, outputs = self._subtasks(observation, noise, previous)
         else:
-            outputs = self.sample(observation, noise, previous)
+            outputs = self.sample(observation, noise, *(() if previous is None else (previous,)))
         sampled = time.perf_counter()
         result = self.outputs(outputs, observation.state, tokens)
         parts = {"inputs": ready - start, "model": sampled - ready, "actions": time.perf_counter() - sampled}

@@ -27,6 +27,8 @@ class SubtaskSampler:
         """The tokens of the subtask, int32 [B, D], and the actions, float32 [B, T, A]."""
         if self.chunks % self.every == 0:
             self.subtask = None
-        self.subtask, actions = self.sample(observation, noise, self.subtask, previous)
+        self.subtask, actions = self.sample(
+            observation, noise, self.subtask, *(() if previous is None else (previous,))
+        )
         self.chunks += 1
         return self.subtask, actions

@@ -279,7 +279,8 @@ def joint_forward(
     section("RoPE")
     rotations = [rotation(p, e.head_dim, e.dtype) for e, p in zip(experts, positions, strict=True)]
     xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
-    xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
+    kept = remat(layer, experts[0].remat if cache is None else "none")  # sampling keeps little
+    xs, (cache, outputs) = jax.lax.scan(kept, xs, ([e.layers for e in experts], cache))
     if stages is not None:
         stages.update({f"layers.{i}": output for i, output in enumerate(outputs)})
     section("out")

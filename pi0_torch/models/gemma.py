@@ -268,7 +268,7 @@ def joint_forward(
     the one token of `xs` takes that one. `stages`, where given, receives `layers.{i}` [L, B, T, W] of the i-th expert.
     `insulated` keeps the second expert's gradient out of the first (`insulated_attention`).
     """
-    layer = remat(joint_layer, experts[0].remat)
+    layer = remat(joint_layer, experts[0].remat if cache is None else "none")  # sampling keeps little
     xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
     section("RoPE")
     rotations = [rotation(p, e.head_dim, dtype_name(x)) for e, p, x in zip(experts, positions, xs, strict=True)]

@@ -177,7 +177,7 @@ def test_a_server_and_its_client(ensemble: float | None):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"mode": "rtc"}, "mode is 'rtc'"),
+        ({"mode": "fast"}, "mode is 'fast'"),
         ({"late": "panic"}, "late is 'panic'"),
         ({"rate": 0}, "rate 0"),
         ({"execute": 0}, "execute is 0"),
@@ -189,3 +189,22 @@ def test_wrong_options(options: dict[str, Any], named: str):
     arm = Arm()
     with pytest.raises(ValueError, match=named):
         ChunkPlayer(Counting(), arm.observe, arm.act, **{"rate": 10, **options})
+
+
+def test_real_time_chunking_sends_the_rest_of_the_last_chunk():
+    """From the observation's step on, and the delay, in actions."""
+    asked: list[Any] = []
+
+    class Recording(Counting):
+        def infer(self, observation: Any) -> dict[str, Any]:
+            asked.append(observation)
+            return super().infer(observation)
+
+    arm, played = play(Recording(0.012), 60, mode="rtc", rate=100)
+    assert played.held == 0 and [int(a[0]) for a in arm.sent] == list(range(60))
+    assert "prev_chunk" not in asked[0]
+    for request in asked[1:]:
+        rest, step = request["prev_chunk"], request["step"]
+        np.testing.assert_array_equal(rest[:, 0], np.arange(step, step + len(rest)))
+        assert 0 <= request["delay"] <= len(rest)
+    assert asked[-1]["delay"] >= 2  # of 12 ms at 100 Hz
