@@ -35,7 +35,7 @@ def failed_parity(folder: Path) -> str | None:
     values = read_optional(folder, PARITY)
     if values is None or values.get("passed") is True:
         return None
-    stage = f"the first stage that is out is {values.get('first_failure')!s:.80}"
+    stage = f"the first stage that is out is {values.get('first_failure')!r:.80}"
     return f"it FAILED its comparison with the other framework ({PARITY}): {stage}"
 
 

@@ -6,6 +6,7 @@ exports/<step>/parity.json   the report of `pi0-parity` on both; the checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from convert.checkpoints import is_complete
-from convert.sidecars import PARITY
+from convert.sidecars import PARITY, failed_parity
 from pi0.reading import read_json
 from pi0.run_config import RunConfig
 from pi0.storage import delete, write_text
@@ -57,10 +58,11 @@ class Exports:
             delete(partial)
         logged = self._metrics.logged("parity/passed")
         for folder in completed(self._workdir):
-            if not (folder / PARITY).exists():
-                self.start(int(folder.name))
-            elif self._due(step := int(folder.name)) and step not in logged:
-                self._metrics.write(step, _scalars(read_json(folder / PARITY)), late=True)
+            step, scalars = int(folder.name), _scalars(folder)
+            if scalars is None:
+                self.start(step)
+            elif self._due(step) and step not in logged:
+                self._metrics.write(step, scalars, late=True)
         return self
 
     def _due(self, step: int) -> bool:
@@ -111,19 +113,17 @@ class Exports:
             self._run([*PROGRAM, str(checkpoint), str(export), dtype], output)
             output.seek(0)
             lines = output.read().decode(errors="replace").strip().splitlines()
-        if not (export / PARITY).exists() or not is_complete(checkpoint):
+        scalars = _scalars(export)
+        if scalars is None or not is_complete(checkpoint):
             raise ChildProcessError(lines[-1] if lines else "it was stopped")
-        report = read_json(export / PARITY)
         write_text(checkpoint / PARITY, (export / PARITY).read_text())
-        scalars = _scalars(report) | {"parity/seconds": time.perf_counter() - started}
-        if report["passed"]:
-            verdict = f"equal to its export {export}, at {report['share']:.0%} of what is allowed"
+        if (failure := failed_parity(export)) is None:
+            verdict = f"is equal to its export {export}, at {scalars['parity/share']:.0%} of what is allowed"
         else:
-            verdict = (
-                f"NOT equal to its export {export}: the first stage that is out is {report['first_failure']}. Both are "
-                f"marked ({PARITY}); pi0-parity {checkpoint} {export} --explain says more"
-            )
-        tqdm.write(f"checkpoint {step} is {verdict} ({scalars['parity/seconds']:.0f} s)")
+            more = f"pi0-parity {checkpoint} {export} --explain"
+            verdict = f"is NOT equal to its export {export}: {failure}. Both are marked; {more} says more"
+        scalars["parity/seconds"] = time.perf_counter() - started
+        tqdm.write(f"checkpoint {step} {verdict} ({scalars['parity/seconds']:.0f} s)")
         return scalars
 
     def _run(self, command: list[str], output: IO[bytes]) -> None:
@@ -140,5 +140,9 @@ class Exports:
                 process.kill()
 
 
-def _scalars(report: dict[str, Any]) -> dict[str, float]:
-    return {"parity/passed": float(report["passed"]), "parity/share": float(report["share"])}
+def _scalars(folder: Path) -> dict[str, float] | None:
+    """The metrics of the comparison in a checkpoint's folder; None where there is none, or another file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        report = read_json(folder / PARITY)
+        return {"parity/passed": float(report["passed"]), "parity/share": float(report["share"])}
+    return None

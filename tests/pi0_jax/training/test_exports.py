@@ -13,11 +13,13 @@ import pytest
 
 from convert.checkpoints import open_checkpoint
 from convert.inspection import inspect
+from pi0.storage import as_path, list_files
 from pi0_jax.training import exports
 from pi0_jax.training.checkpoints import Checkpoints, damage
 from pi0_jax.training.exports import Exports
 from pi0_jax.training.metrics import Metrics
 from pi0_jax.training.train import train
+from tests.bucket import Bucket
 from tests.pi0_jax.training.test_train import small_config
 
 # The program, with a conversion that makes one kernel of step 4 a thousandth larger.
@@ -140,6 +142,7 @@ def test_what_was_not_done_is_done_once(folders, monkeypatch):
     programs(monkeypatch, REPORT)
     (workdir / "exports" / ".2.partial").mkdir(parents=True)
     (workdir / "checkpoints" / "2" / "parity.json").write_text('{"passed": false, "share": 3.0}')  # but not logged
+    (workdir / "checkpoints" / "4" / "parity.json").write_text('{"passed": ')
     leave(workdir, config)
     assert compared(workdir) == [(2, 0.0), (4, 1.0)]
     assert [f.name for f in (workdir / "exports").iterdir()] == ["4"]
@@ -182,6 +185,21 @@ def test_a_stop_ends_it_and_leaves_nothing(folders, monkeypatch):
     leave(workdir, config, until_begun)
     assert time.perf_counter() - started < 300 and not list((workdir / "exports").iterdir())
     assert not compared_files(workdir)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(bucket: Bucket, tmp_path, monkeypatch):
+    """Exported, compared and marked there; what was fetched for it is deleted."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("PI0_CACHE", str(cache))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    workdir = as_path(f"{bucket.address}/run")
+    train(small_config(steps=2, eval_every=0, export_every=2), workdir)
+    names = {f"{kind}/2/parity.json" for kind in ("checkpoints", "exports")} | {"exports/2/model.safetensors"}
+    assert names <= set(list_files(workdir)) and compared(workdir) == [(2, 1.0)]
+    train(small_config(steps=2, eval_every=0, export_every=2), workdir)
+    assert compared(workdir) == [(2, 1.0)]
+    assert not [f for f in tmp_path.iterdir() if f != cache] and not list(cache.rglob("*.safetensors"))
 
 
 def test_needs_pytorch_by_name_before_anything_is_written(tmp_path, monkeypatch):
