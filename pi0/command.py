@@ -131,7 +131,9 @@ def add_robot(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """The arguments `dataset` and `--format`."""
     parser.add_argument("dataset", help="a folder, hf://datasets/…, gs://… or bundled://…")
-    parser.add_argument("--format", default="lerobot", help='of the dataset: lerobot (default), rlds or "module:Name"')
+    parser.add_argument(
+        "--format", default="lerobot", help='of the dataset: lerobot (default), rlds, arrayrecord or "module:Name"'
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") -> None:

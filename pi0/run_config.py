@@ -68,7 +68,7 @@ class DataConfig:
         robot: the robot that recorded it: a name, "module:Name", or {"name": name, **options}.
         asset_id: the name of its norm stats in checkpoints.
         root: the dataset: a folder, or an address of `pi0.fetch`.
-        format: of the dataset: "lerobot", "rlds", or "module:Name".
+        format: of the dataset: "lerobot", "rlds", "arrayrecord", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
         norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
             compute them from training episodes.
