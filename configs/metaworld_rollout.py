@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     data = DataConfig(
         robot={"name": "metaworld", "cameras": CAMERAS},
         asset_id="metaworld",
-        root="data/metaworld_four",
+        root="runs/metaworld_demonstrations",
         tokenizer="bundled://tokenizer.model",
         validation_episodes=0.05,
         cache="memory",

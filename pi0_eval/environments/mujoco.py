@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
 
 import numpy as np
+
+MOST = 2048  # pixels
 
 
 def import_mujoco() -> Any:
@@ -26,22 +29,18 @@ def import_mujoco() -> Any:
 class Renderer:
     """Renders a model from any of its cameras, uint8 [size, size, 3].
 
-    All renderers of a process share one OpenGL context: of several, OSMesa draws into the wrong one once one is freed.
-    With `full` there are shadows, reflections and antialiasing, which take 6 to 8 times as long in software.
+    There may be several in a process: what one has is freed in its own OpenGL context. (`mujoco.Renderer` frees it in
+    the current one, after which others draw wrong images.) With `full` there are shadows, reflections and antialiasing,
+    which take 6 to 8 times as long in software.
     """
-
-    _context: Any = None  # of the process, as large as the largest image
-    _size = 0
 
     def __init__(self, model: Any, size: int, full: bool = False):
         mujoco = self._mujoco = import_mujoco()
         self.size, self._model = size, model
-        if Renderer._context is None:
-            Renderer._size = 1024
-            Renderer._context = mujoco.GLContext(Renderer._size, Renderer._size)
-        if not 16 <= size <= Renderer._size:
-            raise ValueError(f"size is {size}; images are 16 to {Renderer._size} pixels high and wide")
-        Renderer._context.make_current()
+        if not 16 <= size <= MOST:
+            raise ValueError(f"size is {size}; images are 16 to {MOST} pixels high and wide")
+        self._context: Any = mujoco.GLContext(size, size)
+        self._context.make_current()
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         if not full:
             model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
@@ -55,7 +54,7 @@ class Renderer:
     def render(self, data: Any, camera: int) -> np.ndarray:
         """The image of the camera with this number, in the present state of the data."""
         mujoco, image = self._mujoco, np.empty((self.size, self.size, 3), np.uint8)
-        Renderer._context.make_current()
+        self._context.make_current()
         self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera
         everything = mujoco.mjtCatBit.mjCAT_ALL.value
         mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, everything, self._scene)
@@ -65,6 +64,13 @@ class Renderer:
         return np.ascontiguousarray(image[::-1])
 
     def close(self) -> None:
-        """Free its textures and meshes."""
-        Renderer._context.make_current()
-        self._draw.free()
+        """Free its textures and meshes, and then the context that they are in."""
+        if self._context is not None:
+            self._context.make_current()
+            self._draw.free()
+            self._context.free()
+            self._context = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end, parts of it are gone
+            self.close()
