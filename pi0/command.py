@@ -27,6 +27,8 @@ COMMANDS = {
     "parity": "compare two checkpoints stage by stage, in either framework",
     "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
     "replay": "compare a policy's actions with recorded ones, open loop",
+    "rollout": "measure success rates of a policy in simulation, closed loop",
+    "collect": "record demonstrations of a scripted expert in simulation",
     "serve": "serve a policy to robots, over openpi's websocket protocol",
     "bench": "measure sampling against the machine's roofline",
     "demo": "train, convert, compare and replay on bundled recordings",
