@@ -11,13 +11,17 @@ recomputes each layer in the backward pass and has no option not to; its row "wi
 environment needs its pinned packages and, for its PyTorch, its patched transformers.
 
 For data, LeRobot's loader reads shuffled batches of a recording in worker processes, at the recorded size; ours does
-that and all transforms of training (resizing, normalization, tokens), from the videos and from a frame cache.
+that and all transforms of training (resizing, normalization, tokens), from the videos, from a frame cache, and from
+ArrayRecord on this machine and in a bucket: a server of Google Cloud Storage's interface on 127.0.0.1
+(fake-gcs-server), which takes its part of the same processors.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -87,8 +91,14 @@ def sides_of(task: str, job: dict[str, Any], args: argparse.Namespace) -> list[S
     ours, root = [sys.executable, str(HERE / "sides" / "time_ours.py")], str(HERE.parent)
     sides = []
     if task == "data":
-        for name, cache in (("ours, from the videos", ""), ("ours, from a frame cache", args.cache)):
-            sides.append(Side(name, "", job | {"cache": cache}, ours, root, ours=True))
+        records = {"root": args.records, "format": "arrayrecord"}
+        for name, more in (
+            ("ours, from the videos", {}),
+            ("ours, from a frame cache", {"cache": args.cache}),
+            ("ours, from ArrayRecord", records),
+            ("ours, from ArrayRecord in a bucket", records | {"root": args.bucket}),
+        ):
+            sides.append(Side(name, "", job | more, ours, root, ours=True))
     else:
         sides.append(Side("ours", "JAX", job | {"framework": "jax"}, ours, root, ours=True))
         for mode in args.modes:
@@ -147,9 +157,36 @@ def compare(task: str, job: dict[str, Any], args: argparse.Namespace) -> None:
         median, best_ms = 1e3 * statistics.median(side.seconds), 1e3 * min(side.seconds)
         if task == "data":
             rate = job["batches"] * job["batch"] / statistics.median(side.seconds)
-            print(f"| {task} | {label} | {median:.0f} | {best_ms:.0f} | {rate:.0f}/s | {cells[0]} |", flush=True)
+            workers = f"{task}, {job['workers']} worker{'s' if job['workers'] > 1 else ''}"
+            print(f"| {workers} | {label} | {median:.0f} | {best_ms:.0f} | {rate:.0f}/s | {cells[0]} |", flush=True)
         else:
             print(f"| {task} | {label} | {median:.1f} | {best_ms:.1f} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+def prepare_records(dataset: Path, args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Fill the frame cache, and write the recordings as ArrayRecord: to a folder, and a bucket that stays till the end.
+
+    Prints what they take.
+    """
+    sys.path.append(str(HERE.parent))
+    from pi0.datasets.cache import main as cache
+    from pi0.storage import as_path, list_files, upload
+
+    bucket = importlib.import_module("tests.bucket")
+
+    folder = dataset.parent
+    args.records, args.bucket = str(folder / "records"), f"gs://{bucket.NAME}/records"
+    size = ["--size", f"{args.size}x{args.size}", "--workers", "2"]
+    cache([str(dataset), *size, "--cache", args.cache])
+    cache([str(dataset), *size, "--to", "arrayrecord", "--out", args.records])
+    proxy = stack.enter_context(bucket.server())
+    os.environ |= {
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{proxy.upstream}",  # not through the tests' proxy, which is slow
+        "PI0_CACHE": str(folder / "fetched"),
+    }
+    upload(Path(args.records), as_path(args.bucket))
+    for name, where in (("videos", dataset), ("frame cache", Path(args.cache)), ("ArrayRecord", Path(args.records))):
+        print(f"{name}: {sum(file.size for file in list_files(where).values()):,} bytes", file=sys.stderr)
 
 
 def main() -> None:
@@ -163,6 +200,8 @@ def main() -> None:
     parser.add_argument("--lerobot", type=Path, default=Path(".cache/peers"), help="its environment's folder")
     parser.add_argument("--openpi", type=Path, help="a checkout of openpi")
     parser.add_argument("--openpi-python", type=Path, default=Path("python"), help="of an environment for openpi")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of data: processes (default 1 and 2)")
+    parser.add_argument("--batches", type=int, default=8, help="of data, in a call (default %(default)s)")
     parser.add_argument("--video", nargs="+", default=["pyav"], help="LeRobot's video backends (default pyav)")
     args = parser.parse_args()
     if not (args.lerobot / "bin" / "python").exists():
@@ -171,8 +210,9 @@ def main() -> None:
     if args.openpi is not None and args.size != 224:
         parser.error("openpi's images are 224 x 224: leave --openpi or --size out")
     config = get_variant(args.model, image_resolution=(args.size, args.size))
-    data_job = {"batch": 32, "batches": 8, "workers": 1, "robot": "metaworld"}
-    with tempfile.TemporaryDirectory(prefix="pi0-peers-") as folder:
+    data_job = {"batch": 32, "batches": args.batches, "robot": "metaworld"}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pi0-peers-"))
         args.cache = str(Path(folder) / "cache")
         dataset = Path(folder) / "dataset"
         shutil.copytree(fetch("bundled://metaworld_v30"), dataset)
@@ -182,7 +222,10 @@ def main() -> None:
                     "| task | side | median ms | best ms | samples | times ours |\n|---|---|---|---|---|---|",
                     flush=True,
                 )
-                compare(task, {"task": task, "config": config.to_dict(), "dataset": str(dataset), **data_job}, args)
+                prepare_records(dataset, args, stack)
+                job = {"task": task, "config": config.to_dict(), "dataset": str(dataset), **data_job}
+                for workers in args.workers:
+                    compare(task, job | {"workers": workers}, args)
             else:
                 print("| task | side | median ms | best ms | times our JAX | times our PyTorch |", flush=True)
                 print("|---|---|---|---|---|---|", flush=True)

@@ -25,7 +25,7 @@ from convert.layouts.layout import Layout
 from convert.layouts.registry import LAYOUTS, WRITABLE, find_layout
 from convert.lerobot import BUFFERS, inert_settings
 from convert.peft import ADAPTER, base_of, merge_adapter
-from convert.sidecars import norm_stats_files, read_assets, read_model, unsaid_fields
+from convert.sidecars import failed_parity, norm_stats_files, read_assets, read_model, unsaid_fields
 from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
 from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
 from pi0.config import ModelConfig
@@ -186,7 +186,8 @@ def open_checkpoint(
         in_place: whether weights in a bucket are read there, each part when it is read, instead of fetched into the
             cache of this machine.
 
-    Raises CheckpointError or LayoutError that names the file or the tensors.
+    Warns of a checkpoint that failed its comparison with the other framework (`parity.json`). Raises CheckpointError or
+    LayoutError that names the file or the tensors.
     """
     stored = read_tensors(source, step=step, ema=ema, dtype=dtype, in_place=in_place)
     with naming(stored.folder):
@@ -225,6 +226,8 @@ def _validated(
         ours = {name: tensor.cast(dtype) for name, tensor in ours.items()}
     for note in notes:
         logger.info("%s: %s", folder, note)
+    if (failure := failed_parity(stored.sidecars)) is not None:
+        logger.warning("%s: %s", folder, failure)
     return Checkpoint(folder, layout, assets, ours, norm_stats, new, notes)
 
 

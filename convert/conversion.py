@@ -18,6 +18,7 @@ from convert.checksums import CHECKSUMS, is_sidecar, sign
 from convert.layouts.layout import Layout
 from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
+from convert.sidecars import PARITY
 from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
 from pi0.command import add_checkpoint, add_head_dims, add_preset, exit_on_error, make_parser, output_path
 from pi0.config import ModelConfig, canonical_dtype
@@ -30,7 +31,7 @@ from pi0.variants import read_variant
 DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # What a folder that is replaced has at least one file of, and what else it may have.
 MARKER = ("model.safetensors", "model.safetensors.index.json", "params")
-FILES = ("model-*.safetensors", "config.json", "assets", "policy_p*processor*", CHECKSUMS)
+FILES = ("model-*.safetensors", "config.json", "assets", "policy_p*processor*", CHECKSUMS, PARITY)
 VERIFIED_SIZE = 1_000_000_000  # parameters up to which conversions are verified by default
 
 

@@ -15,7 +15,7 @@ from convert.detection import detect
 from convert.formats.orbax import orbax_paths
 from convert.layouts.layout import Layout
 from convert.layouts.registry import LAYOUTS, find_layout
-from convert.sidecars import norm_stats_files
+from convert.sidecars import failed_parity, norm_stats_files
 from pi0.assets import AssetsError
 from pi0.command import add_head_dims, add_preset, exit_on_error, make_parser
 from pi0.config import ModelConfig
@@ -30,7 +30,7 @@ class Inspection:
 
     `config` is None where it does not follow from the shapes; `assumed` are its fields that no file says, and `presets`
     the openpi configs that it may have been trained with, which say them. `robot` is None where no file names it.
-    `notes` say what is read otherwise than stored.
+    `notes` say what is read otherwise than stored, and whether it failed a comparison.
     `problems` is empty for a valid checkpoint. `dtypes` counts tensors by dtype for each part of the model;
     `parameters` is their total number.
     """
@@ -102,6 +102,8 @@ def inspect(
         layout.check(assets.model, {name: tensor.shape for name, tensor in tensors.items()})
     except (LayoutError, AssetsError) as error:
         problems.append(str(error))
+    if (failure := failed_parity(stored.sidecars)) is not None:
+        notes = [*notes, failure]
     dtypes: dict[str, collections.Counter[str]] = {}
     for name, tensor in stored.tensors.items():
         dtypes.setdefault(_group(name), collections.Counter())[tensor.dtype.name] += 1

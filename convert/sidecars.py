@@ -24,6 +24,20 @@ from pi0.robots.normalize import load_norm_stats
 from pi0.storage import require_below
 from pi0.variants import get_variant
 
+PARITY = "parity.json"  # the report of `pi0-parity --json` on a checkpoint and its export, in both
+
+
+def failed_parity(folder: Path) -> str | None:
+    """What a checkpoint's `parity.json` says where its comparison failed; None where it passed or there is none.
+
+    Raises AssetsError for a file that is no JSON object.
+    """
+    values = read_optional(folder, PARITY)
+    if values is None or values.get("passed") is True:
+        return None
+    stage = f"the first stage that is out is {values.get('first_failure')!r:.80}"
+    return f"it FAILED its comparison with the other framework ({PARITY}): {stage}"
+
 
 def read_model(folder: Path, kind: str) -> ModelConfig | None:
     """The model config in openpi's or LeRobot's `config.json`; None where there is none.

@@ -27,6 +27,8 @@ COMMANDS = {
     "parity": "compare two checkpoints stage by stage, in either framework",
     "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
     "replay": "compare a policy's actions with recorded ones, open loop",
+    "rollout": "measure success rates of a policy in simulation, closed loop",
+    "collect": "record demonstrations of a scripted expert in simulation",
     "serve": "serve a policy to robots, over openpi's websocket protocol",
     "bench": "measure sampling against the machine's roofline",
     "demo": "train, convert, compare and replay on bundled recordings",
@@ -131,7 +133,9 @@ def add_robot(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """The arguments `dataset` and `--format`."""
     parser.add_argument("dataset", help="a folder, hf://datasets/…, gs://… or bundled://…")
-    parser.add_argument("--format", default="lerobot", help='of the dataset: lerobot (default), rlds or "module:Name"')
+    parser.add_argument(
+        "--format", default="lerobot", help='of the dataset: lerobot (default), rlds, arrayrecord or "module:Name"'
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") -> None:

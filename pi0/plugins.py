@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("msgpack", "websockets"), "client"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
     **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray"},
+    **{"metaworld": "sim-metaworld", "libero": "sim-libero", "gym_aloha": "sim-aloha"},
     **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 

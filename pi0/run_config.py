@@ -69,7 +69,7 @@ class DataConfig:
         robot: the robot that recorded it: a name, "module:Name", or {"name": name, **options}.
         asset_id: the name of its norm stats in checkpoints.
         root: the dataset: a folder, or an address of `pi0.fetch`.
-        format: of the dataset: "lerobot", "rlds", or "module:Name".
+        format: of the dataset: "lerobot", "rlds", "arrayrecord", or "module:Name".
         normalization: a mode of `pi0.robots.normalize`; None: that of the model's family.
         norm_stats_from: a checkpoint, or the folder of `pi0-stats --out`, whose norm stats of `asset_id` are used; "":
             compute them from training episodes.
@@ -241,6 +241,8 @@ class RunConfig:
         keep_checkpoints: how many of the newest checkpoints stay.
         keep_best: whether the one of the lowest validation loss stays too.
         keep_every: those of every so many steps stay too; 0: none.
+        export_every: steps between checkpoints that are exported to PyTorch and compared with the export, as the last
+            one is; they stay too; 0: none.
         wandb: the project in W&B; "": none.
     """
 
@@ -266,6 +268,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     keep_best: bool = True
     keep_every: int = 0
+    export_every: int = 0
     wandb: str = ""
 
     def __post_init__(self) -> None:
@@ -275,8 +278,13 @@ class RunConfig:
         _require(self.shuffle in SHUFFLES, f"shuffle is {self.shuffle!r}; it must be one of {', '.join(SHUFFLES)}")
         for name in ("batch_size", "accumulate", "steps", "log_every", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("eval_every", "keep_every"):
+        for name in ("eval_every", "keep_every", "export_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or positive")
+        _require(
+            self.export_every % self.save_every == 0,
+            f"export_every is {self.export_every}; it must be a multiple of save_every, {self.save_every}: checkpoints "
+            "are exported",
+        )
         _require(
             0 <= self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be less than the {self.steps} steps",

@@ -21,7 +21,6 @@ from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import find_format, open_dataset
 from pi0.datasets.statistics import frame_numbers
-from pi0.fetch import fetch
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
@@ -191,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
 def open_recordings(args: argparse.Namespace, robot: Robot) -> Dataset:
     """The dataset of the arguments; of one that `pi0-serve --record` wrote, with the noise."""
     options: dict[str, Any] = {"episodes": args.episodes, "format": args.format}
-    features = find_format(args.format).contents(fetch(args.dataset)).features
+    found = find_format(args.format)
+    features = found.contents(found.locate(args.dataset)).features
     if NOISE in features:
         options["states"] = [*robot.state_keys(features), NOISE]
     return open_dataset(args.dataset, robot, **options)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-READY = 12  # batches, more than any loader here keeps with one worker
+READY = 20  # batches, more than any loader here keeps with two workers
 REPLY = "@"  # before the lines meant for the benchmark, since libraries print too
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,26 +69,22 @@ def whole_inputs(config: ModelConfig, batch: int) -> Inputs:
 
 
 def data(job: dict[str, Any]) -> Callable[[], Any]:
-    """A batch of training: images of the model's size, state, actions, text; from the videos, or a frame cache."""
-    from pi0.datasets.cache import build_cache
-    from pi0.datasets.lerobot import LeRobotDataset
+    """A batch of training: images of the model's size, state, actions, text; as `root`, `format` and `cache` say."""
     from pi0.robots.registry import make_robot
     from pi0.run_config import DataConfig, RunConfig
     from pi0_jax.training.data import Loader, load_data
 
     config = ModelConfig.from_dict(job["config"])
     config = dataclasses.replace(config, image_keys=tuple(make_robot(job["robot"]).cameras.values()))
-    options: dict[str, Any] = {"skip_damaged": True}
-    if job["cache"]:
-        build_cache(LeRobotDataset(job["dataset"], image_size=config.image_resolution), Path(job["cache"]), workers=2)
-        options["cache"] = job["cache"]
     settings = DataConfig(
         job["robot"],
         "peers",
-        job["dataset"],
+        job.get("root", job["dataset"]),
         tokenizer="bundled://tokenizer.model",
         workers=job["workers"],
-        **options,
+        format=job.get("format", "lerobot"),
+        cache=job.get("cache", ""),
+        skip_damaged=True,
     )
     _, batches, _ = load_data(RunConfig(config, settings, batch_size=job["batch"]))
     loader: Iterator[Any] = iter(Loader(batches, config, np.arange(job["batch"]), lambda x: x, workers=job["workers"]))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi0.datasets.base import Dataset, read_jsonl
+from pi0.datasets.base import Dataset
 from pi0.datasets.errors import DataError
 from pi0.datasets.images import MAX_PIXELS, read_image
+from pi0.datasets.json_lines import read_jsonl
 from pi0.fetch import fetch
 from pi0.storage import below
 
@@ -43,7 +44,17 @@ class AnnotatedDataset:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Frame i of the dataset, with its `subtask`."""
-        item = self.dataset[i]
+        return self._annotated(self.dataset[i])
+
+    def fetch(self, frames: Sequence[int]) -> dict[int, bytes]:
+        """See `Dataset`."""
+        return self.dataset.fetch(frames)
+
+    def item(self, i: int, stored: bytes | None = None) -> dict[str, Any]:
+        """See `Dataset`."""
+        return self._annotated(self.dataset.item(i, stored))
+
+    def _annotated(self, item: dict[str, Any]) -> dict[str, Any]:
         spans = self._spans.get(item["episode_index"], [])
         place = bisect.bisect(spans, (item["frame_index"], float("inf"))) - 1
         found = place >= 0 and item["frame_index"] < spans[place][1]

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-import pi0.reading
 from pi0.datasets import index
 from pi0.datasets.errors import DataError
 from pi0.datasets.frames import MEMORY, FrameCache, FrameMemory
 from pi0.datasets.images import MAX_PIXELS
 from pi0.fetch import fetch
-from pi0.reading import MAX_JSON
 from pi0.robots.transforms import resize_with_pad
 
 STATE, ACTION = "observation.state", "action"
@@ -103,7 +100,7 @@ class Dataset(Protocol):
     ):
         if action_horizon < 1:
             raise ValueError(f"action_horizon is {action_horizon}; a chunk has at least 1 action")
-        self.root, self.action_horizon, self.image_size = fetch(root), action_horizon, image_size
+        self.root, self.action_horizon, self.image_size = self.locate(root), action_horizon, image_size
         self.states, self.actions, self.max_pixels = tuple(states), tuple(actions), max_pixels
         self.fps, self.features, listed = self.contents(self.root)
         if not 0 < self.fps < math.inf:
@@ -120,7 +117,28 @@ class Dataset(Protocol):
         elif cache is not None and image_size is None:
             raise ValueError("a cache of images needs image_size, the size that it was filled for")
         elif cache is not None:
+            if "://" in str(cache):
+                raise ValueError(
+                    f"cache {cache}: raw frames are mapped into memory, so they need a folder of this machine; in a "
+                    'bucket, make a dataset of the format "arrayrecord": pi0-cache --to arrayrecord --out gs://…'
+                )
             self._cached = self._open_cache(Path(cache))
+
+    @classmethod
+    def locate(cls, root: str | Path) -> Path:
+        """The path of a dataset, given its folder or address: on this machine, unless a format reads in a bucket."""
+        return fetch(root)
+
+    @classmethod
+    def stored_size(cls, root: Path) -> tuple[int, int] | None:
+        """The size that images were resized to before they were stored; None where they are as recorded."""
+        return None
+
+    @classmethod
+    def episode_numbers(cls, root: Path) -> list[int]:
+        """The numbers of all episodes, without reading them."""
+        found = index.find_index(root, None)
+        return [e.index for e in cls.contents(root).episodes] if found is None else found.numbers.tolist()
 
     @classmethod
     @abc.abstractmethod
@@ -181,6 +199,14 @@ class Dataset(Protocol):
         `subtask` and `index` where the dataset has them. Raises
         IndexError beyond the frames, and DataError for a damaged one, or where all episodes are left out as damaged.
         """
+        return self.item(i)
+
+    def fetch(self, frames: Sequence[int]) -> dict[int, bytes]:
+        """What frames are decoded from, by frame, where a format reads many faster than one by one."""
+        return {}
+
+    def item(self, i: int, stored: bytes | None = None) -> dict[str, Any]:
+        """Frame i as `__getitem__` returns it, decoded from what `fetch` returned for it, if anything."""
         if self.skipped and not self.episodes:
             first = self.skipped[0]
             raise DataError(
@@ -200,13 +226,22 @@ class Dataset(Protocol):
         item |= {"subtask": str(self._columns["subtask"][i])} if "subtask" in self._columns else {}
         counters = [name for name in ("index", "episode_index", "frame_index") if name in self._columns]
         item |= {name: int(self._columns[name][i]) for name in counters}
-        return item | {camera: self.image(camera, position, i - int(start)) for camera in self.cameras}
+        return item | self.images(position, i - int(start), stored)
+
+    def images(self, position: int, frame: int, stored: bytes | None = None) -> dict[str, np.ndarray]:
+        """The images of all cameras of a frame of `self.episodes[position]`."""
+        return {camera: self.image(camera, position, frame) for camera in self.cameras}
 
     def table(self, column: str) -> np.ndarray:
         """A column of numbers of all frames, [F, ...], without decoding any image. Raises KeyError."""
         if column not in self._columns:
             raise KeyError(f"no column {column!r}; there are {sorted(self._columns)}")
         return self._columns[column]
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of numbers, and of texts, that `table` has."""
+        return list(self._columns)
 
     def task(self, i: int) -> str:
         """The instruction of frame i, empty where the dataset has none."""
@@ -302,9 +337,12 @@ class Dataset(Protocol):
             return False
         return True
 
+    def _find_index(self, skip_damaged: bool) -> index.Index | None:
+        return index.find_index(self.root, self._index_columns(skip_damaged))
+
     def _read_by_index(self, chosen: Sequence[int] | None, skip_damaged: bool) -> bool:
         """Take columns and episodes of the index, and return whether there is one."""
-        found = index.find_index(self.root, self._index_columns(skip_damaged))
+        found = self._find_index(skip_damaged)
         if found is None:
             return False
         everything = np.arange(len(found.numbers))
@@ -386,32 +424,6 @@ class Dataset(Protocol):
             for frame, dim in np.argwhere(~np.isfinite(arrays[name]))[:1]:
                 raise DataError(f"{name}[{dim}] is {arrays[name][frame, dim]}", frame=int(frame))
         return arrays
-
-
-def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    """The values in a JSONL file with their line numbers from 1 on. Raises DataError."""
-    if not file.exists():
-        raise DataError("the file is missing", file)
-    pi0.reading.require_regular(file, DataError)
-    with file.open("rb") as stream:  # split at \n alone: text may have other line separators
-        for line, text in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
-            yield line, parse_json(text, file, f"line {line}")
-
-
-def parse_json(text: bytes, file: Path, where: str) -> Any:
-    """The value of UTF-8 JSON, of a file or a line. Raises DataError, also for half a surrogate pair, which is no text.
-
-    The limits are those of `pi0.reading`.
-    """
-    try:
-        value = pi0.reading.parse_json(text.decode("utf-8"), where, expected=object)
-        if b"\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except UnicodeError as error:
-        raise DataError(f"{where} is not UTF-8: {error}", file) from error
-    except ValueError as error:
-        raise DataError(str(error), file) from error
 
 
 def is_camera(feature: Mapping[str, Any]) -> bool:

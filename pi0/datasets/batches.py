@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,6 +45,13 @@ class InOrder:
         return dataset, int(frame - starts[dataset])
 
 
+class Fetched(NamedTuple):
+    """Of a step: the bytes that its rows are decoded from, by row; the other rows are read when they are decoded."""
+
+    step: int
+    stored: dict[int, bytes]
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """The batch of any step, a pure function of the step: no state but the step is saved.
@@ -66,10 +73,28 @@ class Batches:
         """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or those of one host.
 
         With `count` also `truncated` bool [R], where a prompt with its state and targets was cut. Raises DataError for
-        damaged recordings.
+        damaged recordings. It is `fetch`, which may wait for a bucket, and then `decode`, which keeps a processor busy.
         """
         rows = np.arange(self.batch_size) if rows is None else rows
-        read = [self.row(step * self.batch_size + int(row)) for row in rows]
+        return self.decode(self.fetch(step, rows), rows, count)
+
+    def fetch(self, step: int, rows: np.ndarray) -> Fetched:
+        """What rows of a batch are decoded from, where their dataset reads many frames faster than one by one."""
+        wanted: dict[int, dict[int, int]] = {}  # by dataset: the frame of each row
+        for row in map(int, rows):
+            dataset, frame = self.order.locate(step * self.batch_size + row)
+            wanted.setdefault(dataset, {})[row] = frame
+        stored: dict[int, bytes] = {}
+        for number, frames in wanted.items():
+            fetch = getattr(self.order.datasets[number], "fetch", None)  # `Questions` have none
+            found = fetch([*frames.values()]) if fetch else {}
+            stored |= {row: found[frame] for row, frame in frames.items() if frame in found}
+        return Fetched(step, stored)
+
+    def decode(self, fetched: Fetched, rows: np.ndarray, count: bool = False) -> dict[str, np.ndarray]:
+        """What `read` returns, of rows that were fetched."""
+        first = fetched.step * self.batch_size
+        read = [self.row(first + row, fetched.stored.get(row)) for row in map(int, rows)]
         kept = [key for key in read[0] if count or key != "truncated"]
         return {key: np.stack([row[key] for row in read]) for key in kept}
 
@@ -77,10 +102,11 @@ class Batches:
         """The dataset and its frame for each row of a batch."""
         return [self.order.locate(step * self.batch_size + row) for row in range(self.batch_size)]
 
-    def row(self, position: int) -> dict[str, np.ndarray]:
+    def row(self, position: int, stored: bytes | None = None) -> dict[str, np.ndarray]:
         """The model's inputs of the frame at a position, and `truncated`."""
-        dataset, frame = self.order.locate(position)
-        pipeline, item = self.pipelines[dataset], self.order.datasets[dataset][frame]
+        number, frame = self.order.locate(position)
+        dataset, pipeline = self.order.datasets[number], self.pipelines[number]
+        item = dataset[frame] if stored is None else dataset.item(frame, stored)
         if texts := item.get("tasks"):  # several instructions: one is drawn, in validation the first
             seed = getattr(self.order, "seed", None)
             chosen = 0 if seed is None else np.random.default_rng((seed, 3, position)).integers(len(texts))

@@ -15,12 +15,22 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pi0.datasets.base import Dataset
 from pi0.plugins import require_extra
 
 RETRIES = 3  # of a task whose process died
 ENGINES = ("local", "ray")
 
 _shared: Any = None  # in a worker process
+
+
+def require_all_episodes(dataset: Dataset) -> None:
+    """Raise ValueError for a dataset with only some or none of its undamaged episodes."""
+    damaged = {problem.episode for problem in dataset.skipped}
+    if {episode.index for episode in dataset.every_episode} - damaged != {e.index for e in dataset.episodes}:
+        raise ValueError("a cache needs a dataset with all of its episodes")
+    if not dataset.episodes:
+        raise ValueError(f"all episodes of {dataset.root} are damaged")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,16 @@ class FilteredDataset:
         """Frame i of those that are left."""
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
-        return self.dataset[int(self._frames[i])]
+        return self.item(i)
+
+    def fetch(self, frames: Sequence[int]) -> dict[int, bytes]:
+        """See `Dataset`."""
+        found = self.dataset.fetch([int(self._frames[i]) for i in frames])
+        return {i: found[int(self._frames[i])] for i in frames if int(self._frames[i]) in found}
+
+    def item(self, i: int, stored: bytes | None = None) -> dict[str, Any]:
+        """See `Dataset`."""
+        return self.dataset.item(int(self._frames[i]), stored)
 
 
 def _moving(dataset: Dataset, threshold: float, frames: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from pi0.datasets.engine import add_engine
 from pi0.datasets.mixture import split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import dataset_statistics, frame_numbers
-from pi0.fetch import fetch
 from pi0.robots.normalize import MODES
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the output folder")
     add_engine(parser)
     args = parser.parse_args(arguments)
-    root = fetch(args.dataset)
+    root = args.dataset
     try:
         kept, held_out = split_episodes(episode_numbers(root, args.format), args.held_out)
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +43,49 @@ def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
         raise DataError(f"cannot be decoded: {reason}", file) from error
 
 
-def read_jpeg(source: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A JPEG image as uint8 [H, W, 3] with TensorFlow's pixels: libjpeg-turbo's fast DCT, and no EXIF orientation.
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How images are stored: "raw", "png", or "jpeg:QUALITY", whose color has half the resolution with ":420"."""
 
-    Raises DataError.
+    name: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for another name."""
+        if not re.fullmatch(r"raw|png|jpeg:([1-9]\d?|100)(:420)?", self.name, re.ASCII):
+            raise ValueError(f"unknown encoding {self.name!r}; known are raw, png, jpeg:1 to jpeg:100 and jpeg:95:420")
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """An image uint8 [H, W, 3] as bytes, the same ones each time."""
+        kind, *options = self.name.split(":")
+        if kind == "raw":
+            return image.tobytes()
+        if kind == "png":
+            stream = io.BytesIO()
+            Image.fromarray(image).save(stream, "PNG")
+            return stream.getvalue()
+        require_extra("data", "simplejpeg")
+        import simplejpeg
+
+        colors = "420" if options[1:] else "444"
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), int(options[0]), colorsubsampling=colors)
+
+    def decode(self, source: bytes, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """The image uint8 [H, W, 3], of the size (height, width) where one is given. Raises DataError."""
+        if self.name == "raw":
+            if size is None or len(source) != size[0] * size[1] * 3:
+                raise DataError(f"has {len(source)} bytes; an image of size {size} was expected")
+            return np.frombuffer(source, np.uint8).reshape(*size, 3)
+        image = read_image(source, max_pixels) if self.name == "png" else read_jpeg(source, max_pixels, fast=False)
+        if size is not None and image.shape[:2] != tuple(size):
+            raise DataError(f"is an image of size {image.shape[:2]}; {tuple(size)} was expected")
+        return image
+
+
+def read_jpeg(source: bytes, max_pixels: int = MAX_PIXELS, *, fast: bool = True) -> np.ndarray:
+    """A JPEG image as uint8 [H, W, 3], without EXIF orientation.
+
+    With `fast`, by libjpeg-turbo's fast DCT: TensorFlow's pixels; without, those of Pillow and LeRobot. Raises
+    DataError.
     """
     require_extra("data", "simplejpeg")
     import simplejpeg
@@ -52,7 +93,7 @@ def read_jpeg(source: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(source)
         check_size(width, height, max_pixels)
-        return simplejpeg.decode_jpeg(source, fastdct=True)
+        return simplejpeg.decode_jpeg(source, fastdct=fast)
     except DataError:
         raise
     except Exception as error:

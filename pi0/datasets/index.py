@@ -103,6 +103,7 @@ class IndexedColumns(Mapping[str, Any]):
     def __init__(self, index: Index, positions: np.ndarray):
         self._index, self._positions = index, positions
         self._starts = np.concatenate([[0], np.cumsum(index.lengths[positions])])
+        self._first_rows = index.first_rows[positions]
 
     def __reduce__(self) -> tuple[type[IndexedColumns], tuple[Index, np.ndarray]]:
         return IndexedColumns, (self._index, self._positions)
@@ -110,7 +111,7 @@ class IndexedColumns(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         array = self._index.array(name)
         texts = self._index.about["texts"].get(name)
-        return IndexedColumn(array, self._starts, self._index.first_rows[self._positions], texts)
+        return IndexedColumn(array, self._starts, self._first_rows, texts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.about["columns"])
@@ -188,25 +189,37 @@ def write_index(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="partial-") as partial:
         folder = Path(partial, "index")
-        folder.mkdir()
-        lengths = np.array([episode.length for episode in episodes], np.int64)
-        np.save(folder / "numbers.npy", np.array([episode.index for episode in episodes], np.int64))
-        np.save(folder / "lengths.npy", lengths)
-        ends, end = [], 0
-        with (folder / "episodes.json").open("wb") as stream:
-            for values in packed:
-                end += stream.write(json.dumps(values).encode("utf-8"))
-                ends.append(end)
-        np.save(folder / "ends.npy", np.array(ends, np.int64))
-        texts = _write_columns(folder, int(lengths.sum()), parts, about)
-        about |= {"texts": texts, "content": content}
-        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        write_files(folder, content, episodes, packed, parts, about)
         try:
             folder.rename(target)
         except OSError:
             if not (target / "about.json").exists():  # else another process was faster
                 raise
     return Index(target)
+
+
+def write_files(
+    folder: Path,
+    content: str,
+    episodes: Sequence[Any],
+    packed: Iterable[dict[str, Any]],
+    parts: Iterable[tuple[int, int, Mapping[str, np.ndarray]]],
+    about: dict[str, Any],
+) -> None:
+    """Write the files of an index into a new folder; see `write_index`."""
+    folder.mkdir()
+    lengths = np.array([episode.length for episode in episodes], np.int64)
+    np.save(folder / "numbers.npy", np.array([episode.index for episode in episodes], np.int64))
+    np.save(folder / "lengths.npy", lengths)
+    ends, end = [], 0
+    with (folder / "episodes.json").open("wb") as stream:
+        for values in packed:
+            end += stream.write(json.dumps(values).encode("utf-8"))
+            ends.append(end)
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    texts = _write_columns(folder, int(lengths.sum()), parts, about)
+    about |= {"texts": texts, "content": content}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _write_columns(

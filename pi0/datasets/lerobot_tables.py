@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi0.datasets.base import Episode, parse_json, read_jsonl
+from pi0.datasets.base import Episode
 from pi0.datasets.errors import DataError
+from pi0.datasets.json_lines import parse_json, read_jsonl
 from pi0.reading import MAX_JSON, read_bytes, require_regular
 from pi0.storage import below
 

@@ -7,7 +7,7 @@ or decoded further.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from pi0.reading import require_regular
 MAX_RECORD = 2**31  # bytes of a record: an episode with its images
 MAX_RECORDS = 2**26  # of a file
 _HEADER = struct.Struct("<QI")
+BLOCK, BLOCK_HEADER = 2**16, 24  # bytes of a Riegeli file, of which ArrayRecord is a kind
+_CHUNK = struct.Struct("<QQQQQ")  # hash, size of the data, their hash, type and number of records, decoded size
+_RECORDS = ord("r")  # the type of a chunk
 
 
 class Place(NamedTuple):
@@ -109,11 +112,97 @@ class _ArrayRecord:
 
 def _masked_crc(data: bytes) -> int:
     """The CRC-32C of bytes, masked as TFRecord files have it."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def array_record_writer(file: Path) -> Any:
+    """A writer of an ArrayRecord file with `write` and `close`, whose records lie as `record_offsets` finds them."""
+    require_extra("data", "array_record")
+    from array_record.python import array_record_module
+
+    return array_record_module.ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+
+
+def record_offsets(file: Path, checksums: Sequence[tuple[int, int]]) -> list[int]:
+    """The offset of each record in a file of `array_record_writer`, given their sizes and CRC-32C.
+
+    A file is blocks of 64 KiB that begin with a header of 24 bytes, and between those headers it is chunks: a header of
+    40 bytes, and the data, which end with the record (https://github.com/google/riegeli/blob/master/doc). Raises
+    DataError where the record is not at its place.
+    """
+    offsets, chunk = [], 0  # counted without headers of blocks
+    with file.open("rb") as stream:
+
+        def read(start: int, size: int) -> bytes:
+            first, last = _in_file(start), span_end(_in_file(start), size)
+            stream.seek(first)
+            return without_headers(stream.read(last - first), first)
+
+        chunk += _CHUNK.size  # the file's signature
+        for number, (size, checksum) in enumerate(checksums):
+            _, stored, _, kind, decoded = _CHUNK.unpack(read(chunk, _CHUNK.size))
+            place = chunk + _CHUNK.size + stored - decoded
+            if kind != (1 << 8 | _RECORDS) or decoded != size or crc32c(read(place, size)) != checksum:
+                raise DataError(f"record {number} is not where it was expected; which array_record wrote it?", file)
+            offsets.append(_in_file(place))
+            chunk += _CHUNK.size + stored
+    return offsets
+
+
+def _in_file(place: int) -> int:
+    """The offset in a file of a byte that is counted without the headers of blocks."""
+    return place // (BLOCK - BLOCK_HEADER) * BLOCK + BLOCK_HEADER + place % (BLOCK - BLOCK_HEADER)
+
+
+def span_end(offset: int, size: int) -> int:
+    """Where a record of `size` bytes at an offset of `record_offsets` ends in its file."""
+    place = offset - BLOCK_HEADER * (offset // BLOCK) - min(offset % BLOCK, BLOCK_HEADER)
+    return _in_file(place + size - 1) + 1 if size else offset
+
+
+def without_headers(data: bytes, offset: int) -> bytes:
+    """The bytes of a file from an offset on, without the headers of blocks among them."""
+    first = -offset % BLOCK
+    if first >= len(data):
+        return data
+    parts = [data[:first]]
+    parts += [data[start + BLOCK_HEADER : start + BLOCK] for start in range(first, len(data), BLOCK)]
+    return b"".join(parts)
+
+
+def crc32c(data: bytes) -> int:
+    """The CRC-32C of bytes."""
     require_extra("data", "google_crc32c")
     import google_crc32c
 
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return google_crc32c.value(data)
+
+
+def encode_example(features: Mapping[str, bytes | np.ndarray]) -> bytes:
+    """A serialized `tf.train.Example`: bytes, floats as float32, and integers as int64, each flat."""
+    entries = []
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            feature = _field(1, _field(1, value))
+        elif np.issubdtype(value.dtype, np.floating):
+            feature = _field(2, _field(1, value.astype("<f4").tobytes()))
+        else:
+            feature = _field(3, _field(1, b"".join(_encode_varint(int(n) & 2**64 - 1) for n in value.ravel())))
+        entries.append(_field(1, _field(1, name.encode("utf-8")) + _field(2, feature)))
+    return _field(1, b"".join(entries))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes(found) + bytes([value])
 
 
 class Example:

@@ -7,12 +7,14 @@ from typing import Any
 
 from pi0.datasets.base import Dataset
 from pi0.datasets.frames import MEMORY
-from pi0.datasets.index import find_index
-from pi0.fetch import fetch
 from pi0.plugins import require_extra, resolve
 from pi0.robots.robot import Robot
 
-FORMATS = {"lerobot": "pi0.datasets.lerobot:LeRobotDataset", "rlds": "pi0.datasets.rlds:RLDSDataset"}
+FORMATS = {
+    "lerobot": "pi0.datasets.lerobot:LeRobotDataset",
+    "rlds": "pi0.datasets.rlds:RLDSDataset",
+    "arrayrecord": "pi0.datasets.arrayrecord:ArrayRecordDataset",
+}
 
 
 def find_format(name: str) -> type[Dataset]:
@@ -36,13 +38,19 @@ def open_dataset(root: str | Path, robot: Robot, *, format: str = "lerobot", **o
     `image_size` does not apply to it. Raises ValueError where the dataset is not the robot's, and for such a robot with
     a cache of resized images.
     """
-    found, root = find_format(format), fetch(root)
+    found = find_format(format)
+    root = found.locate(root)
     features = found.contents(root).features
     actions = robot.action_keys(features)
     if not actions:
         raise ValueError(f"{root} has no actions; it has {sorted(features)}")
     if robot.adapts_images:
         options["image_size"] = None
+        if (size := found.stored_size(root)) is not None:
+            raise ValueError(
+                f"{root}: {type(robot).__name__} adapts images at their recorded size, and here they have {size}: "
+                "make it again with pi0-cache --to arrayrecord --size recorded"
+            )
         if (cache := options.get("cache")) not in (None, MEMORY):
             raise ValueError(
                 f"cache {cache}: {type(robot).__name__} adapts images at their recorded size, and the cache has "
@@ -54,7 +62,5 @@ def open_dataset(root: str | Path, robot: Robot, *, format: str = "lerobot", **o
 
 def episode_numbers(root: str | Path, format: str = "lerobot") -> list[int]:
     """The numbers of a dataset's episodes, without reading them."""
-    found = find_index(fetch(root), None)
-    if found is not None:
-        return found.numbers.tolist()
-    return [episode.index for episode in find_format(format).contents(fetch(root)).episodes]
+    found = find_format(format)
+    return found.episode_numbers(found.locate(root))

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 
 from pi0 import __version__
-from pi0_eval.parity.report import PROOF, Report, Row, numbers
+from pi0_eval.parity.report import Report, Row, numbers
 
 # Colors of cells: class, background, text, legend, by the share of what is allowed. Two independent roundings of the
 # same size take 71 % of it. Lightness decreases with the share, to be readable without hue; a cell that is out also has
@@ -135,7 +135,7 @@ def _heat_map(rows: list[Row]) -> str:
 
 
 def _cell(row: Row) -> str:
-    exponent = _exponent(_judged(row)[0])
+    exponent = _exponent(row.judged[0])
     title = escape(f"{row.stage}: {numbers(row)}")
     if row.passed:
         return f'<td class="{_color(row)}" title="{title}">{exponent}</td>'
@@ -144,17 +144,9 @@ def _cell(row: Row) -> str:
 
 def _color(row: Row) -> str:
     """The class of a cell, by the share of what is allowed; what is out by powers of ten."""
-    found, allowed = _judged(row)
     if row.passed:
-        share = found / allowed if found > 0 else 0.0
-        return INSIDE[sum(share > bound for bound in SHARES)][0]
-    ratio = found / allowed if allowed > 0 else math.inf
-    return OUTSIDE[0 if ratio <= 10 else 1 if ratio <= 100 else 2][0]
-
-
-def _judged(row: Row) -> tuple[float, float]:
-    """What was found and what is allowed: of rounding, or of a proof that failed."""
-    return (row.apart, row.allowed) if row.proved else (row.proof, PROOF)
+        return INSIDE[sum(row.share > bound for bound in SHARES)][0]
+    return OUTSIDE[0 if row.share <= 10 else 1 if row.share <= 100 else 2][0]
 
 
 def _exponent(error: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +30,20 @@ class Row:
     @property
     def proved(self) -> bool:
         return self.proof <= PROOF  # NaN fails
+
+    @property
+    def judged(self) -> tuple[float, float]:
+        """What was found and what is allowed: of rounding, or of a proof that failed."""
+        return (self.apart, self.allowed) if self.proved else (self.proof, PROOF)
+
+    @property
+    def share(self) -> float:
+        """What was found, as a share of what is allowed: at most 1 where the stage passed; NaN counts as infinite."""
+        found, allowed = self.judged
+        if self.passed and found == 0:  # also of 0
+            return 0.0
+        share = found / allowed if allowed > 0 else math.inf
+        return share if share >= 0 else math.inf
 
     @property
     def passed(self) -> bool:
@@ -63,6 +78,11 @@ class Report:
         return self.first_failure is None
 
     @property
+    def share(self) -> float:
+        """The largest share of what is allowed that a stage takes."""
+        return max((row.share for row in self.rows), default=0.0)
+
+    @property
     def verdict(self) -> str:
         """The result in a sentence."""
         row = self.first_failure
@@ -76,8 +96,9 @@ class Report:
         """The report without actions as JSON, for CI."""
         rows = [dataclasses.asdict(row) | {"passed": row.passed} for row in self.rows]
         first = None if self.passed else self.first_failure.stage  # type: ignore[union-attr]
-        values = {"a": self.a, "b": self.b, "dtype": self.dtype, "passed": self.passed, "first_failure": first}
-        return json.dumps(values | {"stages": rows}, indent=2)
+        verdict = {"passed": self.passed, "share": self.share, "first_failure": first}
+        values = {"a": self.a, "b": self.b, "dtype": self.dtype, **verdict, "stages": rows}
+        return json.dumps(values, indent=2)
 
     def table(self) -> str:
         """The report as text."""

@@ -4,6 +4,7 @@ checkpoints/<step>/params         what is evaluated and exported: the moving ave
 checkpoints/<step>/train_state    what training resumes from, without frozen parameters, which `params` has
 checkpoints/<step>/assets         config.json, norm stats
 checkpoints/<step>/checksums.json of every file, written when the checkpoint is complete
+checkpoints/<step>/parity.json    the comparison with its export to PyTorch, once it is made (`exports`)
 checkpoints/damaged-<step>        a checkpoint that was found damaged and moved there
 
 In a bucket, Orbax writes a checkpoint in its place and, when it is complete, a file that says so; one that is moved
@@ -16,6 +17,7 @@ import dataclasses
 import math
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,10 @@ class Checkpoints:
     """The checkpoints of one run, written asynchronously.
 
     The newest `keep` stay, with `keep_best` also the one of the lowest validation loss, with `keep_every` also those of
-    every so many steps. All processes of a run make one and call the same methods.
+    every so many steps, for each number of them. All processes of a run make one and call the same methods.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_best: bool = False, keep_every: int = 0):
+    def __init__(self, folder: Path, keep: int, keep_best: bool = False, keep_every: Sequence[int] = ()):
         self._folder = resolved(folder)
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
@@ -77,8 +79,7 @@ class Checkpoints:
                 get_metric_fn=lambda metrics: metrics[BEST], reverse=True, n=1, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
-        if keep_every:
-            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        policies += [checkpoint_managers.EveryNSteps(steps) for steps in keep_every if steps]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=(lambda metrics: metrics[BEST]) if keep_best else None,  # with it, metrics are kept for a restart
@@ -88,7 +89,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder, item_names=("params", "train_state", "assets"), options=options
         )
-        self._signing: list[threading.Thread] = []
+        self._signing: dict[int, threading.Thread] = {}
 
     @property
     def latest_step(self) -> int | None:
@@ -114,9 +115,14 @@ class Checkpoints:
             metrics=metrics if metrics and math.isfinite(metrics.get(BEST, math.nan)) else None,
         )
         if jax.process_index() == 0:
-            self._signing = [thread for thread in self._signing if thread.is_alive()]
-            self._signing.append(threading.Thread(target=self._sign_when_complete, args=(step,), daemon=True))
-            self._signing[-1].start()
+            self._signing = {step: thread for step, thread in self._signing.items() if thread.is_alive()}
+            self._signing[step] = threading.Thread(target=self._sign_when_complete, args=(step,), daemon=True)
+            self._signing[step].start()
+
+    def wait_until_signed(self, step: int) -> None:
+        """Wait until a checkpoint that this process saves is complete and signed; not for others."""
+        if (thread := self._signing.get(step)) is not None:
+            thread.join()
 
     def _sign_when_complete(self, step: int) -> None:
         self._manager.wait_until_finished()
@@ -167,7 +173,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until everything is written and signed."""
         self._manager.wait_until_finished()
-        for thread in self._signing:
+        for thread in self._signing.values():
             thread.join()
         self._manager.close()
 

@@ -25,7 +25,6 @@ from pi0.datasets.filters import FilteredDataset
 from pi0.datasets.mixture import Mixture, split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
 from pi0.datasets.statistics import RunningStats, dataset_statistics
-from pi0.fetch import fetch
 from pi0.observation import Observation, check_actions
 from pi0.robots.normalize import NormStats
 from pi0.robots.pipeline import Pipeline
@@ -38,6 +37,7 @@ from pi0.tokenizers.text import TextTokenizer
 Batch = tuple[Observation, Any]  # the model's inputs, and normalized actions [B, T, A]
 
 AHEAD = 2  # prefetched batches: in each worker process, and on the devices
+FETCHED = 4  # batches that each worker process fetches from a bucket at a time
 
 
 class Loader(Iterator[Batch]):
@@ -73,11 +73,11 @@ class Loader(Iterator[Batch]):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-        steps = grain.MapDataset.range(start, sys.maxsize)
-        # Processes read in parallel, each in one thread: decoding in threads would wait for the lock of Python.
-        read = steps.map(functools.partial(batches.read, rows=rows, count=True)).to_iter_dataset(
-            grain.ReadOptions(0, 0)
-        )
+        # Processes decode in parallel, each in one thread: more would wait for the lock of Python. What they decode
+        # is fetched ahead by threads, which wait for a bucket.
+        steps = grain.MapDataset.range(start, sys.maxsize).map(functools.partial(batches.fetch, rows=rows))
+        decode = functools.partial(batches.decode, rows=rows, count=True)
+        read = steps.to_iter_dataset(grain.ReadOptions(FETCHED, FETCHED)).map(decode)
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         placed = read.mp_prefetch(processes, ignore_signals).map(finish)
@@ -125,7 +125,7 @@ class Recordings:
             return cls(config, robot, Questions(config.questions, camera), None)
         if not config.root:
             raise ValueError("data.root names no dataset; give a folder or an address: --config.data.root=data/libero")
-        root = fetch(config.root)
+        root = config.root
         options: dict[str, Any] = {
             "format": config.format,
             "action_horizon": model.action_horizon,

@@ -143,28 +143,43 @@ class Metrics(ExitStack):
             name = resolved(workdir).name
             options = {"name": name, "id": name, "resume": "allow"}
             self._wandb = client.init(project=wandb, dir=folder, config=config, **options)
+            self._wandb.define_metric("parity/*", step_metric="parity/step")
             self.callback(self._wandb.finish)
 
     def advance(self, steps: int = 1) -> None:
         """Advance the progress bar."""
         self._bar.update(steps)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars; the progress bar shows `loss`, `grad_norm` and `samples_per_second`."""
+    def write(self, step: int, scalars: dict[str, float], *, late: bool = False) -> None:
+        """Log scalars; the progress bar shows `loss`, `grad_norm` and `samples_per_second`.
+
+        Those that are `late` may be of an earlier step than others were. W&B, which takes steps in order, gets them
+        with the newest one, and draws them over `parity/step`.
+        """
         with self._jsonl.open("a") as lines:
             lines.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            if late:
+                self._wandb.log(scalars | {"parity/step": step}, commit=False)
+            else:
+                self._wandb.log(scalars, step=step)
         if "loss" in scalars:
             self._bar.set_postfix_str(
                 f"loss {scalars['loss']:.4f}, grad norm {scalars['grad_norm']:.2f}, "
                 f"{scalars['samples_per_second']:.0f} samples/s"
             )
-        elif not self._silent:
+        elif not self._silent and not late:
             line = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "/" not in name)
             self._bar.write(f"step {step}: {line}")
+
+    def logged(self, name: str) -> set[int]:
+        """The steps of which a scalar of this name is in `metrics.jsonl`, from an earlier process too."""
+        if self._silent or not self._jsonl.exists():
+            return set()
+        rows = map(json.loads, self._jsonl.read_text(encoding="utf-8").splitlines())
+        return {row["step"] for row in rows if name in row}
 
     def publish(self, *, wait: bool = False) -> None:
         """Copy what was logged to the bucket of the run's folder, if that is in one; see `Mirror`."""

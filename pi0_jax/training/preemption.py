@@ -35,6 +35,11 @@ class Preemption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
 
+    @property
+    def signalled(self) -> bool:
+        """Whether this process got the signal; of a run of several, JAX's coordination service gets it."""
+        return self._signalled
+
     def __call__(self, step: int) -> bool:
         """Whether the run is to stop after `step`."""
         if self._alone:

@@ -27,6 +27,7 @@ from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.planning import hlo
 from pi0_jax.training.checkpoints import Checkpoints
 from pi0_jax.training.data import Loader, load_data
+from pi0_jax.training.exports import Exports
 from pi0_jax.training.metrics import Metrics, Trace, Window, device_metrics
 from pi0_jax.training.optimizer import accumulate, make_optimizer, make_schedule, update_ema
 from pi0_jax.training.preemption import Preempted, Preemption
@@ -52,8 +53,9 @@ def train(
 ) -> dict[str, float]:
     """Train in `workdir`, resuming from its newest checkpoint if there is one, and return the last metrics.
 
-    Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `images/` and `checkpoints/<step>` to `workdir`, and with
-    `profile` a trace of a few steps. With `overwrite`, a run in `workdir` is deleted once this one has a checkpoint.
+    Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `images/`, `checkpoints/<step>` and, of checkpoints that are
+    exported, `exports/<step>` to `workdir`, and with `profile` a trace of a few steps. With `overwrite`, a run in
+    `workdir` is deleted once this one has a checkpoint.
     Raises ValueError for a config that cannot run, before anything is written; FloatingPointError for a loss, gradient
     or parameters that are not finite, which are never saved; and Preempted after SIGTERM, once a checkpoint is saved.
     """
@@ -63,6 +65,8 @@ def train(
     optimizer = make_optimizer(config.optimizer, schedule)
     if config.wandb:
         require_extra("wandb", "wandb")
+    if config.export_every:
+        require_extra("torch", "torch")
     check_workdir(workdir, config, overwrite)
 
     # mesh
@@ -84,11 +88,10 @@ def train(
         workers=config.data.workers,
     )
 
+    kept = (config.keep_every, config.export_every)
     with (
         RunFolder(workdir, config, overwrite, contents) as folder,
-        closing(
-            Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every)
-        ) as checkpoints,
+        closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, kept)) as checkpoints,
     ):
         # state
         abstract = jax.tree.map(
@@ -113,6 +116,7 @@ def train(
 
         # loop
         last: dict[str, float] = {}
+        stop = False
         with (
             jax.set_mesh(mesh),
             load(training, start=start) as batches,
@@ -120,10 +124,12 @@ def train(
             Metrics(
                 workdir, start, config.to_dict(), total_steps=config.steps, wandb=config.wandb, silent=not lead
             ) as metrics,
+            Exports(workdir, config, checkpoints, metrics, silent=not lead) as exports,
             Trace(workdir / "profile" if profile else None, start) as trace,
             Preemption() as preempted,
         ):
             window = Window(batches, config.batch_size)
+            done = start
             for step in range(start, config.steps):
                 batch = next(batches)
                 if step == start:
@@ -157,9 +163,15 @@ def train(
                     metrics.publish(wait=True)  # not behind the checkpoint: its steps are not done again
                     folder.settle()
                     checkpoints.save(done, inference_params(state), state, assets, last)
+                    exports.start(done)
+                last |= exports.log()
                 if stop:
                     break
-    if start < config.steps and stop:
+            if config.export_every and not stop:
+                last |= exports.wait(lambda: preempted.signalled)
+                barrier("exports")
+                stop = preempted.signalled
+    if stop:
         raise Preempted(f"stopped by a signal after step {done} of {config.steps}; start it again to go on")
     return last
 

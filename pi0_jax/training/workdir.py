@@ -1,6 +1,6 @@
 """The folder of a run: used by one run at a time, resumed by the same config, replaced once the new run can go on.
 
-config.json, data.json, metrics.jsonl, tensorboard/, images/, profile/, wandb/, checkpoints/, and
+config.json, data.json, metrics.jsonl, tensorboard/, images/, profile/, wandb/, checkpoints/, exports/, and
 .lock         of the process that trains in it (pi0_jax.training.lock)
 .replaced/    with --overwrite, the files of the run before, until the new one has its first checkpoint
 """
@@ -26,12 +26,12 @@ from pi0_jax.training.sharding import barrier
 
 FILES = (
     *("config.json", "data.json", "metrics.jsonl", "tensorboard", "images", "profile", "wandb", "checkpoints"),
-    "non_finite.json",
+    *("exports", "non_finite.json"),
 )
 MOVING = "moving"  # a file in .replaced while the old run's files are moved there or back
 # The fields that may differ when a run goes on: they change no batch, and no number but by the order of its sums.
 FREE = (
-    *("steps", "log_every", "eval_every", "save_every", "keep_", "wandb"),
+    *("steps", "log_every", "eval_every", "save_every", "keep_", "export_every", "wandb"),
     *("mesh", "sharding", "accumulate", "model.runtime.remat", "data.workers", "data.cache"),
 )
 MOVED = "data.root"  # may differ too, where the data has the same contents

@@ -53,6 +53,8 @@ def test_a_mixture_is_merged_over_the_data():
         ({"steps": "10"}, "^steps is '10'; it must be a whole number"),
         ({"steps": 0}, "^steps is 0; it must be positive"),
         ({"eval_every": -1}, "^eval_every is -1"),
+        ({"export_every": -1}, "^export_every is -1"),
+        ({"export_every": 1500}, "^export_every is 1500; it must be a multiple of save_every, 1000"),
         ({"ema_decay": "x"}, "^ema_decay is 'x'; it must be a number or None"),
         ({"ema_decay": 1.0}, "^ema_decay is 1.0"),
         ({"frozen_dtype": "int8"}, "^frozen_dtype is 'int8'"),

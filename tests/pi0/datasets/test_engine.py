@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pi0.datasets.arrayrecord_writer import build_records
 from pi0.datasets.cache import build_cache
 from pi0.datasets.check import find_damage
 from pi0.datasets.engine import run_tasks
+from pi0.datasets.images import Encoding
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.statistics import dataset_statistics
 from pi0.robots.registry import make_robot
+from pi0.storage import list_files
 
 HERE = Path(__file__).parents[2] / "datasets"
 SIZE = (16, 16)
@@ -79,15 +82,21 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path):
     try:
         dataset, robot = open_it(image_size=SIZE), make_robot("metaworld")
         expected = build_cache(dataset, tmp_path / "one")
+        columns: dict[str, Any] = {"states": ("observation.state", "action"), "actions": ()}
+        records = LeRobotDataset("bundled://metaworld_v30", image_size=SIZE, **columns), "", Encoding("png")
+        alone = build_records(*records[:2], tmp_path / "records", records[2])
         begun = time.monotonic()
         threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False)).start()
         found = build_cache(dataset, tmp_path / "two", workers=2, engine="ray")
+        together = build_records(*records[:2], tmp_path / "records-two", records[2], workers=2, engine="ray")
         while time.monotonic() - begun < 6:
             stats = dataset_statistics(dataset, robot, workers=2, engine="ray")
             damage = find_damage(HERE / "metaworld_v21", workers=2, engine="ray")
         assert len([n for n in ray.nodes() if n["Alive"]]) == 1
         for a, b in zip(expected, found, strict=True):
             assert (a / "frames.npy").read_bytes() == (b / "frames.npy").read_bytes()
+        for name, file in list_files(alone).items():
+            assert (together / name).read_bytes() == file.path.read_bytes()
         same_stats(dataset_statistics(dataset, robot), stats)
         assert [str(p) for p in damage] == [str(p) for p in find_damage(HERE / "metaworld_v21")]
     finally:

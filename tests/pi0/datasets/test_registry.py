@@ -119,7 +119,7 @@ def test_commands(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("hdf5", 'unknown dataset format .hdf5.; known are lerobot, rlds, and "module:Name"'),
+        ("hdf5", 'unknown dataset format .hdf5.; known are lerobot, rlds, arrayrecord, and "module:Name"'),
         ("tests.my_lab.datasets:Nothing", "cannot be imported"),
         ("pathlib:Path", "must be a subclass of pi0.datasets.base.Dataset"),
     ],

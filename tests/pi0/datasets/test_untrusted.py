@@ -25,10 +25,10 @@ import pytest
 from PIL import Image
 
 from pi0.datasets.annotations import AnnotatedDataset
-from pi0.datasets.base import read_jsonl
 from pi0.datasets.check import find_damage
 from pi0.datasets.errors import DataError
 from pi0.datasets.images import read_image
+from pi0.datasets.json_lines import read_jsonl
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.datasets.lerobot_tables import fill_path, read_parquet
 from pi0.datasets.video import EncodedImages, Video

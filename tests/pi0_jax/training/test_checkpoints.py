@@ -27,7 +27,7 @@ def saved(folder, steps: dict[int, float], **options) -> list[int]:
         ({"keep": 1}, [6]),
         ({"keep": 2}, [5, 6]),
         ({"keep": 1, "keep_best": True}, [2, 6]),
-        ({"keep": 1, "keep_every": 3}, [3, 6]),
+        ({"keep": 1, "keep_every": (3, 0)}, [3, 6]),
     ],
 )
 def test_what_is_kept(options, kept, tmp_path):

@@ -15,12 +15,18 @@ import pytest
 from configs.metaworld_demo import get_config
 from pi0.assets import AssetsError
 from pi0.config import ModelConfig
+from pi0.datasets.arrayrecord_writer import build_records
 from pi0.datasets.batches import Batches
 from pi0.datasets.errors import DataError
+from pi0.datasets.identity import contents_of
+from pi0.datasets.images import Encoding
+from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.run_config import RunConfig
+from pi0.storage import as_path, delete, move
 from pi0.variants import get_variant
 from pi0_jax.training.data import Batch, Loader, load_data
+from tests.bucket import Bucket
 from tests.pi0.datasets.test_check import V21_DATA, encoded
 
 ROOT = Path(__file__).parents[3]
@@ -224,3 +230,40 @@ def test_a_loader_counts_examples_whose_text_is_cut():
         with Loader(batches, run.model, np.arange(2), lambda batch: batch) as loader:
             next(loader), next(loader)
             assert loader.read >= 4 and loader.truncated == (loader.read if cut else 0)
+
+
+def test_records_in_a_bucket(bucket: Bucket, expected: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The batches of the recordings, by any host and from any step on; each host reads its own rows alone."""
+    monkeypatch.setenv("PI0_CACHE", str(tmp_path))
+    monkeypatch.setattr("pi0.datasets.arrayrecord.MAX_GAP", 0)
+    columns = ("observation.state", "action")
+    dataset = LeRobotDataset(IMAGES, states=columns, actions=(), image_size=MODEL.image_resolution)
+    root = str(build_records(dataset, "", as_path(f"{bucket.address}/records"), Encoding("png")))
+    config = small_config(root=root, format="arrayrecord", cache="")
+    _, batches, _ = load_data(config)
+    assert_same(load(batches, 6, workers=2), expected)
+    assert_same(load(batches, 2, start=4), expected[4:])
+    assert_same(load(batches, 2, rows=slice(4, 8)), [jax.tree.map(lambda x: x[4:8], batch) for batch in expected[:2]])
+    bucket.requests.clear()
+    batches.fetch(3, np.arange(4, 8))
+    ranges = [path for _, path in bucket.requests if "array_record" in path]
+    assert len(ranges) == 4
+    before, moved = contents_of(config.data), as_path(f"{bucket.address}/moved")
+    move(as_path(root), moved)
+    assert before == contents_of(dataclasses.replace(config.data, root=str(moved))) != contents_of(small_config().data)
+
+
+def test_damage_in_a_bucket_is_named(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PI0_CACHE", str(tmp_path))
+    columns = ("observation.state", "action")
+    dataset = LeRobotDataset(IMAGES, states=columns, actions=(), image_size=MODEL.image_resolution)
+    root = build_records(dataset, "", as_path(f"{bucket.address}/records"), Encoding("jpeg:95"))
+    _, batches, _ = load_data(small_config(root=str(root), format="arrayrecord", cache=""))
+    (shard,) = (root / "shards").iterdir()
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"records-00000-of-00001.array_record, episode 1.*the file is truncated"):
+        load(batches, len(batches), workers=1)
+    delete(shard)
+    with pytest.raises(DataError, match="the file is missing"):
+        load(batches, 1)
