@@ -157,9 +157,10 @@ def finish_layer(
     """A layer from its attention on: output projection and MLP, each with its residual."""
     batch, tokens = x.shape[:2]
     attended = attended.reshape(batch, gemma.num_kv_heads, tokens, -1).swapaxes(1, 2).reshape(batch, tokens, -1)
+    dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
     x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
     gate, up = jnp.split(linear(rms_norm(x, mlp_norm), *w["gate_up"]), 2, axis=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm)).astype(dtype)
 
 
 def at(norms: Any, step: int) -> Any:

@@ -296,10 +296,12 @@ class FusedModel:
         x = linear(x.reshape(batch * cameras, rows * columns, -1), *weights["patches"])
         x = x.astype(self.config.runtime.dtype)
         for w in weights["layers"]:
+            dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
             qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
             x = x + linear(attend(q, k, v, None).swapaxes(1, 2).reshape(x.shape), *w["out"])
             x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
+            x = x.astype(dtype)
         x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
         return x.reshape(batch, cameras * rows * columns, -1)
 
@@ -376,7 +378,7 @@ class FusedModel:
         x = linear(x_t, *weights["action_in"], *now["bias"])
         if state is not None:
             x = jnp.concatenate([state, linear(jax.nn.silu(x), *weights["action_mix"])], axis=1)
-        x, new_cache = x.astype(self.config.runtime.dtype), []
+        x, new_cache = cast(x, "action_residual", self.config.runtime.dtype), []
         for i, (w, cached) in enumerate(zip(weights["suffix"], cache, strict=True)):
             attention_norm, mlp_norm = now["attention_norms"][i], now["mlp_norms"][i]
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
@@ -390,12 +392,12 @@ class FusedModel:
         self, x: Float[Array, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
     ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
-        groups, rounding = gemma.num_kv_heads, numerics.rounding(self.config.family.query_rounding, x.dtype.name)
-        batch, tokens = x.shape[:2]
+        groups, (batch, tokens) = gemma.num_kv_heads, x.shape[:2]
         heads = linear(x, *w["qkv"]).reshape(batch, tokens, -1, gemma.head_dim)
+        rounding = numerics.rounding(self.config.family.query_rounding, heads.dtype.name)
         rotated = apply_rope(heads[:, :, :-groups], rope, rounding)
         q = rotated[:, :, :-groups].reshape(batch, tokens, groups, -1, gemma.head_dim).swapaxes(1, 2)
-        k, v = rotated[:, :, -groups:].astype(x.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
+        k, v = rotated[:, :, -groups:].astype(heads.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
         return q.reshape(batch, groups, -1, gemma.head_dim), k, v
 
 

@@ -166,9 +166,10 @@ def finish_layer(
 ) -> Float[Tensor, "B T W"]:
     """A layer from its attention on: output projection and MLP, each with its residual."""
     attended = attended.unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
+    dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
     x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
     gate, up = linear(rms_norm(x, mlp_norm), *w["gate_up"]).chunk(2, dim=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm)).to(dtype)
 
 
 def at(norm: Modulation, step: int) -> Modulation:
