@@ -1,7 +1,8 @@
 """Real-time chunking at work: how chunks join under latency, and what it costs.
 
     pi0-train --config metaworld_demo --config.model.action_horizon=24 --workdir runs/plain
-    pi0-train --config metaworld_demo --config.model.action_horizon=24 --config.rtc='{"max_delay": 6}' --workdir runs/rtc
+    pi0-train --config metaworld_demo --config.model.action_horizon=24 --workdir runs/rtc \\
+        --config.rtc='{"max_delay": 6}'
     python benchmarks/rtc.py joints runs/plain --trained runs/rtc
     python benchmarks/rtc.py overhead
 
@@ -18,6 +19,7 @@ sampling of the best of alternating calls, in each framework.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from pi0.config import ModelConfig
 from pi0.datasets.registry import open_dataset
 from pi0.policy.rtc import RTC, Previous
 from pi0.variants import get_variant
@@ -132,39 +135,12 @@ def show_joints(args: argparse.Namespace) -> None:
 
 
 def show_overhead(args: argparse.Namespace) -> None:
-    import jax
-    import torch
-
-    import pi0_jax.loading
-    import pi0_jax.sampler
-    import pi0_torch.loading
-    import pi0_torch.sampler
-
-    print(f"{'':14}{'framework':>10}{'best ms':>10}{'ratio':>8}")
+    print(f"{'':12}{'':18}{'framework':>10}{'best ms':>10}{'ratio':>8}")
     for kind in ("bench", "bench_pi05"):
-        config = get_variant(kind, **{"image_resolution": (args.resolution, args.resolution)}).with_runtime(
-            dtype="float32"
-        )
-        inputs = Inputs.random(config, 1, seed=0)
-        observation, noise = inputs.observation.prompt_only(), inputs.noise
-        rng = np.random.default_rng(0)
-        previous = rng.normal(size=noise.shape).astype(np.float32)
-        models = {
-            "jax": pi0_jax.loading.make_model(config, rngs=__import__("flax").nnx.Rngs(0)),
-            "torch": pi0_torch.loading.make_model(config),
-        }
-        for framework, model in models.items():
-            module: Any = pi0_jax.sampler if framework == "jax" else pi0_torch.sampler
-            options = {} if framework == "jax" else {"compile": args.compile}
-            calls: dict[str, Callable[[], Any]] = {}
-            for name, rtc in {"plain": None, **METHODS}.items():
-                sampler = module.Sampler(model, rtc=rtc, warm_up=False, **options)
-                chunk = None
-                if rtc is not None:
-                    weights = np.broadcast_to(rtc.weights(config.action_horizon, 5, 25)[:, None], noise.shape[1:])
-                    chunk = Previous(previous, np.ascontiguousarray(weights[None]))
-                calls[name] = lambda sampler=sampler, chunk=chunk: np.asarray(sampler.sample(observation, noise, chunk))
-                calls[name]()
+        sizes = {"image_resolution": (args.resolution, args.resolution)}
+        config = get_variant(kind, **sizes).with_runtime(dtype="float32")
+        for framework in ("jax", "torch"):
+            calls = sampling_calls(config, framework, args.compile)
             best = dict.fromkeys(calls, float("inf"))
             for _ in range(args.rounds):
                 for name, call in calls.items():
@@ -172,8 +148,35 @@ def show_overhead(args: argparse.Namespace) -> None:
                     call()
                     best[name] = min(best[name], time.perf_counter() - start)
             for name, seconds in best.items():
-                print(f"{name:14}{framework:>10}{1e3 * seconds:>10.1f}{seconds / best['plain']:>8.2f}", flush=True)
-    del jax, torch
+                ratio = seconds / best["plain"]
+                print(f"{kind:12}{name:18}{framework:>10}{1e3 * seconds:>10.1f}{ratio:>8.2f}", flush=True)
+
+
+def sampling_calls(config: ModelConfig, framework: str, compile: bool) -> dict[str, Callable[[], Any]]:
+    """Sampling without a previous chunk, and with 25 actions of one, of which 5 are executed meanwhile, warmed up."""
+    loading, sampler = (importlib.import_module(f"pi0_{framework}.{name}") for name in ("loading", "sampler"))
+    options: dict[str, Any] = {"compile": compile} if framework == "torch" else {}
+    if framework == "jax":
+        from flax import nnx
+
+        model = loading.make_model(config, rngs=nnx.Rngs(0))
+    else:
+        model = loading.make_model(config)
+    inputs = Inputs.random(config, 1, seed=0)
+    observation, noise = inputs.observation.prompt_only(), inputs.noise
+    actions = np.random.default_rng(0).normal(size=noise.shape).astype(np.float32)
+
+    def call(rtc: RTC | None) -> Callable[[], Any]:
+        made, previous = sampler.Sampler(model, rtc=rtc, warm_up=False, **options), None
+        if rtc is not None:
+            weights = rtc.weights(config.action_horizon, 5, 25)[None, :, None]
+            previous = Previous(actions, np.broadcast_to(weights, noise.shape).copy())
+        return lambda: np.asarray(made.sample(observation, noise, previous))
+
+    calls = {"plain": call(None)} | {name: call(rtc) for name, rtc in METHODS.items()}
+    for warm in calls.values():
+        warm()
+    return calls
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import pi0_jax
+import pi0_jax.sampler
 import pi0_torch
+import pi0_torch.sampler
 from convert.checkpoints import Checkpoint
 from convert.conversion import convert
 from convert.layouts.registry import LAYOUTS, WRITABLE
@@ -414,3 +416,62 @@ def test_which_norm_stats(folders, tmp_path):
     with pytest.raises(AssetsError, match=r"asset_id=, one of metaworld, other"):
         pi0_torch.Policy.from_pretrained(folder, **said)
     assert pi0_torch.Policy.from_pretrained(folder, **said, asset_id="other").assets.asset_id == "other"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_previous_chunk_is_read_as_recorded_actions_are(name: str, policy_of):
+    """In the robot's units; relative ones are relative to the new state; what is missing or padding weighs 0."""
+    policy, item = policy_of("pi0", "torch", name, rtc="guided"), recorded(name)
+    recorded_actions = item.pop("action")
+    actions, weights = policy.previous([item | {"prev_chunk": recorded_actions[:3], "delay": 1}])
+    expected = policy.pipeline(item | {"action": recorded_actions})["actions"][:3]
+    np.testing.assert_array_equal(actions[0, :3], expected)
+    dims = policy.pipeline.robot.action_dim
+    np.testing.assert_allclose(weights[0, :, 0], policy.rtc.weights(5, 1, 3))
+    assert (weights[0, :3, :dims] > 0).all() and not weights[0, 3:].any() and not weights[0, :, dims:].any()
+
+
+@pytest.mark.parametrize("use_sampler", [False, True])
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_both_frameworks_go_on_from_a_chunk_alike(kind: str, use_sampler: bool, policy_of, models):
+    item, found = recorded("metaworld"), {}
+    previous = {"prev_chunk": item["action"][1:4], "delay": 2}
+    for framework, module in (("jax", pi0_jax.sampler), ("torch", pi0_torch.sampler)):
+        sampler = module.Sampler(models[kind, framework], rtc="guided", warm_up=False) if use_sampler else None
+        policy = policy_of(kind, framework, rtc="guided", sampler=sampler)
+        found[framework] = policy.infer(item | previous, noise=noise())["actions"]
+        assert np.abs(found[framework] - policy.infer(item, noise=noise())["actions"]).max() > 0.01
+    assert_equal(found["jax"], found["torch"])
+
+
+@pytest.mark.parametrize(
+    ("previous", "named"),
+    [
+        ({"prev_chunk": np.zeros((6, 4))}, "expected 1 to 5 actions"),
+        ({"prev_chunk": np.zeros((0, 4))}, "expected 1 to 5 actions"),
+        ({"prev_chunk": np.zeros((2, 5))}, r"expected \[T, 4\]"),
+        ({"prev_chunk": np.full((2, 4), np.nan)}, "expected finite numbers"),
+        ({"prev_chunk": np.zeros((2, 4)), "delay": 3}, "delay is 3; it must be from 0 to the 2 actions"),
+        ({"prev_chunk": np.zeros((2, 4)), "delay": 1.5}, "delay is 1.5"),
+        ({"delay": 1}, "it is missing"),
+    ],
+)
+def test_previous_chunks_that_do_not_fit(previous: dict[str, Any], named: str, policy_of):
+    with pytest.raises(ObservationError, match=f"prev_chunk: .*{named}"):
+        policy_of("pi0", "torch", rtc="guided").infer(recorded("metaworld") | previous)
+
+
+def test_real_time_chunking_that_cannot_be(policy_of, caplog: pytest.LogCaptureFixture):
+    item = recorded("metaworld")
+    with pytest.raises(ObservationError, match="prev_chunk: this policy has no real-time chunking"):
+        policy_of("pi0", "torch").infer(item | {"prev_chunk": item["action"]})
+    with pytest.raises(AssetsError, match=r"was not trained with config\.rtc"):
+        policy_of("pi0", "torch", rtc="trained")
+    with pytest.raises(AssetsError, match="real-time chunking is for flow matching"):
+        policy_of("pi0_fast", "torch", rtc="guided")
+    policy = policy_of("pi0", "torch")
+    assets = dataclasses.replace(policy.assets, training={"rtc": {"max_delay": 1, "distribution": "uniform"}})
+    trained = pi0_torch.Policy(policy.model, assets, rtc="trained")
+    for _ in range(2):
+        trained.infer(item | {"prev_chunk": item["action"], "delay": 2})
+    assert caplog.text.count("delay is 2; the model was trained for at most 1") == 1
