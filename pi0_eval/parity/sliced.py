@@ -104,17 +104,18 @@ def replace(module: Any, name: str, value: Any) -> None:
 # ---- their models
 
 
-def one_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, tokens: np.ndarray) -> Checkpoint:
-    """The checkpoint of one layer of each stack, and of those rows of the vocabulary that are in `tokens`, sorted."""
+def one_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, vocabulary: dict[str, Tensor]) -> Checkpoint:
+    """The checkpoint of one layer of each stack, with some rows of the vocabulary in place of all."""
     experts: dict[str, Any] = {name: dataclasses.replace(expert, depth=1) for name, expert in config.experts.items()}
     vision = dataclasses.replace(config.vision, depth=1)
-    config = dataclasses.replace(config, vision=vision, vocab_size=len(tokens), **experts)
+    size = vocabulary["paligemma.embedding"].shape[0]
+    config = dataclasses.replace(config, vision=vision, vocab_size=size, **experts)
     ours = {}
     for name, tensor in checkpoint.ours.items():
         if ".layers." in name:
             tensor = layer_of(tensor, min(layer, tensor.shape[0] - 1))  # a stack may have more than another one
-        elif name in ("paligemma.embedding", "paligemma.output"):
-            tensor = rows_of(tensor, tokens)
+        elif name in vocabulary:
+            tensor = vocabulary[name]
         elif name == "vision.position_embedding" and layer:  # has been added to what is fed
             tensor = dataclasses.replace(tensor, read=partial(zeros, tensor))
         ours[name] = tensor
@@ -166,18 +167,23 @@ class Run:
         self.tokens, places = np.unique(prompt, return_inverse=True)
         places = places.reshape(prompt.shape).astype(prompt.dtype)
         self.observation = dataclasses.replace(inputs.observation, tokenized_prompt=places)
+        self.vocabulary: dict[str, Tensor] = {  # read once: rows far from each other cost almost the whole table
+            name: Tensor.of(rows_of(checkpoint.ours[name], self.tokens).read(()))
+            for name in ("paligemma.embedding", "paligemma.output")
+            if name in checkpoint.ours
+        }
         self.valid = np.empty(0)  # prefix tokens, from the first slice on
         self.caches: list[Any] = []  # one for each language layer
 
     def vision_layer(self, layer: int, fed: dict[str, Any]) -> dict[str, Any]:
-        checkpoint = one_layer(self.checkpoint, self.config, layer, self.tokens)
+        checkpoint = one_layer(self.checkpoint, self.config, layer, self.vocabulary)
         without = ("vision.patch_embedding",) if layer else ()
         outputs = self.compute(vision_layer, checkpoint, fed, ("vision.", "paligemma.embedding"), without)
         self.valid = outputs.pop("valid")
         return outputs
 
     def language_layer(self, layer: int, fed: dict[str, Any]) -> dict[str, Any]:
-        checkpoint = one_layer(self.checkpoint, self.config, layer, self.tokens)
+        checkpoint = one_layer(self.checkpoint, self.config, layer, self.vocabulary)
         outputs = self.compute(language_layer, checkpoint, fed | {"valid": self.valid}, without=("vision.",))
         if "cache" in outputs:
             self.caches.append(outputs.pop("cache"))
@@ -194,7 +200,8 @@ class Run:
 
     def logits(self, rows: np.ndarray, fed: dict[str, Any]) -> np.ndarray:
         """The logits of some rows of the vocabulary, for all text tokens but the last."""
-        checkpoint = one_layer(self.checkpoint, self.config, 0, rows)
+        vocabulary = {name: rows_of(self.checkpoint.ours[name], rows) for name in self.vocabulary}
+        checkpoint = one_layer(self.checkpoint, self.config, 0, vocabulary)
         name = "paligemma.embedding" if self.config.tied_output else "paligemma.output"
         return self.compute(vocabulary_logits, checkpoint, fed, (name,))["logits"]
 
