@@ -2,6 +2,7 @@
 
 python benchmarks/sliced.py --workdir /tmp                          π0, 3.24 B float32 parameters: 26 GB of disk
 python benchmarks/sliced.py --workdir /tmp --variant pi05 --arguments=--batch=1
+python benchmarks/sliced.py --workdir /tmp --depth 1                full width and vocabulary, one layer of each stack
 python benchmarks/sliced.py --workdir /tmp --variant tiny
 
 The weights are random, of the size that training starts from. Parity runs in a process of its own, whose peak of
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.command import local_output_path
+from pi0.config import ModelConfig
 from pi0.parameters import Parameter, parameters
 from pi0.variants import get_variant
 
@@ -48,9 +51,17 @@ def random_tensor(name: str, parameter: Parameter, block: np.ndarray) -> Tensor:
     return Tensor(parameter.shape, np.dtype(np.float32), read)
 
 
-def write_source(folder: Path, variant: str) -> int:
-    """A random checkpoint of the variant in JAX's layout; returns how many parameters it has."""
+def model(variant: str, depth: int | None) -> ModelConfig:
+    """The variant, with so many layers in each stack where that is given."""
     config = get_variant(variant)
+    if depth is None:
+        return config
+    stacks: dict[str, Any] = {"vision": config.vision, **config.experts}
+    return dataclasses.replace(config, **{n: dataclasses.replace(s, depth=depth) for n, s in stacks.items()})
+
+
+def write_source(folder: Path, config: ModelConfig) -> int:
+    """A random checkpoint in JAX's layout; returns how many parameters it has."""
     block = np.random.default_rng(0).standard_normal((1 << 22) + 1, np.float32)
     ours = {name: random_tensor(name, parameter, block) for name, parameter in parameters(config).items()}
     write_checkpoint(Checkpoint(folder, LAYOUTS["pi0_jax"], Assets(config), ours), folder, "pi0_jax")
@@ -82,11 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=local_output_path, help="where to create a temporary folder")
     parser.add_argument("--variant", default="pi0", help="of the model (default pi0)")
+    parser.add_argument("--depth", type=int, help="layers of each stack (default: the variant's)")
     parser.add_argument("--arguments", nargs="*", default=[], help="for pi0-parity, as --arguments=--batch=1")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pi0-sliced-", dir=args.workdir) as temporary:
         jax, torch = Path(temporary) / "jax", Path(temporary) / "torch"
-        count = write_source(jax, args.variant)
+        count = write_source(jax, model(args.variant, args.depth))
         convert(jax, torch, to="pi0_torch", verify=False)
         print(f"{args.variant}: {count / 1e9:.3f} B parameters, float32", flush=True)
         command = [sys.executable, "-c", "from pi0_eval.parity.command import main; main()"]
