@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ def with_parameters(config: ModelConfig, params: dict[str, Any]) -> Model:
     expected = {name: leaf.shape for name, leaf in parameters_of(abstract_model(config)).items()}
     compare_shapes(expected, {name: value.shape for name, value in params.items()}, "the model's parameters")
     return merge(config, unflatten(params))
+
+
+def partial_model(config: ModelConfig, params: dict[str, Any]) -> Model:
+    """The model with `params` alone, by our dotted names: where it needs another one it raises AttributeError.
+
+    Raises LayoutError for a parameter that the model has not.
+    """
+    model = nnx.merge(*_abstract_state(config))
+    expected = {name: leaf.shape for name, leaf in parameters_of(model).items()}
+    wanted = {name: shape for name, shape in expected.items() if name in params}
+    compare_shapes(wanted, {name: value.shape for name, value in params.items()}, "the model's parameters")
+    for name in expected.keys() - params.keys():
+        *path, leaf = name.split(".")
+        delattr(reduce(getattr, path, model), leaf)
+    graphdef, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, unflatten(params))
+    return nnx.merge(graphdef, state)
+
+
+@cache
+def _abstract_state(config: ModelConfig) -> tuple[Any, Any]:
+    return nnx.split(abstract_model(config))
 
 
 def merge(config: ModelConfig, params: dict[str, Any]) -> Model:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,25 @@ def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> 
     compare_shapes(expected, {name: tuple(p.shape) for name, p in params.items()}, "the model's parameters")
     model.load_state_dict(dict(params), assign=True)
     return model
+
+
+def partial_model(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Model:
+    """The model with `params` alone, by its parameters' names: where it needs another one it raises AttributeError.
+
+    Raises LayoutError for a parameter that the model has not.
+    """
+    model = copy.deepcopy(_abstract_model(config))
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    wanted = {name: shape for name, shape in expected.items() if name in params}
+    compare_shapes(wanted, {name: tuple(p.shape) for name, p in params.items()}, "the model's parameters")
+    for name in expected.keys() - params.keys():
+        *path, leaf = name.split(".")
+        delattr(reduce(getattr, path, model), leaf)
+    model.load_state_dict(dict(params), assign=True)
+    return model
+
+
+_abstract_model = cache(abstract_model)
 
 
 def parameters_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:

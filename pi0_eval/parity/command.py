@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
         words = "framework, plain or sampler, attention, dtype, device, (un)compiled, with colons between them"
         parser.add_argument(f"--side-{side}", type=Side.parse, default=Side(), help=f"how {side.upper()} runs: {words}")
     parser.add_argument("--matrix", action="store_true", help="compare A with every way to run B, in one table")
+    parser.add_argument(
+        "--sliced", action="store_true", help="layer by layer, for models that do not fit in memory in float64"
+    )
     parser.add_argument("--explain", action="store_true", help="of a failure, name the first operation that parts")
     parser.add_argument("--inputs", type=Path, help="npz file with an observation's keys, actions, noise, time")
     parser.add_argument(
@@ -64,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.explain and (args.matrix or {args.side_a.path, args.side_b.path} != {"plain"}):
         raise SideError("--explain is for two plain sides: samplers record no operations")
+    if args.sliced and (args.matrix or args.explain):
+        raise ValueError("--sliced holds one layer's weights; --matrix and --explain need all of them: leave one out")
     if args.matrix and args.html:
         raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
     for file in filter(None, (args.json, args.html, args.junit, args.badge)):  # fail before the work, not after it
@@ -109,7 +114,7 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Report]:
     } | chosen_inputs(args)
     if args.matrix:
         return compare_all(args.a, args.b, **options)
-    report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, **options)
+    report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, sliced=args.sliced, **options)
     return {report.b: report}
 
 

@@ -25,7 +25,8 @@ from pi0.plugins import require_extra
 from pi0_eval.parity.frameworks import FRAMEWORKS, Results, exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
 from pi0_eval.parity.report import PROOF, Report, Row
-from pi0_eval.parity.sides import Side, available
+from pi0_eval.parity.sides import Side, SideError, available
+from pi0_eval.parity.sliced import left_out, slices
 
 # A and B may be apart by FACTOR·√(a² + b²), where a, b are their rounding errors. By the triangle inequality two that
 # are one function are never further apart than a + b ≤ √2·√(a² + b²): this part of the budget gives no false alarm.
@@ -59,6 +60,7 @@ def compare(
     seed: int = 0,
     num_steps: int = 10,
     gradients: bool = True,
+    sliced: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Run two checkpoints on the same inputs, in float64 and in `dtype`, and compare every stage.
@@ -73,9 +75,11 @@ def compare(
         inputs: given, or an npz file of `Inputs.load`; random by default, of `batch` rows from `seed`.
         num_steps: Euler steps, or for π0-FAST the number of decoded tokens.
         gradients: whether to compare gradients, for twice the memory.
+        sliced: compare layer by layer (`pi0_eval.parity.sliced`), each fed with what A computed before it, with one
+            layer's weights in memory; without gradients and, of π0-FAST, without tokens.
         progress: is told what is computed, and what has been.
 
-    Raises ParityError for different models, SideError for a side that there is not.
+    Raises ParityError for different models, SideError for a side that there is not, or not in slices.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
@@ -85,6 +89,8 @@ def compare(
         side = Side.parse(side) if isinstance(side, str) else side
         sides.append(side.of(framework or framework_of(checkpoint), dtype))
         require_extra(sides[-1].framework or "", sides[-1].framework or "")
+        if sliced and sides[-1].path != "plain":
+            raise SideError(f"side {sides[-1]}: a sliced comparison runs plain models; a sampler holds all weights")
 
     def run(i: int, side: Side) -> Results:
         assert side.framework is not None and side.dtype is not None
@@ -97,15 +103,31 @@ def compare(
         progress(f"{'AB'[i]} computed as {side}: {time.perf_counter() - started:.1f} s")
         return results
 
+    names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
+    dtypes = [side.dtype or dtype for side in sides]
+    units = _units(checkpoints[0].assets)
+    if sliced:
+        found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
+        rows = _in_order([row for four in found for row in judge(*four, *dtypes)])
+        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left_out(config))
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
     with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
         a_rounded, a_exact, b_rounded, b_exact = pool.map(run, *zip(*jobs, strict=True))
-    dtypes = [side.dtype or dtype for side in sides]
-    rows = judge(a_exact, b_exact, a_rounded, b_rounded, dtypes[0], dtypes[1])
-    names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
-    sampled = a_rounded.stages.get("actions"), b_rounded.stages.get("actions")
-    return Report(names[0], names[1], dtype, rows, *sampled, *_units(checkpoints[0].assets))
+    rows = judge(a_exact, b_exact, a_rounded, b_rounded, *dtypes)
+    return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units)
+
+
+def _actions(a: Results, b: Results) -> tuple[np.ndarray | None, np.ndarray | None]:
+    return a.stages.get("actions"), b.stages.get("actions")
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """The rows of slices in the order of a whole comparison: the prefix's layers before the suffix's."""
+    suffix = [row for row in rows if row.stage.startswith("suffix layer")]
+    rest = [row for row in rows if row not in suffix]
+    after = max(i for i, row in enumerate(rest) if row.stage.startswith("prefix layer")) + 1
+    return rest[:after] + suffix + rest[after:]
 
 
 def compare_all(a: str | Path, b: str | Path, **options: Any) -> dict[str, Report]:
@@ -178,7 +200,9 @@ def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], n
 
 
 def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:
-    """Relative L2 error; the denominator is at least `floor`."""
+    """Relative L2 error; the denominator is at least `floor`. Arrays of different shapes are infinitely far apart."""
+    if a.shape != b.shape:
+        return math.inf
     a = a.astype(np.float64)
     return _norm(b.astype(np.float64) - a) / max(_norm(a), floor, float(np.finfo(np.float64).tiny))
 

@@ -29,6 +29,10 @@ class Results:
     gradients: dict[str, np.ndarray]
 
 
+# By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes.
+XLA_OPTIONS = {"xla_allow_excess_precision": False}
+
+
 @contextlib.contextmanager
 def exact_matmuls() -> Iterator[None]:
     """Compute float32 matrix products in full float32, not in TF32 or bfloat16, in every installed framework."""
@@ -54,8 +58,7 @@ def jax_program(gradients: bool, num_steps: int, proof: bool) -> Callable[..., A
 
     from pi0_jax.loading import Model
 
-    # By default, XLA may elide a rounding to bfloat16 and back, which the model prescribes. A proof runs once.
-    options = {"xla_allow_excess_precision": False} | ({"xla_backend_optimization_level": 0} if proof else {})
+    options = XLA_OPTIONS | ({"xla_backend_optimization_level": 0} if proof else {})  # a proof runs once
 
     @partial(jax.jit, compiler_options=options)
     def run(model: Model, observation: Observation, actions: Any, noise: Any, time: Any) -> Any:
@@ -81,7 +84,6 @@ def run_jax(
     side: Side = Side("jax"),  # noqa: B008 -- frozen
 ) -> Results:
     """All stages of a checkpoint in JAX; `num_steps` as in `model.sample`. Of a sampler, what it samples."""
-    import jax
     import jax.numpy as jnp
 
     from pi0_jax.loading import parameters_of, with_parameters
@@ -91,9 +93,8 @@ def run_jax(
     proof = config.runtime.dtype == PROOF_DTYPE
     if side.attention is not None:
         config = config.with_runtime(attention=side.attention)
-    device = contextlib.nullcontext() if side.device is None else jax.default_device(jax.devices(side.device)[0])
-    with jax.enable_x64(proof), jax.disable_jit(side.compiled is False), device:
-        params = {name: jnp.asarray(_widened(t.read(()), config)) for name, t in checkpoint.ours.items()}
+    with jax_settings(side, proof):
+        params = {name: jnp.asarray(widened(t.read(()), config)) for name, t in checkpoint.ours.items()}
         model = with_parameters(config, params)
         if side.path == "sampler":
             sampler = Sampler(model, num_steps=num_steps, warm_up=False)
@@ -105,7 +106,17 @@ def run_jax(
         return Results(_ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), by_name)
 
 
-def _widened(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+@contextlib.contextmanager
+def jax_settings(side: Side, proof: bool) -> Iterator[None]:
+    """Float64 for a proof; compiled or not, and on the device, as the side says."""
+    import jax
+
+    device = contextlib.nullcontext() if side.device is None else jax.default_device(jax.devices(side.device)[0])
+    with jax.enable_x64(proof), jax.disable_jit(side.compiled is False), device:
+        yield
+
+
+def widened(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     """A parameter as stored, or for a proof in float64, to which it is widened exactly."""
     return array.astype(np.float64) if config.runtime.dtype == PROOF_DTYPE else array
 
@@ -130,7 +141,7 @@ def run_torch(
 
     device = find_device(side.device or "cpu")
     stored = checkpoint.in_layout("pi0_torch")
-    tensors = {name: to_torch(_widened(t.read(()), config)).to(device) for name, t in stored.items()}
+    tensors = {name: to_torch(widened(t.read(()), config)).to(device) for name, t in stored.items()}
     model = with_parameters(config, tensors)
     if side.path == "sampler":
         compile = bool(side.compiled)

@@ -56,6 +56,7 @@ class Report:
 
     `robot_dims`: how many of the action dims the robot has, the others are padding; None where nothing says it.
     `normalization`: what 1 means in actions, "quantile" or "zscore"; None where nothing says it.
+    `left_out`: what a comparison by slices cannot compare.
     """
 
     a: str
@@ -66,6 +67,7 @@ class Report:
     actions_b: np.ndarray | None = dataclasses.field(repr=False, compare=False)
     robot_dims: int | None = None
     normalization: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def first_failure(self) -> Row | None:
@@ -97,12 +99,14 @@ class Report:
         rows = [dataclasses.asdict(row) | {"passed": row.passed} for row in self.rows]
         first = None if self.passed else self.first_failure.stage  # type: ignore[union-attr]
         verdict = {"passed": self.passed, "share": self.share, "first_failure": first}
-        values = {"a": self.a, "b": self.b, "dtype": self.dtype, **verdict, "stages": rows}
+        values = {"a": self.a, "b": self.b, "dtype": self.dtype, **verdict, "left_out": self.left_out, "stages": rows}
         return json.dumps(values, indent=2)
 
     def table(self) -> str:
         """The report as text."""
         lines = [f"A  {self.a}", f"B  {self.b}", f"computed in {self.dtype}; relative L2", ""]
+        if self.left_out:
+            lines.insert(3, f"each layer fed with what A computed before it; not compared: {', '.join(self.left_out)}")
         return "\n".join([*lines, *self._lines(self.rows), "", self.verdict])
 
     def failure(self) -> str:

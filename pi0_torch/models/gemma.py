@@ -115,8 +115,10 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Tensor, "B T W"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.query, self.key, self.value))
-        q, k, v = record("query", q), record("key", k), record("value", v)
+        heads = (-1, self.head_dim)
+        q = record("query", self.query(x).unflatten(-1, heads))
+        k = record("key", self.key(x).unflatten(-1, heads))
+        v = record("value", self.value(x).unflatten(-1, heads))
         q, k = apply_rope(q, rotation, self.query_dtype), apply_rope(k, rotation, self.dtype)
         return record("RoPE of query", q), record("RoPE of key", k), v
 

@@ -10,7 +10,16 @@ from convert.layouts.registry import LAYOUTS
 from convert.lora import merge_lora
 from convert.tensors import Tensor
 from pi0_torch.loading import parameters_of, to_torch, with_parameters
-from tests.golden_case import CASES, FAST, LORA, GoldenCase, check_bfloat16, check_float32, check_gradients
+from tests.golden_case import (
+    CASES,
+    FAST,
+    LORA,
+    GoldenCase,
+    check_bfloat16,
+    check_float32,
+    check_float64,
+    check_gradients,
+)
 
 
 def run(model: pi0_torch.Pi0, case: GoldenCase) -> dict[str, np.ndarray]:
@@ -35,6 +44,28 @@ def test_float32(name: str):
     model = pi0_torch.load(case.checkpoint, config=case.config("float32"))
     check_float32(case, run(model, case))
     check_gradients(case, gradients(model))
+
+
+@pytest.mark.parametrize("name", [*CASES, LORA, FAST])
+def test_float64(name: str):
+    """Ours alone, which is JAX's too (`pi0_eval.parity`)."""
+    case = GoldenCase(name)
+    found = []
+    for dtype in ("float64", "float32"):
+        stored = open_checkpoint(case.checkpoint, case.config("float32")).in_layout("pi0_torch")
+        params = {n: to_torch(t.read(()).astype(dtype)) for n, t in stored.items()}
+        model = with_parameters(case.config("float32").with_runtime(dtype=dtype), params)
+        observation, *arrays = case.inputs()
+        observation, (actions, noise, time) = pi0_torch.to_device(observation), map(torch.from_numpy, arrays)
+        stages: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            model.compute_loss(observation, actions, noise, time, stages)
+            if isinstance(model, pi0_torch.Pi0Fast):
+                case.check_tokens(model.sample_tokens(observation.prompt_only(), 16).numpy(), "float32")
+            else:
+                stages |= {f"actions_{n}_steps": model.sample_actions(observation, noise, n) for n in (3, 10)}
+        found.append({key: value.numpy() for key, value in stages.items()})
+    check_float64(case, *found)
 
 
 @pytest.mark.parametrize("name", CASES)

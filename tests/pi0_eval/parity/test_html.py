@@ -229,7 +229,7 @@ def test_nothing_is_loaded():
 
 def test_actions_are_not_in_the_json():
     values = json.loads(report().to_json())
-    assert values.keys() == {"a", "b", "dtype", "passed", "share", "first_failure", "stages"}
+    assert values.keys() == {"a", "b", "dtype", "passed", "share", "first_failure", "left_out", "stages"}
 
 
 # ---- the command, and what the documents say
