@@ -65,7 +65,7 @@ def language_layer(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str
     layers = model.paligemma.layers
     for block in layers if hasattr(layers, "__iter__") else [layers]:  # in JAX one Block, stacked
         replace(block, "mlp", lambda x: x)  # keys and values come before it, and its output is not read
-    replace(model, "integrate", lambda observation, noise, num_steps, cache, seen: cache)
+    replace(model, "integrate", lambda observation, noise, num_steps, cache, *others: cache)
     observation, _, noise, _ = inputs
     return stages | {"cache": model.sample_actions(observation, noise)}
 
