@@ -111,7 +111,8 @@ def compare(
     if sliced:
         found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
         rows = [*before, *_in_order([row for four in found for row in judge(*four, *dtypes)]), *after]
-        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left_out(config))
+        left = left_out(config, any(c.assets.subtasks for c in checkpoints))
+        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left)
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
     with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
