@@ -21,7 +21,7 @@ from pi0_eval.parity.compare import compare, judge
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.parity.report import Report
 from pi0_eval.parity.sides import Side, SideError
-from tests.mutations import torch_code
+from tests.faults.forward import torch_code
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 
 SLOW = [pytest.param(variant, marks=pytest.mark.slow) for variant in ("tiny_pi05", "tiny_lora")]
