@@ -118,7 +118,7 @@ FAULTS = {"exact GELU, vision": "vision layer 0", "no RoPE": "prefix layer 0", "
     ],
 )
 def test_a_fault_in_the_code_is_found_where_it_is(mutation):
-    """Those of `tests.mutations` in PyTorch's code, but for the tokens that are not compared."""
+    """Those of `tests.faults` in PyTorch's code, but for the tokens that are not compared."""
     checkpoint = random_checkpoint(get_variant(mutation.variant))
     inputs = Inputs.random(checkpoint.assets.model, batch=3, seed=1)
     sides = [Side("jax", dtype="float32"), Side("torch", dtype="float32")]
@@ -128,7 +128,7 @@ def test_a_fault_in_the_code_is_found_where_it_is(mutation):
         found = list(sliced.slices([checkpoint] * 2, checkpoint.assets.model, inputs, sides, 3, lambda line: None))
     rows = [row for four in found for row in judge(*four)]
     first = next((row.stage for row in rows if not row.proved), None)
-    assert first in (mutation.first if mutation.first not in ((), ("tokens",)) else (None,))
+    assert first in (mutation.first if mutation.first not in ((), ("first logits",)) else (None,))
 
 
 def test_a_layer_at_a_time_is_read():
