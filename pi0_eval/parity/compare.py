@@ -22,8 +22,9 @@ from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.parameters import parameters
 from pi0.plugins import require_extra
-from pi0_eval.parity.frameworks import FRAMEWORKS, Results, exact_matmuls
+from pi0_eval.parity.frameworks import FRAMEWORKS, SAMPLED, TEXTS, Results, exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
+from pi0_eval.parity.policies import policy_rows
 from pi0_eval.parity.report import PROOF, Report, Row
 from pi0_eval.parity.sides import Side, SideError, available
 from pi0_eval.parity.sliced import left_out, slices
@@ -36,8 +37,8 @@ FACTOR = math.sqrt(2)
 EXCESS = {"float32": 8.0, "bfloat16": 2.0}
 # The error of a few numbers may be small by luck: with fewer than this it counts as at least a rounding of each.
 FEW = 512
+FINER = 2.0**-29  # a rounding of float64, in those of float32
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
-SAMPLED = ("actions", "tokens")
 SMALL = 100_000_000  # parameters: smaller models run two at a time, for twice the memory
 # Gradients with a norm below this fraction of the whole gradient's are measured relative to that fraction of it.
 GRADIENT_FLOOR = 1e-4
@@ -83,7 +84,7 @@ def compare(
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = _common_config(*checkpoints)
-    inputs = Inputs.of(inputs, config, batch, seed)
+    inputs = Inputs.of(inputs, config, batch, seed, all(c.assets.subtasks for c in checkpoints))
     sides = []
     for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
         side = Side.parse(side) if isinstance(side, str) else side
@@ -106,15 +107,17 @@ def compare(
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
     dtypes = [side.dtype or dtype for side in sides]
     units = _units(checkpoints[0].assets)
+    before, after = policy_rows(checkpoints[0].assets, checkpoints[1].assets, inputs)
     if sliced:
         found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
-        rows = _in_order([row for four in found for row in judge(*four, *dtypes)])
-        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left_out(config))
+        rows = [*before, *_in_order([row for four in found for row in judge(*four, *dtypes)]), *after]
+        left = left_out(config, any(c.assets.subtasks for c in checkpoints))
+        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left)
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
     with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
         a_rounded, a_exact, b_rounded, b_exact = pool.map(run, *zip(*jobs, strict=True))
-    rows = judge(a_exact, b_exact, a_rounded, b_rounded, *dtypes)
+    rows = [*before, *judge(a_exact, b_exact, a_rounded, b_rounded, *dtypes), *after]
     return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units)
 
 
@@ -150,10 +153,25 @@ def judge(
     proof, apart = errors(exact_a, exact_b, "float64"), errors(a, b, dtype_a)
     # A parameter without gradient but for rounding is left out of a row by the same rule in all four.
     own_a, own_b = errors(exact_a, a, dtype_a), errors(exact_b, b, dtype_b)
-    return [
-        Row(stage, error, own_a[stage], own_b[stage], apart[stage], budget(stage, own_a, own_b, a, dtype_a, dtype_b))
-        for stage, error in proof.items()
-    ]
+    rows = []
+    for stage, error in proof.items():
+        allowed = budget(stage, own_a, own_b, a, dtype_a, dtype_b)
+        limit, detail = _proof_limit(min(own_a[stage], own_b[stage]), dtype_a, dtype_b), ""
+        if stage.startswith("gradients") and not error <= limit:
+            each = _gradient_errors(exact_a.gradients, exact_b.gradients, GRADIENT_NOISE["float64"])
+            worst = max(each, key=lambda name: np.nan_to_num(each[name], nan=np.inf))
+            detail = f"{error:.2e} in float64, most in {worst}"
+        rows.append(Row(stage, error, own_a[stage], own_b[stage], apart[stage], allowed, detail, limit))
+    return rows
+
+
+def _proof_limit(own: float, dtype_a: str, dtype_b: str) -> float:
+    """How far apart two sides may be in float64, whose smaller rounding error in their dtypes is `own`.
+
+    float64 rounds 2^29 times finer than float32, and a model multiplies the roundings of both by the same. Where
+    float32 is off by more than 5e-4, as gradients that explode are, float64 may be off by more than 1e-12.
+    """
+    return max(PROOF, EXCESS["float32"] * own * FINER) if {dtype_a, dtype_b} == {"float32"} else PROOF
 
 
 def budget(
@@ -161,7 +179,7 @@ def budget(
 ) -> float:
     """How far apart two sides with these rounding errors may be in a stage."""
     error_a, error_b = own_a[stage], own_b[stage]
-    if stage == "tokens":  # from the first that differs on, all may
+    if stage in TEXTS:  # from the first that differs on, all may
         return 1.0 if error_a or error_b else 0.0
     if dtype_a == dtype_b:
         few = stage in a.stages and a.stages[stage].size < FEW
@@ -179,24 +197,38 @@ def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, float]:
     common = [stage for stage in a.stages if stage in b.stages]
     result = {stage: _error(a.stages[stage], b.stages[stage]) for stage in common if stage not in SAMPLED}
     if a.gradients and b.gradients:
-        result |= _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
-    if "actions" in common:
-        result["actions"] = _error(a.stages["actions"], b.stages["actions"])
-    if "tokens" in common:
-        result["tokens"] = float((a.stages["tokens"] != b.stages["tokens"]).mean())
-    return result
+        norm = _norm([_norm(g) for g in a.gradients.values()])
+        differences = [_norm(b.gradients[n].astype(np.float64) - a.gradients[n]) for n in a.gradients]
+        each = _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
+        result["gradients, all"] = _norm(differences) / norm
+        result["gradients, worst parameter"] = float(np.max(list(each.values())))
+    return result | {stage: _sampled_error(stage, a.stages, b.stages) for stage in SAMPLED if stage in common}
+
+
+def _sampled_error(stage: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """Of tokens the fraction that differs; of other stages the relative L2 error, where the tokens before are the same.
+
+    From a near tie on, which rounding may decide either way, two texts have nothing to do with each other.
+    """
+    x, y = a[stage], b[stage]
+    if stage in TEXTS:
+        return float((x != y).mean())
+    for text, logits in TEXTS.items():
+        if text in a and stage in (logits, "actions"):
+            differs = a[text] != b[text]
+            seen = np.cumsum(differs, axis=1) - differs == 0 if stage == logits else ~differs.any(axis=1)
+            x, y = x[seen], y[seen]
+    return _error(x, y)
 
 
 def _gradient_errors(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], noise: float) -> dict[str, float]:
-    """The error over all parameters, and of the worst one."""
+    """The error of each parameter that has a gradient."""
     norm = _norm([_norm(g) for g in a.values()])
-    each = [
-        _error(a[name], b[name], GRADIENT_FLOOR * norm)
+    return {
+        name: _error(a[name], b[name], GRADIENT_FLOOR * norm)
         for name in a
         if not max(_norm(a[name]), _norm(b[name])) <= noise * norm  # NaN counts
-    ]
-    differences = [_norm(b[n].astype(np.float64) - a[n]) for n in a]
-    return {"gradients, all": _norm(differences) / norm, "gradients, worst parameter": float(np.max(each))}
+    }
 
 
 def _error(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:

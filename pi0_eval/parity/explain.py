@@ -135,9 +135,12 @@ def explain(
     Sides are plain, and run as they say but for compilation, which shows no values. Operations of vision whose stage
     passed are left out: the bias of its keys changes logits alone.
     """
+    failure = report.first_failure
+    if failure is not None and failure.detail:
+        return f"the first difference is in {failure.stage}: {failure.detail}"
     checkpoints = open_checkpoint(a), open_checkpoint(b)
     config = checkpoints[0].assets.model
-    inputs = Inputs.of(inputs, config, batch, seed)
+    inputs = Inputs.of(inputs, config, batch, seed, all(c.assets.subtasks for c in checkpoints))
     sides = [
         side.of(side.framework or framework_of(checkpoint), report.dtype)
         for side, checkpoint in zip((side_a, side_b), checkpoints, strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pi0.config import ModelConfig
+from pi0.masks import FAST, PREFIX, SUBTASK
 from pi0.observation import Observation, check_actions
 from pi0.reading import naming, read_npz
 
@@ -26,10 +27,11 @@ class Inputs:
     time: np.ndarray
 
     @classmethod
-    def random(cls, config: ModelConfig, batch: int = 2, seed: int = 0) -> Inputs:
+    def random(cls, config: ModelConfig, batch: int = 2, seed: int = 0, subtasks: bool = False) -> Inputs:
         """Random inputs: prompts of different lengths, and masked cameras from the second row on.
 
-        π0-FAST has no masked cameras and trains on a random part at the end of each text.
+        π0-FAST has no masked cameras and trains on a random part at the end of each text. With `subtasks` π0.5's text
+        ends with a subtask and FAST tokens, and not every row has actions.
         """
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, config.max_token_len + 1, batch)
@@ -47,6 +49,11 @@ class Inputs:
             wanted = np.arange(config.max_token_len) >= rng.integers(0, lengths)[:, None]
             data["token_loss_mask"] = wanted & data["tokenized_prompt_mask"]
             data["token_ar_mask"] = data["token_loss_mask"].astype(int)
+        if subtasks:
+            ends = np.sort(rng.integers(1, lengths + 1, (2, batch)), axis=0)[..., None]
+            places = np.arange(config.max_token_len)
+            groups = np.where(places < ends[0], PREFIX, np.where(places < ends[1], SUBTASK, FAST))
+            data |= {"token_group": groups, "has_actions": (np.arange(batch) == 0) | (rng.random(batch) < 0.5)}
         shape = (batch, config.action_horizon, config.action_dim)
         actions, noise = rng.normal(size=shape), rng.normal(size=shape)
         return cls(
@@ -57,10 +64,12 @@ class Inputs:
         )
 
     @classmethod
-    def of(cls, given: Inputs | Path | None, config: ModelConfig, batch: int, seed: int) -> Inputs:
+    def of(
+        cls, given: Inputs | Path | None, config: ModelConfig, batch: int, seed: int, subtasks: bool = False
+    ) -> Inputs:
         """The given inputs, those of a file, or else random ones. Raises ParityError."""
         if given is None:
-            return cls.random(config, batch, seed)
+            return cls.random(config, batch, seed, subtasks)
         return given if isinstance(given, Inputs) else cls.load(given, config)
 
     @classmethod

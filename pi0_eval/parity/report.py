@@ -14,10 +14,11 @@ PROOF = 1e-12  # relative L2 in float64: one function differs by 1e-15 to 1e-14,
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One stage, in relative L2 (of tokens: the fraction that differs).
+    """One stage, in relative L2 (of tokens and settings: the fraction that differs).
 
-    `proof`: B against A, both in float64. `error_a`, `error_b`: each against its own float64, its rounding error.
-    `apart`: B against A in the dtype of the comparison, of which `allowed` is allowed.
+    `proof`: B against A, both in float64, at most `limit`. `error_a`, `error_b`: each against its own float64, its
+    rounding error. `apart`: B against A in the dtype of the comparison, of which `allowed` is allowed. `detail` says
+    what differs, by name, where that is not one of many numbers.
     """
 
     stage: str
@@ -26,15 +27,17 @@ class Row:
     error_b: float
     apart: float
     allowed: float
+    detail: str = ""
+    limit: float = PROOF
 
     @property
     def proved(self) -> bool:
-        return self.proof <= PROOF  # NaN fails
+        return self.proof <= self.limit  # NaN fails
 
     @property
     def judged(self) -> tuple[float, float]:
         """What was found and what is allowed: of rounding, or of a proof that failed."""
-        return (self.apart, self.allowed) if self.proved else (self.proof, PROOF)
+        return (self.apart, self.allowed) if self.proved else (self.proof, self.limit)
 
     @property
     def share(self) -> float:
@@ -91,7 +94,8 @@ class Report:
         if row is None:
             return "PASSED: in float64 the two are one function, and their rounding is within the budget"
         if not row.proved:
-            return f"FAILED: another function: the first stage that parts is {row.stage} ({row.proof:.2e} in float64)"
+            why = row.detail or f"{row.proof:.2e} in float64"
+            return f"FAILED: another function: the first stage that parts is {row.stage} ({why})"
         return f"FAILED: other rounding: the first stage out of the budget is {row.stage} ({numbers(row)})"
 
     def to_json(self) -> str:
@@ -127,6 +131,8 @@ class Report:
 
 def numbers(row: Row) -> str:
     """What a stage is judged by."""
+    if row.detail:
+        return row.detail
     return f"{row.apart:.2e} apart, allowed {row.allowed:.2e}; {row.proof:.2e} in float64"
 
 

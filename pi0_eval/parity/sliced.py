@@ -340,9 +340,12 @@ def slices(
     yield results([{"loss": loss} for loss in run(lambda r: r.loss(fed), "loss")])
 
 
-def left_out(config: ModelConfig) -> tuple[str, ...]:
-    """What slices do not compare: it needs all weights at once."""
-    return ("gradients", "tokens") if config.family.action_tokens else ("gradients",)
+def left_out(config: ModelConfig, subtasks: bool) -> tuple[str, ...]:
+    """What slices do not compare: it needs all weights at once. Of `subtasks` actions are those without one."""
+    if config.family.action_tokens:
+        return ("gradients", "first logits", "decoded logits", "tokens")
+    texts = ("text loss", "fast loss", "flow loss", "first logits", "subtask logits", "subtask") if subtasks else ()
+    return ("gradients", *texts)
 
 
 def vision_stages(outputs: dict[str, Any], run: Run, name: str, last: bool) -> dict[str, np.ndarray]:

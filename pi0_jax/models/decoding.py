@@ -33,14 +33,16 @@ def decode(
     rng: Array | None = None,
     allowed: Bool[Array, " V"] | None = None,
     eos_token: int = numerics.EOS_TOKEN,
+    stages: dict[str, Array] | None = None,
 ) -> tuple[Int[Array, "B D"], Any]:
     """At most D = `steps` tokens, int32, the first of which `logits` predict; and the cache with them.
 
     `valid` are the places of the prefix that are attended to; the tokens take those from `start` on, and the last one
     only if asked to `read_last`. Token i has the position prefix length + `skipped` + i. Each row ends with `eos_token`
     and then zeros, or is cut; decoding ends when all rows have. Each token is the likeliest, or with a `temperature`
-    drawn by `rng`, of those `allowed` (default: all). Raises ValueError for no steps, and for a temperature below 0 or
-    without `rng`.
+    drawn by `rng`, of those `allowed` (default: all). `stages`, where given, receives `decoded_logits` [B, D, V], from
+    which each token was chosen, 0 after the end of a row. Raises ValueError for no steps, and for a temperature below 0
+    or without `rng`.
     """
     if steps < 1:
         raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
@@ -48,8 +50,10 @@ def decode(
         raise ValueError(f"temperature is {temperature}; it must be 0, or positive and with rng given")
     places, length = jnp.arange(valid.shape[1]), valid.sum(axis=1, keepdims=True)
 
-    def choose(logits: Array, i: Array, tokens: Array, done: Array) -> tuple[Array, Array]:
+    def choose(logits: Array, i: Array, tokens: Array, done: Array, kept: Any) -> tuple[Array, Array, Any]:
         """Write token i."""
+        if kept is not None:
+            kept = kept.at[:, i].set(jnp.where(done[:, None], 0, logits))
         if allowed is not None:
             logits = jnp.where(allowed, logits, numerics.MASKED_LOGIT)
         if rng is not None and temperature > 0:
@@ -57,7 +61,7 @@ def decode(
         else:
             token = jnp.argmax(logits, axis=-1)
         token = jnp.where(done, 0, token).astype(tokens.dtype)
-        return tokens.at[:, i].set(token), done | (token == eos_token)
+        return tokens.at[:, i].set(token), done | (token == eos_token), kept
 
     def read(i: Array, cache: Any, tokens: Array) -> tuple[Array, Any]:
         """Read token i − 1; the logits [B, V] of token i."""
@@ -66,13 +70,16 @@ def decode(
         return read_token(token, length + skipped + i - 1, seen, start + i - 1, cache)
 
     def step(carry: tuple) -> tuple:
-        i, cache, tokens, done = carry
-        logits, cache = read(i, cache, tokens)
-        return i + 1, cache, *choose(logits, i, tokens, done)
+        i, cache, *chosen = carry
+        logits, cache = read(i, cache, chosen[0])
+        return i + 1, cache, *choose(logits, i, *chosen)
 
-    empty = jnp.zeros((len(valid), steps), jnp.int32), jnp.zeros(len(valid), bool)
+    kept = None if stages is None else jnp.zeros((len(valid), steps, logits.shape[1]), logits.dtype)
+    empty = jnp.zeros((len(valid), steps), jnp.int32), jnp.zeros(len(valid), bool), kept
     carry = (jnp.int32(1), cache, *choose(logits, jnp.int32(0), *empty))
-    i, cache, tokens, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[3].all(), step, carry)
+    i, cache, tokens, _, kept = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[3].all(), step, carry)
+    if stages is not None:
+        stages["decoded_logits"] = kept
     return tokens, read(i, cache, tokens)[1] if read_last else cache
 
 

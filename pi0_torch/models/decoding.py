@@ -34,14 +34,16 @@ def decode(
     rng: torch.Generator | None = None,
     allowed: Bool[Tensor, " V"] | None = None,
     eos_token: int = numerics.EOS_TOKEN,
+    stages: dict[str, Tensor] | None = None,
 ) -> Int[Tensor, "B D"]:
     """At most D = `steps` tokens, int32, the first of which `logits` predict; the cache has them afterwards.
 
     `valid` are the places of the prefix that are attended to; the tokens take those from `start` on, and the last one
     only if asked to `read_last`. Token i has the position prefix length + `skipped` + i. Each row ends with `eos_token`
     and then zeros, or is cut; decoding ends when all rows have. Each token is the likeliest, or with a `temperature`
-    drawn by `rng`, of those `allowed` (default: all). Raises ValueError for no steps, and for a temperature below 0 or
-    without `rng`.
+    drawn by `rng`, of those `allowed` (default: all). `stages`, where given, receives `decoded_logits` [B, D, V], from
+    which each token was chosen, 0 after the end of a row. Raises ValueError for no steps, and for a temperature below 0
+    or without `rng`.
     """
     if steps < 1:
         raise ValueError(f"max_decoding_steps is {steps}; it must be at least 1")
@@ -51,6 +53,8 @@ def decode(
 
     def choose(logits: Tensor, i: int, tokens: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Write token i."""
+        if kept is not None:
+            kept[:, i] = logits.masked_fill(done[:, None], 0)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, numerics.MASKED_LOGIT)
         if rng is not None and temperature > 0:
@@ -66,6 +70,7 @@ def decode(
         seen = valid | (places >= start) & (places < start + i)
         return read_token(tokens[:, i - 1, None], length + skipped + i - 1, seen, places[start + i - 1, None], cache)
 
+    kept = None if stages is None else logits.new_zeros(len(valid), steps, logits.shape[1])
     tokens, done = valid.new_zeros(len(valid), steps, dtype=torch.int32), valid.new_zeros(len(valid))
     tokens, done = choose(logits, 0, tokens, done)
     i = 1
@@ -74,6 +79,8 @@ def decode(
         i += 1
     if read_last:
         read(i, tokens)
+    if stages is not None and kept is not None:
+        stages["decoded_logits"] = kept
     return tokens
 
 

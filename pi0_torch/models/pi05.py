@@ -159,6 +159,7 @@ class Pi05(FlowModel):
         eos_token: int = numerics.EOS_TOKEN,
         rtc: RTC | None = None,
         previous: Previous | None = None,
+        stages: dict[str, Tensor] | None = None,
     ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
         """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them.
 
@@ -170,8 +171,7 @@ class Pi05(FlowModel):
         out, cache, seen = self.read_text(observation, subtask, eos_token)
         if subtask is None:
             steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
-            subtask, cache = self.decode(
-                out, cache, seen, steps, read_last=True, temperature=temperature, rng=rng, eos_token=eos_token
-            )
+            options = {"temperature": temperature, "rng": rng, "eos_token": eos_token, "stages": stages}
+            subtask, cache = self.decode(out, cache, seen, steps, read_last=True, **options)
             seen = torch.cat([seen, written(subtask, eos_token)], dim=1)
         return subtask, self.integrate(observation, noise, num_steps, cache, seen, rtc, previous)

@@ -93,6 +93,7 @@ class Pi0Fast(VisionLanguageModel):
         rng: torch.Generator | None = None,
         allowed: Bool[Tensor, " V"] | None = None,
         eos_token: int = numerics.EOS_TOKEN,
+        stages: dict[str, Tensor] | None = None,
     ) -> Int[Tensor, "B D"]:
         """Write text after the prompt: int32, each row ends with `eos_token` and then zeros, or is cut.
 
@@ -106,5 +107,5 @@ class Pi0Fast(VisionLanguageModel):
         steps = self.config.runtime.max_decoding_steps if max_decoding_steps is None else max_decoding_steps
         prefix, valid = self.embed_prefix(observation)
         out, cache = self.read_prefix(prefix, valid, block_mask(self.text_blocks(observation), valid))
-        options = {"temperature": temperature, "rng": rng, "allowed": allowed, "eos_token": eos_token}
+        options = {"temperature": temperature, "rng": rng, "allowed": allowed, "eos_token": eos_token, "stages": stages}
         return self.decode(out, cache, valid, steps, skipped=self.config.format.skipped_positions, **options)[0]

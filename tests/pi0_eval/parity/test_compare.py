@@ -12,7 +12,7 @@ from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig
-from pi0.parameters import Parameter, parameters
+from pi0.parameters import parameters
 from pi0.storage import new_folder
 from pi0.variants import SO400M, get_variant
 from pi0_eval.parity.command import main
@@ -22,26 +22,12 @@ from pi0_eval.parity.frameworks import Results, exact_matmuls
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.inputs import Inputs, ParityError
 from pi0_eval.parity.report import PROOF
-
-
-def random_parameter(name: str, parameter: Parameter, rng: np.random.Generator) -> np.ndarray:
-    """Values of the size that training starts from, norms and biases off their start so that each one counts."""
-    shape = parameter.shape
-    if name.endswith("scale"):
-        return rng.normal(1.0 if name.startswith("vision") else 0.0, 0.1, shape).astype(np.float32)
-    if name.endswith("bias"):
-        return rng.normal(0.0, 0.02, shape).astype(np.float32)
-    if ".lora." in name:
-        return rng.normal(0.0, 0.1, shape).astype(np.float32)
-    sizes = dict(zip(parameter.axes, shape, strict=True))
-    inputs = "nh" if "attention.out" in name else "pqc" if "patch" in name else parameter.axes["l" in sizes]
-    fan_in = np.prod([sizes[a] for a in inputs])
-    return rng.standard_normal(shape, np.float32) / np.sqrt(fan_in, dtype=np.float32)
+from tests.pairs import near_initial
 
 
 def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {n: random_parameter(n, p, rng) for n, p in parameters(config).items()}
+    return {n: near_initial(n, p, rng) for n, p in parameters(config).items()}
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -146,13 +132,26 @@ def test_fast(fast_pair):
     """The same tokens, and everything before them; its own gradients too, the tied embedding's among them."""
     report = assert_parity(*fast_pair, num_steps=6, batch=3)
     names = [row.stage for row in report.rows]
-    assert names[-6:] == ["pre-logits", "logits", "loss", "gradients, all", "gradients, worst parameter", "tokens"]
+    assert names[-8:-3] == ["pre-logits", "logits", "loss", "gradients, all", "gradients, worst parameter"]
+    assert names[-3:] == ["first logits", "decoded logits", "tokens"]
     assert report.rows[-1].proof == 0 and "Sampled actions" not in to_html(report)
 
 
 def test_fast_in_bfloat16(fast_pair):
     report = assert_parity(*fast_pair, dtype="bfloat16", batch=3, num_steps=1, gradients=False)
     assert report.rows[-1].stage == "tokens"  # in bfloat16 a near tie may fall either way, in float64 it may not
+
+
+def test_subtasks(tmp_path):
+    """A policy that writes subtasks: the recipe's losses and gradients, the subtask, actions after it; samplers too."""
+    assets = Assets(get_variant("tiny_pi05"), subtasks=True)
+    checkpoint = dataclasses.replace(random_checkpoint(assets.model), assets=assets)
+    folder = write(checkpoint, tmp_path / "subtasks", "pi0_torch")
+    names = [row.stage for row in assert_parity(folder, folder, framework_b="jax", num_steps=3).rows]
+    assert names[-8:-6] == ["fast loss", "flow loss"] and names[-9] == "text loss"
+    assert names[-4:] == ["first logits", "subtask logits", "subtask", "actions"]
+    report = assert_parity(folder, folder, side_b="torch:sampler", num_steps=3, gradients=False)
+    assert [row.stage for row in report.rows] == ["first logits", "subtask", "actions"]
 
 
 def test_other_tokens_are_seen(fast_pair, tmp_path):

@@ -24,7 +24,10 @@ from pi0_eval.parity.inputs import Inputs
 from pi0_eval.parity.report import PROOF, Report, Row
 from pi0_eval.parity.sides import Side
 from pi0_torch.models.vision_language import VisionLanguageModel
-from tests.mutations import Mutation, jax_code, random_weights, torch_code, weight_mutations
+from tests.faults.forward import jax_code, torch_code
+from tests.faults.mutation import Mutation
+from tests.faults.weights import weight_mutations
+from tests.pairs import random_weights
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 
 FAULTS = {

@@ -1,28 +1,41 @@
-"""A part of `tests/mutations.py`: planted faults are found at the right stage, correct pairs pass."""
+"""A part of `tests/mutations.py` and `tests/pairs.py`: planted faults are found where they are, correct pairs pass."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from convert.checkpoints import Checkpoint
+from convert.layouts.registry import LAYOUTS
+from convert.tensors import Tensor
+from pi0.assets import Assets
 from pi0.variants import get_variant
 from pi0_eval.parity.compare import judge
+from pi0_eval.parity.frameworks import FRAMEWORKS, exact_matmuls
 from pi0_eval.parity.inputs import Inputs
-from tests import mutations
-from tests.mutations import Mutation, alarms, compute, random_weights, verdict
+from tests import mutations, pairs
+from tests.faults import forward, gradients, sampling, weights
+from tests.faults.mutation import RECIPE, Mutation
+from tests.mutations import verdict
+from tests.pairs import Pair, random_weights
 
-WEIGHTS = list(mutations.weight_mutations("tiny_pi05"))
-TORCH = [m for make in (mutations.constants, mutations.torch_code) for m in make("tiny_pi05") if m.framework == "torch"]
-JAX = [m for m in mutations.jax_code("tiny_pi05") if m.name in ("RMS norm in float32", "time from data to noise")]
+WEIGHTS = list(weights.weight_mutations("tiny_pi05"))
+MAKERS = (weights.constants, forward.torch_code, gradients.torch_gradients, sampling.torch_samplers)
+TORCH = [m for make in MAKERS for m in make("tiny_pi05") if m.framework == "torch"]
+TEXT = [m for make in (gradients.torch_gradients, sampling.decoding, sampling.recipe) for m in make(RECIPE)]
+JAX = [m for m in forward.jax_code("tiny_pi05") if m.name in ("RMS norm in float32", "time from data to noise")]
 
 
 def test_there_are_enough():
     assert sum(len(mutations.mutations(variant)) for variant in mutations.VARIANTS) >= 150
 
 
-@pytest.mark.parametrize("mutation", [*WEIGHTS[::12], *TORCH[::3], *JAX], ids=str)
+@pytest.mark.parametrize("mutation", [*WEIGHTS[::24], *TORCH[::6], *TEXT[1::5], *JAX[:1]], ids=str)
 def test_a_fault_is_found_where_it_is(mutation: Mutation):
     assert verdict(mutation) == "ok"
 
@@ -32,8 +45,36 @@ def test_a_fault_at_another_stage_is_reported():
     assert "vision layer 0 is found first, not velocity" in verdict(wrong)
 
 
-def test_correct_pairs_pass():
-    assert [(name, out) for name, out, _ in alarms(8, ("tiny_pi05",), sizes=1) if out] == []
+def test_a_wrong_gradient_is_named():
+    """Each row of gradients that parts says the parameter."""
+    (fault,) = (m for m in TORCH if m.name == "no gradient to the time's MLP")
+    right = mutations.reference("tiny_pi05", "jax")
+    with patch.object(*fault.patches[0]):
+        wrong = mutations.compute("tiny_pi05", mutations.Side("torch"), mutations.weights_of("tiny_pi05"), True)
+    first = next(row for row in judge(right, wrong, right, wrong) if not row.proved)
+    assert first.stage == "gradients, all" and "most in time_mlp_" in first.detail
+
+
+@pytest.mark.parametrize("number", [25, 61, 67])
+def test_correct_pairs_pass(number: int):
+    """Trained weights: plain models in float32, other layouts, and a sampler in bfloat16."""
+    line = pairs.run(Pair.of(number))
+    assert line["out"] == [] and max(line["shares"].values()) <= 1
+
+
+def test_lines_are_kept(tmp_path):
+    """A second call computes what the first one did not."""
+    ran, out = [], tmp_path / "pairs.jsonl"
+
+    def run(pair: Pair) -> dict[str, Any]:
+        ran.append(pair.number)
+        return dataclasses.asdict(pair) | {"out": ["loss"] * (pair.number == 7), "shares": {"loss": 0.5}}
+
+    with patch.object(pairs, "run", run):
+        for count in (8, 20):
+            lines = list(pairs.results(count, ("tiny_pi05",), out))
+    assert sorted(ran) == sorted(line["number"] for line in lines) == [1, 7, 13, 19] and {*ran[:2]} == {1, 7}
+    assert re.search(r"^all +4 +1 +0\.50 +0\.50$", pairs.table(lines), re.MULTILINE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -42,10 +83,17 @@ def test_a_fault_of_rounding_alone_is_out_of_the_budget(dtype: str):
     import pi0_torch.models.gemma as gemma
 
     config = get_variant("tiny_pi05", remat="none")
-    weights, inputs = random_weights(config), Inputs.random(config, batch=3, seed=1)
-    exact = [compute(f, config.with_runtime(dtype="float64"), weights, inputs) for f in ("jax", "torch")]
-    rounded = config.with_runtime(dtype=dtype)
-    a, right = compute("jax", rounded, weights, inputs), compute("torch", rounded, weights, inputs)
+    ours, inputs = random_weights(config), Inputs.random(config, batch=3, seed=1)
+    tensors = {name: Tensor.of(value) for name, value in ours.items()}
+
+    def compute(framework: str, dtype: str):
+        model = config.with_runtime(dtype=dtype)
+        checkpoint = Checkpoint(mutations.Path("memory"), LAYOUTS["pi0_jax"], Assets(model), tensors)
+        with exact_matmuls():
+            return FRAMEWORKS[framework](checkpoint, model, inputs, 3, False)
+
+    exact = [compute(framework, "float64") for framework in ("jax", "torch")]
+    a, right = compute("jax", dtype), compute("torch", dtype)
     attention, bits = gemma.attention, {"float32": 12, "bfloat16": 4}[dtype]
 
     def coarse(q, k, v, mask=None):
@@ -54,7 +102,7 @@ def test_a_fault_of_rounding_alone_is_out_of_the_budget(dtype: str):
         return (out / step).round() * step
 
     with patch.object(gemma, "attention", coarse):
-        wrong = compute("torch", rounded, weights, inputs)
+        wrong = compute("torch", dtype)
     assert all(row.passed for row in judge(*exact, a, right, dtype, dtype))
     rows = judge(*exact, a, wrong, dtype, dtype)
     assert next(row for row in rows if not row.passed).stage == "prefix layer 0"

@@ -21,7 +21,7 @@ from pi0_eval.parity.compare import compare, judge
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.parity.report import Report
 from pi0_eval.parity.sides import Side, SideError
-from tests.mutations import torch_code
+from tests.faults.forward import torch_code
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 
 SLOW = [pytest.param(variant, marks=pytest.mark.slow) for variant in ("tiny_pi05", "tiny_lora")]
@@ -54,7 +54,7 @@ def test_the_whole_comparisons_stages(variant: str, folder):
     assert set(stages(whole)) - set(stages(report)) == {
         "gradients, all",
         "gradients, worst parameter",
-        *(["tokens"] if variant == "tiny_pi0_fast" else []),
+        *(["first logits", "decoded logits", "tokens"] if variant == "tiny_pi0_fast" else []),
     }
 
 
@@ -118,7 +118,7 @@ FAULTS = {"exact GELU, vision": "vision layer 0", "no RoPE": "prefix layer 0", "
     ],
 )
 def test_a_fault_in_the_code_is_found_where_it_is(mutation):
-    """Those of `tests.mutations` in PyTorch's code, but for the tokens that are not compared."""
+    """Those of `tests.faults` in PyTorch's code, but for the tokens that are not compared."""
     checkpoint = random_checkpoint(get_variant(mutation.variant))
     inputs = Inputs.random(checkpoint.assets.model, batch=3, seed=1)
     sides = [Side("jax", dtype="float32"), Side("torch", dtype="float32")]
@@ -128,7 +128,7 @@ def test_a_fault_in_the_code_is_found_where_it_is(mutation):
         found = list(sliced.slices([checkpoint] * 2, checkpoint.assets.model, inputs, sides, 3, lambda line: None))
     rows = [row for four in found for row in judge(*four)]
     first = next((row.stage for row in rows if not row.proved), None)
-    assert first in (mutation.first if mutation.first not in ((), ("tokens",)) else (None,))
+    assert first in (mutation.first if mutation.first not in ((), ("first logits",)) else (None,))
 
 
 def test_a_layer_at_a_time_is_read():
