@@ -64,7 +64,7 @@ class Episodes:
 
 def play(policy: Any, episodes: Episodes, delay: int, rtc: bool = False) -> tuple[np.ndarray, list[int]]:
     """The actions [R, F, A] that are executed, and the steps at which a new chunk begins."""
-    executed, joints, chunks = [], [], list[tuple[int, np.ndarray]]()
+    executed, joints, chunks = list[np.ndarray](), list[int](), list[tuple[int, np.ndarray]]()
     for step in range(0, episodes.steps, EXECUTE):
         observations = episodes.observations(step)
         if rtc and chunks:
@@ -87,7 +87,7 @@ def ensembled(policy: Any, episodes: Episodes, delay: int) -> tuple[np.ndarray, 
     chunks = [
         (s, policy.infer_batch(episodes.observations(s))["actions"]) for s in range(0, episodes.steps, max(delay, 1))
     ]
-    executed, joints = [], []
+    executed, joints = list[np.ndarray](), list[int]()
     for step in range(episodes.steps):
         there = [(s, a) for s, a in chunks if (s + delay <= step or s == 0) and step - s < a.shape[1]]
         weights = np.exp(-ENSEMBLE * np.arange(len(there)))
