@@ -11,8 +11,8 @@ recomputes each layer in the backward pass and has no option not to; its row "wi
 environment needs its pinned packages and, for its PyTorch, its patched transformers.
 
 For data, LeRobot's loader reads shuffled batches of a recording in worker processes, at the recorded size; ours does
-that and all transforms of training (resizing, normalization, tokens; neither augments), from the videos, from a frame cache, and from
-ArrayRecord on this machine and in a bucket: a server of Google Cloud Storage's interface on 127.0.0.1
+that and all transforms of training (resizing, normalization, tokens; neither augments), from the videos, from a frame
+cache, and from ArrayRecord on this machine and in a bucket: a server of Google Cloud Storage's interface on 127.0.0.1
 (fake-gcs-server), which takes its part of the same processors.
 """
 
