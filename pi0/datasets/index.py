@@ -97,7 +97,8 @@ class IndexedEpisodes(Sequence[Any]):
         position = int(self.positions[i])
         try:
             episode = self._format.unpack_episode(self._index.episode(position), self._root)
-            if (episode.index, episode.length) != (self._index.numbers[position], self._index.lengths[position]):
+            start, end = self._index.first_rows[position : position + 2]
+            if (episode.index, episode.length) != (self._index.numbers[position], end - start):
                 raise ValueError(f"episode {episode.index!r:.20} has {episode.length!r:.20} frames there")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"the index is damaged: {error}", self._index.folder / "episodes.json") from error
