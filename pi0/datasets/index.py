@@ -94,7 +94,15 @@ class IndexedEpisodes(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self._format.unpack_episode(self._index.episode(int(self.positions[i])), self._root)
+        position = int(self.positions[i])
+        try:
+            episode = self._format.unpack_episode(self._index.episode(position), self._root)
+            start, end = self._index.first_rows[position : position + 2]
+            if (episode.index, episode.length) != (self._index.numbers[position], end - start):
+                raise ValueError(f"episode {episode.index!r:.20} has {episode.length!r:.20} frames there")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the index is damaged: {error}", self._index.folder / "episodes.json") from error
+        return episode
 
 
 class IndexedColumns(Mapping[str, Any]):

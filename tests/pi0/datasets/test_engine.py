@@ -89,7 +89,8 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path):
         threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False)).start()
         found = build_cache(dataset, tmp_path / "two", workers=2, engine="ray")
         together = build_records(*records[:2], tmp_path / "records-two", records[2], workers=2, engine="ray")
-        while time.monotonic() - begun < 6:
+        stats: Any = None
+        while stats is None or time.monotonic() - begun < 6:
             stats = dataset_statistics(dataset, robot, workers=2, engine="ray")
             damage = find_damage(HERE / "metaworld_v21", workers=2, engine="ray")
         assert len([n for n in ray.nodes() if n["Alive"]]) == 1
