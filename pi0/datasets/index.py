@@ -82,8 +82,9 @@ class FileArray:
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows {start} to {stop} are not within 0 to {self.shape[0]}")
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        left, place = memoryview(out.reshape(-1).view(np.uint8)), self._first + start * self._row
-        while left:
+        left: Any = out.reshape(-1).view(np.uint8)
+        place = self._first + start * self._row
+        while len(left):
             count = os.preadv(self._stream.fileno(), [left], place)
             if not count:
                 raise OSError(f"{self._stream.name} has become shorter; open the dataset anew")
