@@ -56,7 +56,7 @@ class Pod:
     def _start(self, index: int, arguments: list[str]) -> subprocess.Popen[str]:
         host = self._folder / f"host_{index}"
         (host / "tmp").mkdir(parents=True, exist_ok=True)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "XLA_FLAGS"))}
         environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(host), "TMPDIR": str(host / "tmp")}
         environment |= {"PI0_CACHE": str(host / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         command = [sys.executable, "-c", "from pi0_jax.training.command import main; main()", *arguments]
