@@ -1,7 +1,8 @@
 """The cost of a compiled program on one device, counted in its HLO text: flops, collectives, memory traffic.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts for every iteration, whose number is read from
-the comparison in the loop's condition.
+the comparison in the loop's condition. A collective that the compiler made asynchronous is several instructions, and
+counts where it starts. A custom call, such as a Pallas kernel, counts what its own cost estimate says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
+# Custom calls of the TPU's compiler that compute nothing.
+_NO_WORK = (
+    *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"),
+    *("AsyncCollectiveStart", "AsyncCollectiveDone"),
+)
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\(1\)\})?")
 
@@ -27,13 +33,15 @@ class Cost:
 
     `flops` of matrix products and convolutions, where a multiplication and an addition are two; `traffic`, the bytes
     read from and written to main memory, by fusions as by one operation; `collectives`, how often each one runs, and
-    `sent`, the bytes that it sends in a ring of its group.
+    `sent`, the bytes that it sends in a ring of its group. `unknown`, how often each custom call runs that states no
+    cost, by target or kernel: its flops are not among `flops`.
     """
 
     flops: float = 0.0
     traffic: float = 0.0
     collectives: Counter[str] = dataclasses.field(default_factory=Counter)
     sent: Counter[str] = dataclasses.field(default_factory=Counter)
+    unknown: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +71,19 @@ def count(text: str) -> Cost:
     cost = Cost()
     for name, times, inside in _runs(computations, entry, 1.0, False):
         computation = computations[name]
+        going_on = _chained(computation) if inside else {}
         for instruction in computation.values():
             op = instruction.op.removesuffix("-start")
+            if instruction.name in going_on:
+                continue
             if op in COLLECTIVES:
                 _count_collective(cost, name, instruction, computation, times)
             elif op == "convolution":
                 cost.flops += times * _convolution_flops(instruction, computation)
             elif op == "dot":
                 cost.flops += times * _dot_flops(instruction, computation)
+            elif op == "custom-call":
+                _count_custom_call(cost, instruction, times)
             if not inside and instruction.op not in _FREE:
                 cost.traffic += times * _traffic(instruction, computation, computations)
     return cost
@@ -79,6 +92,7 @@ def count(text: str) -> Cost:
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, current = "", None
+    text = re.sub(r"\n(?=\"|\}[},])", "", text)  # attributes of a Pallas kernel are on lines of their own
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
         if line.endswith("{") and " -> " in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
@@ -96,6 +110,8 @@ def _runs(
     """Every computation that runs, how often, and whether it is inside a fusion."""
     yield name, times, inside
     for instruction in computations[name].values():
+        if instruction.op in ("async-update", "async-done"):
+            continue  # it names the computation that async-start runs
         if instruction.op == "while":
             body, condition = instruction.called("body"), instruction.called("condition")
             trips = _trips(computations, str(body), str(condition))
@@ -106,6 +122,17 @@ def _runs(
                     yield from _runs(computations, branch, times, inside)
         elif called := instruction.called("calls") or (instruction.op == "call" and instruction.called("to_apply")):
             yield from _runs(computations, called, times, inside or instruction.op == "fusion")
+
+
+def _chained(computation: _Computation) -> _Computation:
+    """The collectives of a fusion that began in another one.
+
+    The TPU's compiler overlaps a collective with other work by fusing parts of it with that: a chain of fusions, each
+    of which has the whole collective with the chain's number in it, and the first its start too.
+    """
+    if any('custom_call_target="AsyncCollectiveStart"' in i.rest for i in computation.values()):
+        return {}
+    return {i.name: i for i in computation.values() if i.op in COLLECTIVES and "chain_id=" in i.rest}
 
 
 def _trips(computations: dict[str, _Computation], body: str, condition: str) -> int:
@@ -159,6 +186,16 @@ def _count_collective(
     }.get(op, (group - 1) / group)
     cost.collectives[op] += round(times)
     cost.sent[op] += round(times * factor * size)
+
+
+def _count_custom_call(cost: Cost, instruction: _Instruction, times: float) -> None:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    estimate = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.rest)
+    if estimate:
+        cost.flops += times * int(estimate[1])
+    elif target is None or target[1] not in _NO_WORK:
+        kernel = target is None or target[1] == "tpu_custom_call"
+        cost.unknown[instruction.name.split(".")[0] if kernel else target[1]] += round(times)
 
 
 def _group_size(rest: str) -> int:
@@ -222,8 +259,16 @@ def _traffic(instruction: _Instruction, computation: _Computation, computations:
     inner = computations[called]
     total, updated = 0.0, set()
     root = list(inner.values())[-1]
+    if "AsyncCollective" in root.rest:  # AsyncCollectiveDone moves nothing
+        gather = inner[root.operands[0]]
+        started = "AsyncCollectiveStart" in root.rest
+        return _bytes(gather.type) + sum(_bytes(inner[o].type) for o in gather.operands) if started else 0
+    chained = _chained(inner)
+    passed = {o for i in chained.values() for o in i.operands}
     for result in [inner[o] for o in root.operands] if root.op == "tuple" else [root]:
-        if result.op == "dynamic-update-slice":
+        if result.name in chained or (result.op == "parameter" and chained):
+            passed.add(result.name)
+        elif result.op == "dynamic-update-slice":
             updated.add(result.operands[0])
             total += _bytes(inner[result.operands[1]].type)
         else:
@@ -233,7 +278,7 @@ def _traffic(instruction: _Instruction, computation: _Computation, computations:
         for operand in i.operands:
             readers.setdefault(operand, []).append(i)
     for i in inner.values():
-        if i.op == "parameter" and i.name not in updated:
+        if i.op == "parameter" and i.name not in updated | passed:
             users = readers.get(i.name, [])
             sliced = users and all(u.op in ("dynamic-slice", "slice") for u in users)
             total += min(_bytes(i.type), sum(_bytes(u.type) for u in users)) if sliced else _bytes(i.type)
