@@ -18,13 +18,14 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
+_FREE += ("async-start", "async-update")  # what they run is counted
 # Custom calls of the TPU's compiler that compute nothing.
 _NO_WORK = (
     *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"),
     *("AsyncCollectiveStart", "AsyncCollectiveDone"),
 )
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\(1\)\})?")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\([15]\)\})?")  # S(1), S(5): in the core, of the host
 
 
 @dataclasses.dataclass
@@ -114,7 +115,7 @@ def _runs(
             continue  # it names the computation that async-start runs
         if instruction.op == "while":
             body, condition = instruction.called("body"), instruction.called("condition")
-            trips = _trips(computations, str(body), str(condition))
+            trips = _trips(computations, computations[name], instruction, str(body), str(condition))
             yield from _runs(computations, str(body), times * trips, inside)
         elif instruction.op == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", instruction.rest.partition("branch_computations=")[2]):
@@ -135,8 +136,13 @@ def _chained(computation: _Computation) -> _Computation:
     return {i.name: i for i in computation.values() if i.op in COLLECTIVES and "chain_id=" in i.rest}
 
 
-def _trips(computations: dict[str, _Computation], body: str, condition: str) -> int:
-    """Iterations of a loop, whose counter starts at 0 and stays below a constant; 1 where there is no such counter."""
+def _trips(
+    computations: dict[str, _Computation], around: _Computation, loop: _Instruction, body: str, condition: str
+) -> int:
+    """Iterations of a loop, whose counter stays below a constant; 1 where there is no such counter.
+
+    It starts at 0, or at another constant where the compiler took the first iterations out of the loop.
+    """
     names = [condition] + [str(i.called("calls")) for i in computations[condition].values() if i.called("calls")]
     instructions = [i for name in names for i in computations[name].values()]
     counters = [i for i in computations[condition].values() if i.op == "get-tuple-element" and _whole_number(i)]
@@ -150,7 +156,12 @@ def _trips(computations: dict[str, _Computation], body: str, condition: str) -> 
         operands = [after[name] for name in next_value.operands]
         step += sum(number for i in operands if (number := _constant(i)) is not None)
         next_value = next((i for i in operands if _constant(i) is None), None)
-    return math.ceil(max(limits) / max(step, 1))
+    state = around.get(loop.operands[0])
+    first = around.get(state.operands[int(place[1])]) if place and state is not None and state.op == "tuple" else None
+    while first is not None and first.op == "copy":
+        first = around.get(first.operands[0])
+    start = _constant(first) if first is not None else None
+    return math.ceil((max(limits) - (start or 0)) / max(step, 1))
 
 
 def _whole_number(instruction: _Instruction) -> bool:
@@ -249,6 +260,11 @@ def _traffic(instruction: _Instruction, computation: _Computation, computations:
     """Bytes read and written; of sliced operands and results, those of the slice."""
     if instruction.op.endswith("-done"):
         return 0
+    if instruction.op == "slice-start":  # ((array), slice, context), from main memory into the core
+        _, part = list(_ARRAY.finditer(instruction.type))[:2]
+        return _bytes(part[0].replace("S(1)", "")) + _bytes(part[0])
+    if instruction.op.endswith("-start") and instruction.type.startswith("("):  # operands and results
+        return _bytes(instruction.type)
     if instruction.op in ("dynamic-slice", "slice"):
         return 2 * _bytes(instruction.type)
     if instruction.op == "dynamic-update-slice":

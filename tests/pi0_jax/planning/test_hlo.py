@@ -43,6 +43,34 @@ def test_a_tpu_program():
     assert cost.sent == {"all-reduce": 5 * 2 * 3 / 4 * (8 * 4 * 32 * 4)}  # a ring of 4, there and back
 
 
+def test_a_loop_whose_first_iterations_were_taken_out_of_it():
+    """Its counter starts at 2, of 10, and goes up by 2."""
+    start = """
+  %two = u32[] constant(2)
+  %started = u32[] copy(%two)
+  %a = f32[8,4,16] get-tuple-element(%p), index=1
+  %b = f32[8,16,32] get-tuple-element(%p), index=2
+  %from = (u32[], f32[8,4,16], f32[8,16,32]) tuple(%started, %a, %b)
+  ROOT %loop"""
+    entry = TPU.index("ENTRY")
+    text = TPU[:entry] + TPU[entry:].replace("\n  ROOT %loop", start).replace("while(%p)", "while(%from)")
+    assert hlo.count(text).flops == 4 * 2 * 8 * 4 * 16 * 32
+
+
+def test_memory_of_the_host_and_of_the_core_is_no_traffic():
+    """A prefetch into the core reads 2 of 8 rows; a copy to the host reads all of them."""
+    text = """
+ENTRY %main (x: f32[8,32]) -> f32[8,32] {
+  %x = f32[8,32]{1,0} parameter(0)
+  %prefetch = ((f32[8,32]{1,0}), f32[2,32]{1,0:S(1)}, s32[]) slice-start(%x), slice={[0:2], [0:32]}
+  %part = f32[2,32]{1,0:S(1)} slice-done(%prefetch)
+  %offload = (f32[8,32]{1,0:S(5)}, f32[8,32]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  ROOT %kept = f32[8,32]{1,0:S(5)} copy-done(%offload)
+}
+"""
+    assert hlo.count(text).traffic == (2 + 8) * 32 * 4 + 4  # and the copy's context
+
+
 def test_a_scan_counts_as_often_as_it_runs():
     """Nine products of [8, 32] and [32, 32], forward; three times as many with gradients of both."""
 
