@@ -17,8 +17,10 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
-_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
-_FREE += ("async-start", "async-update")  # what they run is counted
+_FREE = (
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota"),
+    *("async-start", "async-update"),  # what they run is counted
+)
 # Custom calls of the TPU's compiler that compute nothing.
 _NO_WORK = (
     *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"),
@@ -157,7 +159,9 @@ def _trips(
         step += sum(number for i in operands if (number := _constant(i)) is not None)
         next_value = next((i for i in operands if _constant(i) is None), None)
     state = around.get(loop.operands[0])
-    first = around.get(state.operands[int(place[1])]) if place and state is not None and state.op == "tuple" else None
+    first = None
+    if place is not None and state is not None and state.op == "tuple":
+        first = around.get(state.operands[int(place[1])])
     while first is not None and first.op == "copy":
         first = around.get(first.operands[0])
     start = _constant(first) if first is not None else None
@@ -200,13 +204,14 @@ def _count_collective(
 
 
 def _count_custom_call(cost: Cost, instruction: _Instruction, times: float) -> None:
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    target = found[1] if found else ""
     estimate = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.rest)
     if estimate:
         cost.flops += times * int(estimate[1])
-    elif target is None or target[1] not in _NO_WORK:
-        kernel = target is None or target[1] == "tpu_custom_call"
-        cost.unknown[instruction.name.split(".")[0] if kernel else target[1]] += round(times)
+    elif target not in _NO_WORK:
+        kernel = target in ("", "tpu_custom_call")  # of Pallas: instructions have its name
+        cost.unknown[instruction.name.split(".")[0] if kernel else target] += round(times)
 
 
 def _group_size(rest: str) -> int:
