@@ -24,7 +24,7 @@ _FREE = (
 # Custom calls of the TPU's compiler that compute nothing.
 _NO_WORK = (
     *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"),
-    *("AsyncCollectiveStart", "AsyncCollectiveDone"),
+    *("AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone"),
 )
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\([15]\)\})?")  # S(1), S(5): in the core, of the host
