@@ -11,9 +11,9 @@ recomputes each layer in the backward pass and has no option not to; its row "wi
 environment needs its pinned packages and, for its PyTorch, its patched transformers.
 
 For data, LeRobot's loader reads shuffled batches of a recording in worker processes, at the recorded size; ours does
-that and all transforms of training (resizing, normalization, tokens), from the videos, from a frame cache, and from
-ArrayRecord on this machine and in a bucket: a server of Google Cloud Storage's interface on 127.0.0.1
-(fake-gcs-server), which takes its part of the same processors.
+that and all transforms of training (resizing, normalization, tokens; neither augments), from the videos, from a frame
+cache, and from ArrayRecord on this machine and in a bucket: a server of Google Cloud Storage's interface on 127.0.0.1
+(fake-gcs-server), which takes its part of the same processors; CPU time is that of a side's processes without it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Side:
     path: str = ""
     ours: bool = False
     seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)  # seconds, of data
     process: subprocess.Popen[str] | None = None
 
     def start(self, log: Path) -> None:
@@ -70,7 +71,9 @@ class Side:
         assert self.process is not None and self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        self.seconds.append(float(self._reply()))
+        seconds, *cpu = map(float, self._reply().split())
+        self.seconds.append(seconds)
+        self.cpu += cpu
 
     def stop(self) -> None:
         """End the process."""
@@ -156,9 +159,13 @@ def compare(task: str, job: dict[str, Any], args: argparse.Namespace) -> None:
         label = f"{side.framework}, {side.name}".lstrip(", ")
         median, best_ms = 1e3 * statistics.median(side.seconds), 1e3 * min(side.seconds)
         if task == "data":
-            rate = job["batches"] * job["batch"] / statistics.median(side.seconds)
+            samples = job["batches"] * job["batch"]
+            rate, cpu_ms = samples / statistics.median(side.seconds), 1e3 * statistics.median(side.cpu) / samples
             workers = f"{task}, {job['workers']} worker{'s' if job['workers'] > 1 else ''}"
-            print(f"| {workers} | {label} | {median:.0f} | {best_ms:.0f} | {rate:.0f}/s | {cells[0]} |", flush=True)
+            print(
+                f"| {workers} | {label} | {median:.0f} | {best_ms:.0f} | {rate:.0f}/s | {cpu_ms:.2f} | {cells[0]} |",
+                flush=True,
+            )
         else:
             print(f"| {task} | {label} | {median:.1f} | {best_ms:.1f} | {cells[0]} | {cells[1]} |", flush=True)
 
@@ -219,7 +226,8 @@ def main() -> None:
         for task in args.tasks or ("sample", "gradients", "data"):
             if task == "data":
                 print(
-                    "| task | side | median ms | best ms | samples | times ours |\n|---|---|---|---|---|---|",
+                    "| task | side | median ms | best ms | samples | CPU ms per sample | times ours |\n"
+                    "|---|---|---|---|---|---|---|",
                     flush=True,
                 )
                 prepare_records(dataset, args, stack)

@@ -34,7 +34,7 @@ from pi0.fetch import fetch, fetched
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
-from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder
+from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder, requests
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +365,8 @@ def is_complete(step: Path) -> bool:
     there has our checksums.
     """
     if is_bucket(step):
-        return any((step / name).exists() for name in (COMMITTED, CHECKSUMS))
+        with requests(f"cannot read {step}"):
+            return any((step / name).exists() for name in (COMMITTED, CHECKSUMS))
     return step.is_dir()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from convert.tensors import CheckpointError
 from pi0.reading import read_json
-from pi0.storage import File, below, delete, digest, is_bucket, list_files, write_text
+from pi0.storage import File, below, delete, digest, is_bucket, list_files, requests, write_text
 
 CHECKSUMS = "checksums.json"
 MD5 = "md5:"  # begins an MD5 in the table; others are BLAKE2b
@@ -45,8 +45,9 @@ def sign(folder: Path, chosen: Callable[[str], bool] = lambda name: True) -> Non
 def read_checksums(folder: Path) -> dict[str, str] | None:
     """The table in `checksums.json`, or None without the file. Raises CheckpointError for anything else in it."""
     file = folder / CHECKSUMS
-    if not file.exists():
-        return None
+    with requests(f"cannot read {file}"):
+        if not file.exists():
+            return None
     table = read_json(below(folder, CHECKSUMS), error=CheckpointError)
     if not table or not all(isinstance(digest, str) for digest in table.values()):
         raise CheckpointError(f"{file} is no table of file names and checksums; was it emptied?")

@@ -152,7 +152,7 @@ def read_optional(folder: Path, name: str) -> dict[str, Any] | None:
         return read_json(path, error=AssetsError)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except AssetsError:
+    except (AssetsError, ConnectionError):
         raise
     except (ValueError, OSError) as error:
         raise AssetsError(str(error)) from error

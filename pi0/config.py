@@ -22,7 +22,10 @@ T = typing.TypeVar("T")
 DTYPES = ("float32", "bfloat16")
 PROOF_DTYPE = "float64"  # in which `pi0_eval.parity` proves that two models are one function; for nothing else
 ATTENTIONS = ("plain", "xla", "cudnn")
-REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")  # the latter two as in JAX
+REMATS = (  # the last two as in JAX
+    *("none", "full", "mlp", "wide", "offload"),
+    *("dots_saveable", "dots_with_no_batch_dims_saveable"),
+)
 # The largest sizes that are accepted, far above those of any model: a config that comes with a checkpoint must not make
 # this machine allocate what no model needs. To use larger ones, change this table before the config is made.
 LIMITS = {
@@ -163,8 +166,10 @@ class RuntimeConfig:
 
     Attributes:
         dtype: the compute dtype, "float32" or "bfloat16"; of a proof of parity "float64".
-        remat: what the backward pass recomputes: "none", "full" (all of a layer, the least memory), or all but matrix
-            products, as two of JAX's checkpoint policies have it (PyTorch: as "full").
+        remat: what the backward pass recomputes: "none"; "mlp", what is inside the MLPs; "wide", that and attention's
+            logits; "full", all of a layer; "offload", the same, and the layers' inputs wait in the host's memory (TPUs
+            and GPUs); or all but matrix products, as two of JAX's checkpoint policies have it. The gradient is the same
+            with each. PyTorch knows "none", and does "full" for all others.
         attention: how JAX computes it: "plain", our own products and softmax, or `jax.nn.dot_product_attention` in its
             "xla" or, on GPUs, "cudnn" implementation.
         num_steps: the Euler steps of sampling.

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from pi0.storage import requests
+
 MAX_JSON = 16 << 20  # bytes; the largest that we know, the metadata of a checkpoint of 3 B parameters, has 0.4 MB
 MAX_DEPTH = 32  # of nested objects and lists
 MAX_EXPANSION = 64  # of stored arrays, beyond FREE_EXPANSION; weights hardly compress
@@ -29,9 +31,10 @@ ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedE
 
 def read_bytes(file: Path, *, limit: int, error: type[ValueError] = ValueError) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError, or `error` for any other file."""
-    require_regular(file, error)
-    with file.open("rb") as stream:
-        content = stream.read(limit + 1)
+    with requests(f"cannot read {file}"):
+        require_regular(file, error)
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
     if len(content) > limit:
         raise error(f"{file} has more than {limit:,} bytes, the most that is read of such a file")
     return content

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,9 @@ SCHEMES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # of buckets: fsspec's
 TRANSFERS = 8  # files or pieces of files that are transferred at a time
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+")
+NO_REQUEST = (LookupError, TypeError, NameError, AttributeError, AssertionError, ArithmeticError, ImportError)
+# Tensorstore raises ValueError for requests that fail too, with details at the end of its message.
+_TENSORSTORE, _DETAILS = re.compile(r"http_response_code|CURL error|retry attempts"), re.compile(r" \[[a-z_ ]+=")
 
 
 def as_path(source: str | PurePath) -> Path:
@@ -64,6 +68,7 @@ def filesystem(scheme: str) -> Any:
     import fsspec
 
     fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     options = {"finalize_on_close": True} if scheme == "gs" else {}  # as epath opens it: then it is the same one
     return fsspec.filesystem(protocol, **options)
 
@@ -82,19 +87,21 @@ def filesystem_of(path: Path) -> Any:
 def requests(what: str) -> Iterator[None]:
     """Raise ConnectionError for a request to a bucket that fails after its retries, whatever its client raises.
 
-    FileNotFoundError and FileExistsError stay what they are.
+    FileNotFoundError, FileExistsError, and errors that are of no request, stay what they are.
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, ConnectionError, ValueError):
+    except (FileNotFoundError, FileExistsError, ConnectionError, *NO_REQUEST):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # of this machine's disk
             raise
         text = str(error).strip() or type(error).__name__
+        if isinstance(error, ValueError) and not _TENSORSTORE.search(text):
+            raise
         raise ConnectionError(
-            f"{what}: {text}. Check the network and, for a private bucket, `gcloud auth application-default login` and "
-            "the permissions of that account."
+            f"{what}: {_DETAILS.split(text)[0]}. Check the network and, for a private bucket, "
+            "`gcloud auth application-default login` and the permissions of that account."
         ) from error
 
 

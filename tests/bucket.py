@@ -21,8 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 NAME = "pi0-tests"
-# What a fault does to a request, chosen by its method and path: an answer 503 or 403, a transfer that is cut off in the
-# middle, or one that takes a while.
+# What a fault does to a request, chosen by its method and path: an answer of 401, 403, 412 or 503, a transfer that is
+# cut off in the middle, or one that takes a while.
 Fault = Callable[[str, str], str | None]
 
 
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append((self.command, self.path))
         fault = self.server.fault(self.command, self.path) if self.server.fault else None
-        if fault in ("503", "403"):
+        if fault in ("401", "403", "412", "503"):
             error = json.dumps({"error": {"code": int(fault), "message": "made by the test"}}).encode()
             self.answer(int(fault), [("Content-Type", "application/json")], error)
             return

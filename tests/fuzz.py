@@ -14,6 +14,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -45,8 +46,11 @@ from convert.layouts.registry import LAYOUTS  # noqa: E402
 from convert.tensors import Tensor  # noqa: E402
 from pi0.assets import Assets  # noqa: E402
 from pi0.datasets.annotations import AnnotatedDataset, Questions  # noqa: E402
+from pi0.datasets.arrayrecord_writer import build_records  # noqa: E402
 from pi0.datasets.check import find_damage  # noqa: E402
 from pi0.datasets.errors import DataError  # noqa: E402
+from pi0.datasets.images import Encoding  # noqa: E402
+from pi0.datasets.lerobot import LeRobotDataset  # noqa: E402
 from pi0.datasets.registry import open_dataset  # noqa: E402
 from pi0.datasets.statistics import dataset_statistics  # noqa: E402
 from pi0.fetch import fetch  # noqa: E402
@@ -109,6 +113,9 @@ def make_inputs(root: Path) -> None:
     write_recording(root / "dataset v3.0", make_robot(ROBOT))
     shutil.copytree(ROOT / "tests" / "datasets" / "metaworld_v21_images", root / "dataset v2.1 images")
     shutil.copytree(ROOT / "tests" / "datasets" / "metaworld_v21", root / "dataset v2.1 videos")
+    columns: dict[str, Any] = {"states": ("observation.state", "action"), "actions": ()}
+    recorded = LeRobotDataset(root / "dataset v2.1 images", image_size=(24, 32), **columns)
+    build_records(recorded, "", root / "records", Encoding("jpeg:95"))
     for kind in ("config", "run config", "text", "norm stats", "annotations", "arrays"):
         (root / kind).mkdir()
     (root / "config" / "model.json").write_text(json.dumps(PI0.to_dict()))
@@ -146,14 +153,14 @@ def read_checkpoint(folder: Path, out: Path) -> None:
     convert(folder, out, to="pi0_jax" if checkpoint.layout.name != "pi0_jax" else "pi0_torch")
 
 
-def read_dataset(folder: Path, out: Path) -> None:
+def read_dataset(folder: Path, out: Path, format: str = "lerobot") -> None:
     robot = make_robot(ROBOT)
-    find_damage(folder)
+    find_damage(folder, format=format)
     for skip in (True, False):
-        dataset = open_dataset(folder, robot, action_horizon=5, skip_damaged=skip)
+        dataset = open_dataset(folder, robot, format=format, action_horizon=5, skip_damaged=skip)
         for i in {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ():
             dataset[i]
-    dataset_statistics(open_dataset(folder, robot, action_horizon=5, cameras=[]), robot)
+    dataset_statistics(open_dataset(folder, robot, format=format, action_horizon=5, cameras=[]), robot)
 
 
 def read_text_tokenizer(folder: Path, out: Path) -> None:
@@ -193,6 +200,7 @@ def read_norm_stats(folder: Path, out: Path) -> None:
 READERS: dict[str, Callable[[Path, Path], Any]] = {
     "checkpoint": read_checkpoint,
     "dataset": read_dataset,
+    "records": functools.partial(read_dataset, format="arrayrecord"),
     "config": lambda folder, out: read_variant(str(folder / "model.json")),
     "run config": read_run_config,
     "text": read_text_tokenizer,
@@ -303,6 +311,25 @@ def change_npz(content: bytes, rng: random.Random) -> bytes:
     return file.getvalue().replace(b"(2, 28, 42, 3)", shape) if how == "header" else file.getvalue()
 
 
+def change_npy(content: bytes, rng: random.Random) -> bytes:
+    """An array with another shape, dtype or values; half of the time of the same number of bytes."""
+    array = np.load(io.BytesIO(content))
+    how = rng.choice(("huge", "negative", "zero", "shuffle", "cast", "short", "deep", "object"))
+    made: dict[str, Callable[[], Any]] = {
+        "huge": lambda: np.full_like(array, np.iinfo(array.dtype).max if array.dtype.kind in "iu" else np.inf),
+        "negative": lambda: np.full_like(array, -(2**40) if array.dtype == np.int64 else 0),
+        "zero": lambda: np.zeros_like(array),
+        "shuffle": lambda: array[::-1],
+        "cast": lambda: array.view(f"V{array.dtype.itemsize}"),
+        "short": lambda: array[: len(array) // 2],
+        "deep": lambda: array[None],
+        "object": lambda: array.astype(object),
+    }
+    file = io.BytesIO()
+    np.save(file, made[how](), allow_pickle=True)
+    return file.getvalue()
+
+
 def proto(field: int, content: bytes) -> bytes:
     size, out = len(content), bytearray([field << 3 | 2])
     while size > 127:
@@ -335,7 +362,7 @@ def change_bytes(content: bytes, rng: random.Random) -> bytes:
 
 CHANGES = {
     ".json": change_json, "_METADATA": change_json, ".zarray": change_json, ".jsonl": change_lines, ".npz": change_npz,
-    ".safetensors": change_safetensors, ".parquet": change_parquet, ".model": change_model,
+    ".npy": change_npy, ".safetensors": change_safetensors, ".parquet": change_parquet, ".model": change_model,
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def data(job: dict[str, Any]) -> Callable[[], Any]:
         format=job.get("format", "lerobot"),
         cache=job.get("cache", ""),
         skip_damaged=True,
+        augment=False,  # as on the other side
     )
     _, batches, _ = load_data(RunConfig(config, settings, batch_size=job["batch"]))
     loader: Iterator[Any] = iter(Loader(batches, config, np.arange(job["batch"]), lambda x: x, workers=job["workers"]))

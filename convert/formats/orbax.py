@@ -13,7 +13,7 @@ import tensorstore as ts
 
 from convert.tensors import PIECE, CheckpointError, Index, Tensor, contiguous, pieces
 from pi0.reading import read_json, require_stored
-from pi0.storage import below, is_bucket, list_files, require_files_below
+from pi0.storage import below, is_bucket, list_files, requests, require_files_below
 
 # Bytes of decoded rows to cache while slices smaller than a chunk are read.
 CACHED = 5 << 29
@@ -173,17 +173,23 @@ class _RowCache:
 
 def _array_tensor(future: ts.Future, folder: Path, name: str, cache: _RowCache, dtype: np.dtype | None) -> Tensor:
     try:
-        array = future.result()
+        with requests(f"{folder}: the array {name} cannot be opened"):
+            array = future.result()
         if dtype is not None and array.dtype.numpy_dtype != dtype:
             array = ts.cast(array, ts.dtype(dtype.name))
         if any(chunk > 2 * max(size, 1) for chunk, size in zip(_chunk(array), array.shape, strict=True)):
             raise ValueError(f"its chunks {list(_chunk(array))} are larger than itself, {list(array.shape)}")
+    except ConnectionError:
+        raise
     except Exception as error:  # tensorstore raises bare ValueError or OSError by cause
         raise CheckpointError(f"{folder}: the array {name} cannot be opened: {error}") from error
 
     def read(index: Index) -> np.ndarray:
         try:
-            return cache.read(array, index)
+            with requests(f"{folder}: the array {name} cannot be read"):
+                return cache.read(array, index)
+        except ConnectionError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{folder}: the array {name} cannot be read: {error}") from error
 

@@ -94,6 +94,21 @@ class ArrayRecordDataset(Dataset):
         size = self.image_size
         return found if size is None else {camera: resize_with_pad(image, *size) for camera, image in found.items()}
 
+    def item(self, i: int, stored: bytes | None = None) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"frame {i} is not within 0 to {len(self) - 1}")
+        assert self._index is not None
+        try:
+            item = super().item(i, stored)
+            for name in (*self.states, *self.actions):
+                if not np.isfinite(item[name]).all():
+                    raise ValueError(f"{name} is not finite")
+            return item
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"the index is damaged: frame {i}: {error!r:.200}", self._index.folder) from error
+
     def fetch(self, frames: Sequence[int]) -> dict[int, bytes]:
         """The records of frames, those near each other in a file by one request, and all at the same time."""
         if self._cached or not self.cameras:
@@ -210,7 +225,13 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
 
 def _check_index(index: Index, info: dict[str, Any]) -> None:
     """Raise ValueError where the arrays do not go together."""
-    lengths, columns = index.lengths, index.about["columns"]
+    lengths, about, columns = index.lengths, index.about, index.about["columns"]
+    numbered = [*about["tasks"], *((n, text) for n, texts in about["instructions"] for text in texts)]
+    texts = [text for texts in about["texts"].values() for text in texts]
+    if not (all(type(n) is int and isinstance(text, str) for n, text in numbered) and about["problems"] == []):
+        raise ValueError("its texts are no texts by number")
+    if not all(isinstance(text, str) for text in (*texts, *columns)):
+        raise ValueError("its columns have no names, or texts that are none")
     whole = all(array.ndim == 1 and array.dtype == np.int64 for array in (index.numbers, lengths))
     if not whole or len(index.numbers) != len(lengths) or not len(lengths) or int(lengths.min()) < 1:
         raise ValueError("its episodes have no lengths")

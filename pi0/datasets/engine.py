@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -88,6 +89,19 @@ def run_tasks(
 def _start(shared: Any) -> None:
     global _shared
     _shared = shared
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this worker process when the one that started it does, also if that was killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(function: Callable[[Any, Any], Any], task: Any) -> Any:

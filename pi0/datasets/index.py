@@ -1,4 +1,4 @@
-"""The index of a large dataset: episodes and columns of numbers as files that all processes map into memory.
+"""The index of a large dataset: episodes and columns of numbers as files that all processes share.
 
 A folder of `index_dir()` named by the dataset's files (`fingerprint`) has one for each choice of columns: numbers.npy,
 lengths.npy, episodes.json and ends.npy (a JSON text for each episode, one after the other), a file for each column, and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import mmap
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ import numpy as np
 
 from pi0.datasets.errors import DataError
 from pi0.fetch import cache_dir
+from pi0.reading import read_npy_header
 
 REVISION = 1  # raise it when what is read or checked changes
 MIN_FRAMES = 2**18  # a smaller dataset is read anew each time
@@ -49,6 +50,48 @@ def fingerprint(root: Path) -> str:
     return found.hexdigest()[:32]
 
 
+class FileArray:
+    """An array [F, ...] in an .npy file, read where it is indexed by a row or by an array of rows.
+
+    It is not mapped into memory: frames are drawn at random, and for each the kernel would map up to megabytes around
+    it. The system keeps what was read, once for all processes. Raises OSError or ValueError for a damaged file.
+    """
+
+    def __init__(self, file: Path):
+        self._stream = file.open("rb", buffering=0)
+        self.shape, _, self.dtype = read_npy_header(self._stream, str(file))
+        self.ndim, self._first = len(self.shape), self._stream.tell()
+        self._row = self.dtype.itemsize * math.prod(self.shape[1:])
+        if os.fstat(self._stream.fileno()).st_size != self._first + self.shape[0] * self._row:
+            raise ValueError(f"{file} is damaged: it has not the bytes of {list(self.shape)} {self.dtype}")
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # without reading ahead
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if np.ndim(rows) == 0:
+            return self._read(int(rows), int(rows) + 1)[0, ...]
+        rows = np.asarray(rows)
+        if not len(rows) or (np.diff(rows) == 1).all():
+            return self._read(int(rows[0]), int(rows[-1]) + 1) if len(rows) else self._read(0, 0)
+        wanted, places = np.unique(rows, return_inverse=True)
+        parts = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+        return np.concatenate([self._read(int(part[0]), int(part[-1]) + 1) for part in parts])[places]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The rows from `start` to before `stop`."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows {start} to {stop} are not within 0 to {self.shape[0]}")
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        left: Any = out.reshape(-1).view(np.uint8)
+        place = self._first + start * self._row
+        while len(left):
+            count = os.preadv(self._stream.fileno(), [left], place)
+            if not count:
+                raise OSError(f"{self._stream.name} has become shorter; open the dataset anew")
+            left, place = left[count:], place + count
+        return out
+
+
 class Index:
     """An index in a folder. Pickling keeps the folder's path alone. Raises OSError or ValueError for a damaged one."""
 
@@ -60,7 +103,7 @@ class Index:
         )
         self.first_rows = np.concatenate([[0], np.cumsum(self.lengths)])
         self._texts = np.memmap(folder / "episodes.json", np.uint8, "r")
-        self._arrays = {name: _map(folder / f"column-{i}.npy") for i, name in enumerate(self.about["columns"])}
+        self._arrays = {name: FileArray(folder / f"column-{i}.npy") for i, name in enumerate(self.about["columns"])}
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         return Index, (self.folder,)
@@ -70,7 +113,7 @@ class Index:
         start = int(self._ends[position - 1]) if position else 0
         return json.loads(bytes(self._texts[start : int(self._ends[position])]))
 
-    def array(self, column: str) -> np.ndarray:
+    def array(self, column: str) -> FileArray:
         """A column of all episodes, [F, ...]."""
         return self._arrays[column]
 
@@ -94,7 +137,15 @@ class IndexedEpisodes(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self._format.unpack_episode(self._index.episode(int(self.positions[i])), self._root)
+        position = int(self.positions[i])
+        try:
+            episode = self._format.unpack_episode(self._index.episode(position), self._root)
+            start, end = self._index.first_rows[position : position + 2]
+            if (episode.index, episode.length) != (self._index.numbers[position], end - start):
+                raise ValueError(f"episode {episode.index!r:.20} has {episode.length!r:.20} frames there")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the index is damaged: {error}", self._index.folder / "episodes.json") from error
+        return episode
 
 
 class IndexedColumns(Mapping[str, Any]):
@@ -123,7 +174,7 @@ class IndexedColumns(Mapping[str, Any]):
 class IndexedColumn:
     """A column [F, ...] of some episodes, read where it is indexed; as an array, it is read as a whole."""
 
-    def __init__(self, array: np.ndarray, starts: np.ndarray, first_rows: np.ndarray, texts: list[str] | None):
+    def __init__(self, array: FileArray, starts: np.ndarray, first_rows: np.ndarray, texts: list[str] | None):
         self._array, self._starts, self._first_rows, self._texts = array, starts, first_rows, texts
         self.shape, self.dtype = (int(starts[-1]), *array.shape[1:]), array.dtype
         self.ndim = array.ndim
@@ -137,7 +188,7 @@ class IndexedColumn:
         if np.ndim(frames) == 0:
             position = bisect.bisect_right(self._starts, int(frames)) - 1
             value = self._array[int(frames) - int(self._starts[position]) + int(self._first_rows[position])]
-            return np.array(value) if self._texts is None else self._texts[int(value)]
+            return value if self._texts is None else self._texts[int(value)]
         frames = np.asarray(frames)
         positions = np.searchsorted(self._starts, frames, side="right") - 1
         values = self._array[frames - self._starts[positions] + self._first_rows[positions]]
@@ -146,13 +197,6 @@ class IndexedColumn:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self[np.arange(len(self))]
         return values if dtype is None else values.astype(dtype)
-
-
-def _map(file: Path) -> np.ndarray:
-    """An array in a file, of which pages are read only where it is indexed: frames are drawn at random."""
-    array = np.load(file, mmap_mode="r")
-    array._mmap.madvise(mmap.MADV_RANDOM)
-    return array
 
 
 def find_index(root: Path, columns: Sequence[Any] | None) -> Index | None:

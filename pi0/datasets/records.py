@@ -216,7 +216,10 @@ class Example:
         self._features: dict[str, tuple[int, int]] = {}
         for features in self._fields(0, len(record), 1):
             for entry in self._fields(*features, 1):
-                key, value = (self._one(*entry, number) for number in (1, 2))
+                parts: dict[int, tuple[int, int]] = {}
+                for number, span in self._numbered(*entry):
+                    parts.setdefault(number, span)
+                key, value = parts.get(1, (0, 0)), parts.get(2, (0, 0))
                 name = bytes(self._record[slice(*key)]).decode("utf-8", "replace")
                 if name in self._features:
                     raise DataError(f"has the feature {name!r:.80} twice")
@@ -249,9 +252,6 @@ class Example:
 
     def _values(self, name: str, which: int) -> list[tuple[int, int]]:
         return [value for values in self._fields(*self._feature(name), which) for value in self._fields(*values, 1)]
-
-    def _one(self, start: int, end: int, number: int) -> tuple[int, int]:
-        return next(iter(self._fields(start, end, number)), (0, 0))
 
     def _fields(self, start: int, end: int, number: int) -> list[tuple[int, int]]:
         return [span for found, span in self._numbered(start, end) if found == number]

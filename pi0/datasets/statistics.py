@@ -15,6 +15,7 @@ from pi0.datasets.engine import add_engine, run_tasks
 from pi0.datasets.registry import open_dataset
 from pi0.plots import plot_distributions
 from pi0.plugins import require_extra
+from pi0.reading import naming
 from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.robots.registry import make_robot
 from pi0.robots.robot import Robot
@@ -176,7 +177,8 @@ def _numbers(dataset: Dataset, robot: Robot, block: range) -> dict[str, np.ndarr
     last = dataset.starts[np.searchsorted(dataset.starts, rows, side="right")] - 1
     chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[:, None])
     keys = (*robot.state_keys(dataset.features), *action_keys)
-    data = robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
+    with naming(dataset.root):
+        data = robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
     return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
 
 

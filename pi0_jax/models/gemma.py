@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pi0 import numerics
 from pi0.config import GemmaConfig
-from pi0.recording import record, section
-from pi0_jax.models.layers import Linear, attention, cast, constrain_rows, gelu, remat
+from pi0.recording import section
+from pi0_jax.models.layers import Linear, attention, cast, constrain_rows, gelu, record, remat
 from pi0_jax.models.lora import at_least_float32, make_lora
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from pi0 import numerics
-from pi0.recording import record
+from pi0 import numerics, recording
 from pi0_jax.models.lora import LoRA, at_least_float32
 
+T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")  # of the mesh, see `pi0_jax.training.sharding`
 ROWS = PartitionSpec(("data", "fsdp"))  # of arrays whose first axis is the batch
+HOST_MEMORY = "pinned_host"  # JAX's name of the memory of a device's host
+
+# The results of operations, by their names in `record`, that `remat` keeps for the backward pass.
+ATTENTION = ("query", "key", "value", "RoPE of query", "RoPE of key", "attention", "attention residual")
+KEPT = {"full": (), "wide": ATTENTION, "mlp": (*ATTENTION, "softmax")}
+
+
+def record(name: str, value: T) -> T:
+    """`pi0.recording.record`, and the name by which `remat` keeps the value."""
+    return jax.tree.map(lambda x: checkpoint_name(x, name), recording.record(name, value))
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
@@ -107,7 +118,8 @@ def attention(
     """
     if implementation != "plain":
         mask = None if mask is None else mask[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # type: ignore[call-overload]
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # type: ignore[call-overload]
+        return record("attention", out)
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], head_dim)
     accumulator = numerics.rounding("attention_logits", q.dtype.name)
@@ -120,9 +132,27 @@ def attention(
     return record("attention", out.reshape(batch, queries, heads, head_dim))
 
 
-def remat(function: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
-    """`function`, whose intermediates the backward pass recomputes but for those that `config_remat` keeps."""
+def remat(layer: Callable[..., Any], config_remat: str) -> Callable[..., Any]:
+    """A layer, whose intermediates the backward pass recomputes but for those that `config_remat` keeps.
+
+    The input of the layer, its first argument, is always kept; for "offload", in the host's memory.
+    """
+    policies = jax.checkpoint_policies
     if config_remat == "none":
-        return function
-    policy = None if config_remat == "full" else getattr(jax.checkpoint_policies, config_remat)
-    return jax.checkpoint(function, prevent_cse=False, policy=policy)
+        return layer
+    if config_remat in KEPT:
+        policy = policies.save_only_these_names(*KEPT[config_remat])
+    elif config_remat == "offload":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["input"],
+            offload_src="device",
+            offload_dst=HOST_MEMORY,
+        )
+    else:
+        policy = getattr(policies, config_remat)
+
+    def named(x: Any, *args: Any) -> Any:
+        return layer(jax.tree.map(lambda x: checkpoint_name(x, "input"), x), *args)
+
+    return jax.checkpoint(named, prevent_cse=False, policy=policy)

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pi0.config import ModelConfig
-from pi0.recording import record, section
-from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, constrain_rows, gelu, remat
+from pi0.recording import section
+from pi0_jax.models.layers import LayerNorm, Linear, attention, cast, constrain_rows, gelu, record, remat
 
 
 class SelfAttention(nnx.Module):

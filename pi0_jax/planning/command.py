@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
         "collectives and time. Exits with 1 where it does not fit. TPUs need: pip install libtpu."
     )
     parser = make_parser("pi0-plan", description, EXAMPLES)
-    parser.add_argument("--topology", required=True, nargs="+", help="v4, v5e, v5p or v6e:SHAPE, or gpu:NUMBERxGB")
+    parser.add_argument("--topology", required=True, nargs="+", help="v4, v5e, v5p, v6e or v7x:SHAPE, or gpu:NUMBERxGB")
     parser.add_argument("--sample", action="store_true", help="sampling instead of training")
-    parser.add_argument("--batch-per-chip", type=int, help="instead of the config's batch_size; for several topologies")
+    parser.add_argument("--batch-per-chip", type=int, help="rows of each device (of v7x, half a chip)")
     args, config = parse_arguments(parser, arguments)
 
     from pi0_jax.planning.plan import devices_of, plan, prepare, report, suggest, table

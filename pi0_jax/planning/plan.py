@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import time
 from collections import Counter
 from typing import Any
 
@@ -26,7 +27,7 @@ from pi0.run_config import RunConfig
 from pi0_jax.loading import make_model, merge
 from pi0_jax.planning import hlo
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
-from pi0_jax.training.sharding import ROWS, check_batch, make_mesh, state_shardings
+from pi0_jax.training.sharding import ROWS, check_batch, check_remat, make_mesh, state_shardings
 from pi0_jax.training.train import init_state, train_step
 
 GIB = 2**30
@@ -34,20 +35,32 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """GiB of memory; peaks per second: bfloat16 operations, bytes of memory, bytes sent to other chips."""
+    """What JAX has as one device: a chip, of v7x each of its two halves.
+
+    GiB of memory that programs may use; peaks per second: bfloat16 operations, bytes of memory, bytes sent to other
+    devices. `topology` and `options` are how libtpu calls it.
+    """
 
     memory: float
     flops: float = math.nan
     bandwidth: float = math.nan
     links: float = math.nan
+    topology: str = ""
+    options: tuple[tuple[str, str], ...] = ()
 
 
-CHIPS = {  # cloud.google.com/tpu/docs/v4 and so on; of links, one direction
-    "v4": Chip(32, 275e12, 1228e9, 300e9),
-    "v5e": Chip(16, 197e12, 819e9, 200e9),
-    "v5p": Chip(95, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32, 918e12, 1640e9, 448e9),
+# Peaks: docs.cloud.google.com/tpu/docs/v4 and so on, of links one direction. Memory: what libtpu compiles for.
+CHIPS = {
+    "v4": Chip(30.75, 275e12, 1228e9, 300e9, "v4", (("chip_config_name", "megacore"),)),  # two cores as one device
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9, "v5e"),
+    "v5p": Chip(95.74, 459e12, 2765e9, 600e9, "v5p"),
+    "v6e": Chip(31.25, 918e12, 1640e9, 448e9, "v6e"),
+    "v7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, "tpu7x"),
 }
+TOO_LARGE = (  # what libtpu says of a program, or of its temporaries alone, that need more memory than there is
+    r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm",
+    r"required for HLO temporaries \(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)",
+)
 TPU_ENVIRONMENT = {  # libtpu as a compiler alone: no chip, no query of the host, no lock on either
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -61,10 +74,11 @@ TPU_ENVIRONMENT = {  # libtpu as a compiler alone: no chip, no query of the host
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Memory (bytes) and cost of a training step, or of sampling, on one chip.
+    """Memory (bytes) and cost of a training step, or of sampling, on one device.
 
     `held` is the memory of arrays that persist between steps, by name. `refused` is the compiler's error where the
     program is too large for the chip: `temporaries` are then what it reports, and `cost` is None.
+    `temporaries` have the program itself, on TPUs. `compiled_in` is in seconds.
     """
 
     topology: str
@@ -75,6 +89,7 @@ class Plan:
     temporaries: int
     cost: hlo.Cost | None
     refused: str = ""
+    compiled_in: float = math.nan
 
     @property
     def total(self) -> int:
@@ -101,6 +116,7 @@ def parse_topology(name: str) -> tuple[str, Chip, int]:
     Raises ValueError for anything else.
     """
     generation, _, shape = name.partition(":")
+    generation = "v7x" if generation == CHIPS["v7x"].topology else generation
     if generation == "gpu" and re.fullmatch(r"\d+x\d+", shape):
         number, gigabytes = map(int, shape.split("x"))
         return generation, Chip(gigabytes * 1e9 / GIB), number
@@ -111,13 +127,14 @@ def parse_topology(name: str) -> tuple[str, Chip, int]:
 
 def devices_of(topology: str) -> list[Any]:
     """The devices of a topology, to compile for. Raises ValueError where the compiler does not know it."""
-    generation, _, number = parse_topology(topology)
+    generation, chip, number = parse_topology(topology)
     if generation == "gpu":
         if len(jax.devices()) < number:
             raise ValueError(f"{topology} is planned on {number} virtual devices, and JAX has started without them")
         return jax.devices()[:number]
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+        name = f"{chip.topology}:{topology.partition(':')[2]}"
+        return list(topologies.get_topology_desc(name, platform="tpu", **dict(chip.options)).devices)
     except Exception as error:  # of any type: jaxlib's own, or for a missing libtpu
         raise ValueError(f"no compiler for {topology}: {str(error).splitlines()[0]}. pip install libtpu?") from error
 
@@ -165,6 +182,7 @@ def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:
         init = functools.partial(_inference_params, model)
     else:
         check_batch(config.batch_size, config.accumulate, mesh)
+        check_remat(model.runtime.remat, mesh)
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps))
         init = functools.partial(init_state, config, optimizer)
     state = jax.eval_shape(init)
@@ -189,18 +207,25 @@ def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:
 def _compile(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, batch_size: int, held: dict[str, int]) -> Plan:
     _, chip, _ = parse_topology(topology)
     made = functools.partial(Plan, topology, chip, dict(mesh.shape), batch_size, held)
+    start = time.monotonic()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        used, temporaries = (re.search(pattern, str(error)) for pattern in TOO_LARGE)
+        found = used or temporaries
         if found is None:
             raise
-        used = float(found[1]) * (GIB if found[2] == "G" else 2**20)
-        return made(round(used) - sum(held.values()), None, f"{found[1]}{found[2]}iB of {found[3]}GiB")
+        size = round(float(found[1]) * (GIB if found[2] == "G" else 2**20))
+        refused = f"{found[1]}{found[2]}iB of {found[3]}GiB"
+        return made(size - sum(held.values()) if used else size, None, refused, time.monotonic() - start)
+    seconds = time.monotonic() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None, "TPU and CPU compilers give both"
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return made(memory.temp_size_in_bytes + fresh, hlo.count(text))
+    if chip.topology:  # temp_size_in_bytes of libtpu has the memory of the cores in it, and more
+        temporaries = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes - sum(held.values())
+    else:
+        temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return made(temporaries, hlo.count(text), compiled_in=seconds)
 
 
 def _inference_params(model: ModelConfig) -> Any:
@@ -241,18 +266,19 @@ def report(plan: Plan, title: str) -> str:
     """A plan as text."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     chips = math.prod(plan.mesh.values())
-    lines = [f"{title}, batch {plan.batch_size}, on {plan.topology}: {chips} chips, mesh {mesh}", ""]
-    lines.append("memory of a chip         GiB")
+    lines = [f"{title}, batch {plan.batch_size}, on {plan.topology}: {chips} devices, mesh {mesh}", ""]
+    lines.append("memory of a device       GiB")
     rows = plan.held | {"temporaries": plan.temporaries, "all": plan.total}
     lines += [f"  {name:<16} {size / GIB:>9.2f}" for name, size in rows.items()]
     verdict = "it fits" if plan.fits else f"IT DOES NOT FIT{f' ({plan.refused})' if plan.refused else ''}"
-    lines += [f"  {'the chip has':<16} {plan.chip.memory:>9.2f}  {verdict}", ""]
+    lines += [f"  {'it has':<16} {plan.chip.memory:>9.2f}  {verdict}", "", f"compiled in {plan.compiled_in:.0f} s"]
     if plan.cost is None:
-        return "\n".join(lines[:-1])
-    lines.append(f"operations of a chip     {plan.cost.flops / 1e12:.2f} TFLOP")
-    lines.append("collectives of a chip    number     GB sent")
+        return "\n".join(lines)
+    lines.append(f"operations of a device   {plan.cost.flops / 1e12:.2f} TFLOP")
+    lines.append("collectives of a device  number     GB sent")
     names = Counter(plan.cost.collectives)
     lines += [f"  {name:<20} {n:>8} {plan.cost.sent[name] / 1e9:>11.3f}" for name, n in names.most_common()]
+    lines += _uncounted(plan)
     seconds = plan.seconds
     if math.isnan(seconds["arithmetic"]):
         return "\n".join(lines)
@@ -265,17 +291,24 @@ def report(plan: Plan, title: str) -> str:
 def table(plans: list[Plan]) -> str:
     """Several plans as text, one line each."""
     lines = [
-        "topology   chips  data×fsdp×tensor  batch  held GiB  temporary GiB  TFLOP/chip  GB sent/chip  ms (peak)  fits"
+        "topology   devices  data×fsdp×tensor  batch  held GiB  temporary GiB  TFLOP  GB moved  GB sent  ms (peak)  "
+        "compiled s  fits"
     ]
     for plan in plans:
         cost, mesh = plan.cost or hlo.Cost(math.nan, math.nan), "×".join(map(str, plan.mesh.values()))
-        time = max(plan.seconds.values(), default=math.nan) * 1e3
+        slowest = max(plan.seconds.values(), default=math.nan) * 1e3
         lines.append(
-            f"{plan.topology:<10} {math.prod(plan.mesh.values()):>5}  {mesh:>16} {plan.batch_size:>6} "
-            f"{sum(plan.held.values()) / GIB:>9.2f} {plan.temporaries / GIB:>14.2f} {cost.flops / 1e12:>11.2f} "
-            f"{sum(cost.sent.values()) / 1e9:>13.2f} {time:>10.0f}  {'yes' if plan.fits else 'no'}"
+            f"{plan.topology:<10} {math.prod(plan.mesh.values()):>7}  {mesh:>16} {plan.batch_size:>6} "
+            f"{sum(plan.held.values()) / GIB:>9.2f} {plan.temporaries / GIB:>14.2f} {cost.flops / 1e12:>6.2f} "
+            f"{cost.traffic / 1e9:>9.0f} {sum(cost.sent.values()) / 1e9:>8.2f} {slowest:>10.0f} "
+            f"{plan.compiled_in:>11.0f}  {'yes' if plan.fits else 'no'}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{plan.topology}: {line}" for plan in plans for line in _uncounted(plan)])
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    calls = ", ".join(f"{n} × {name}" for name, n in plan.cost.unknown.most_common()) if plan.cost else ""
+    return [f"not among the operations, because their cost is unknown: {calls}"] if calls else []
 
 
 def prepare(names: list[str]) -> None:

@@ -13,11 +13,13 @@ loses that file first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ from convert.checkpoints import COMMITTED, is_complete
 from convert.checksums import CHECKSUMS, WEIGHTS, find_changes, read_checksums, sign
 from convert.formats.orbax import read_orbax
 from pi0.assets import Assets
-from pi0.storage import as_path, move, resolved, upload
+from pi0.storage import as_path, move, requests, resolved, upload
+
+logger = logging.getLogger(__name__)
 
 BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 
@@ -85,6 +89,8 @@ class Checkpoints:
             best_fn=(lambda metrics: metrics[BEST]) if keep_best else None,  # with it, metrics are kept for a restart
             best_mode="min",
             create=True,
+            # Otherwise a folder that cannot be made is noticed by a timeout, minutes later.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(
             self._folder, item_names=("params", "train_state", "assets"), options=options
@@ -101,19 +107,22 @@ class Checkpoints:
     ) -> None:
         """Start writing a checkpoint, which gets its name when it is complete; do nothing for a step that exists.
 
-        `metrics` may contain the validation loss, by which the best is kept.
+        `metrics` may contain the validation loss, by which the best is kept. Raises OSError where this checkpoint, or
+        the one before, cannot be written.
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
-                train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
-                assets=AssetsSave(dataclasses.replace(assets, step=step)),
-            ),
-            metrics=metrics if metrics and math.isfinite(metrics.get(BEST, math.nan)) else None,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(params),
+                    train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
+                    assets=AssetsSave(dataclasses.replace(assets, step=step)),
+                ),
+                # A copy: Orbax keeps it, and the caller goes on to change it.
+                metrics=dict(metrics) if metrics and math.isfinite(metrics.get(BEST, math.nan)) else None,
+            )
         if jax.process_index() == 0:
             self._signing = {step: thread for step, thread in self._signing.items() if thread.is_alive()}
             self._signing[step] = threading.Thread(target=self._sign_when_complete, args=(step,), daemon=True)
@@ -124,10 +133,27 @@ class Checkpoints:
         if (thread := self._signing.get(step)) is not None:
             thread.join()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise OSError that says what is left, for what Orbax raises where it cannot write."""
+        try:
+            with requests(f"no access to {self._folder}"):
+                yield
+        except (OSError, ValueError) as error:
+            left = self.latest_step
+            newest = "there is no other one" if left is None else f"the newest one is that of step {left}"
+            raise OSError(
+                f"a checkpoint cannot be written; {newest}, and the run goes on from there when it is started again: "
+                f"{error}"
+            ) from error
+
     def _sign_when_complete(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        if is_complete(self._folder / str(step)):
-            sign(self._folder / str(step))
+        try:
+            self._manager.wait_until_finished()  # raises in each thread that waits
+            if is_complete(self._folder / str(step)):
+                sign(self._folder / str(step))
+        except Exception as error:
+            logger.warning("checkpoint %d has no %s: %s", step, CHECKSUMS, error)
 
     def restore_newest(self, train_state: Any) -> tuple[int, Any]:
         """The newest intact checkpoint's step and training state, with the shardings of `train_state` (abstract).
@@ -136,10 +162,12 @@ class Checkpoints:
         """
         while (step := self.latest_step) is not None:
             folder = self._folder / str(step)
-            problem = damage(folder) if jax.process_index() == 0 else None
+            with requests(f"cannot read {folder}"):
+                problem = damage(folder) if jax.process_index() == 0 else None
             damaged = bool(multihost_utils.broadcast_one_to_all(np.array(problem is not None)))
             if not damaged:
-                state = self.restore(step, train_state)
+                with requests(f"cannot read {folder}"):
+                    state = self.restore(step, train_state)
                 if bool(_all_finite(state)):
                     if jax.process_index() == 0 and not (folder / CHECKSUMS).exists():
                         print(f"checkpoint {step} has no {CHECKSUMS}: all of its arrays were read; it is signed again")
@@ -171,11 +199,12 @@ class Checkpoints:
         return {**restored["train_state"], "frozen": restored["params"] if frozen else {}}
 
     def close(self) -> None:
-        """Wait until everything is written and signed."""
-        self._manager.wait_until_finished()
-        for thread in self._signing.values():
-            thread.join()
-        self._manager.close()
+        """Wait until everything is written and signed. Raises OSError where the newest one cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            for thread in self._signing.values():
+                thread.join()
+            self._manager.close()
 
 
 @jax.jit
@@ -185,7 +214,10 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def damage(step: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: by its checksums or, without them, by reading all of it."""
+    """What is wrong with a checkpoint, or None: by its checksums or, without them, by reading all of it.
+
+    Raises ConnectionError where it is in a bucket that cannot be read.
+    """
     try:
         expected = read_checksums(step)
     except ValueError as error:
@@ -193,10 +225,13 @@ def damage(step: Path) -> str | None:
     if expected is not None:
         return next(iter(find_changes(step, expected)), None)
     try:
-        Assets.load(step)
-        for item in WEIGHTS:
-            for tensor in read_orbax(step / item).values():
-                tensor.read(())
+        with requests(f"cannot read {step}"):
+            Assets.load(step)
+            for item in WEIGHTS:
+                for tensor in read_orbax(step / item).values():
+                    tensor.read(())
+    except ConnectionError:  # which says nothing about the checkpoint
+        raise
     except (ValueError, OSError) as error:
         return str(error)
     return None

@@ -21,6 +21,7 @@ from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
 from pi0.datasets.batches import Batches, InOrder
+from pi0.datasets.engine import end_with_parent
 from pi0.datasets.filters import FilteredDataset
 from pi0.datasets.mixture import Mixture, split_episodes
 from pi0.datasets.registry import episode_numbers, open_dataset
@@ -69,7 +70,9 @@ class Loader(Iterator[Batch]):
             self.read, self.truncated = self.read + len(rows), self.truncated + int(data.pop("truncated").sum())
             return place((Observation.from_dict(data, model), actions))
 
-        def ignore_signals(*_: int) -> None:  # the training process handles them: it saves, then stops
+        def begin_worker(*_: int) -> None:
+            end_with_parent()
+            # The training process handles signals: it saves, then stops.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -80,7 +83,7 @@ class Loader(Iterator[Batch]):
         read = steps.to_iter_dataset(grain.ReadOptions(FETCHED, FETCHED)).map(decode)
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        placed = read.mp_prefetch(processes, ignore_signals).map(finish)
+        placed = read.mp_prefetch(processes, begin_worker).map(finish)
         self._batches: Any = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD))
         self._steps_of_a_pass = len(batches)
 

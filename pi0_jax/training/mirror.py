@@ -8,7 +8,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from pi0.storage import is_bucket, list_files, upload_files, write_text
+from pi0.storage import is_bucket, list_files, requests, upload_files, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def keep_lines(source: Path, target: Path, last: int) -> None:
     Later ones are of steps that are done again, or were cut off when a run was killed.
     """
     try:
-        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        with requests(f"cannot read {source}"):
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         return
     kept = [line for line in lines if _step(line) <= last]

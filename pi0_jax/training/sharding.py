@@ -10,7 +10,8 @@ axes:
 
 The size of an axis `n` must divide by the mesh axis; with "?" it may, and is replicated otherwise; "" replicates it.
 `vision/n` is a rule for one scope and precedes `n`. Of the axes without a rule, the largest that divides by `fsdp` is
-sharded along it. Constraints act only inside `jax.set_mesh(mesh)`; without it, models run as they are.
+sharded along it, where a layer has at least 64 KB of the parameter: fewer are not worth a collective. Constraints act
+only inside `jax.set_mesh(mesh)`; without it, models run as they are.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pi0.run_config import MeshConfig
 from pi0_jax.models.layers import AXES, ROWS
 
 MUST_BE_SHARDED = 2**20  # parameters of at least as many elements, along fsdp
+STAYS_WHOLE = 2**14  # parameters of fewer elements in each layer: 64 KB in float32
 
 
 def start_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -89,6 +91,15 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
+def check_remat(remat: str, mesh: Mesh) -> None:
+    """Raise ValueError for "offload" on devices without a host whose memory is another than their own."""
+    if remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            "model.runtime.remat is offload, which moves activations to the host's memory; a CPU has no other, and "
+            "pi0-plan compiles for GPUs as for a CPU. Take full"
+        )
+
+
 def partition_specs(model: ModelConfig, rules: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
     """The partition of each parameter on a mesh of `sizes`. Raises ValueError where the rules do not fit it."""
     wrong = {axis: rule for axis, rule in rules.items() if rule.removesuffix("?") not in ("", *AXES)}
@@ -115,6 +126,9 @@ def _partition_spec(
                 f"{list(parameter.shape)}; change the mesh, or replicate the axis: sharding['{scoped}'] = ''"
             )
     fits = [i for i in free if parameter.shape[i] % sizes["fsdp"] == 0]
+    in_a_layer = math.prod(n for letter, n in zip(parameter.axes, parameter.shape, strict=True) if letter != "l")
+    if in_a_layer < STAYS_WHOLE:
+        return PartitionSpec(*spec)
     if fits and "fsdp" not in spec:
         spec[max(fits, key=lambda i: parameter.shape[i])] = "fsdp"
     elif sizes["fsdp"] > 1 and "fsdp" not in spec and math.prod(parameter.shape) >= MUST_BE_SHARDED:

@@ -34,6 +34,7 @@ from pi0_jax.training.preemption import Preempted, Preemption
 from pi0_jax.training.sharding import (
     barrier,
     check_batch,
+    check_remat,
     global_batch,
     local_box,
     local_rows,
@@ -72,6 +73,7 @@ def train(
     # mesh
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
+    check_remat(config.model.runtime.remat, mesh)
     init = functools.partial(init_state, config, optimizer)
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, config.model, config.sharding, mesh)

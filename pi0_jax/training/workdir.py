@@ -19,7 +19,7 @@ from convert.checksums import CHECKSUMS
 from pi0.assets import Assets, AssetsError
 from pi0.reading import read_json
 from pi0.run_config import RunConfig
-from pi0.storage import delete, is_bucket, is_folder, move, resolved, write_text
+from pi0.storage import delete, is_bucket, is_folder, move, requests, resolved, write_text
 from pi0_jax.loading import flatten
 from pi0_jax.training.lock import NAME, BucketLock, FileLock, lock
 from pi0_jax.training.sharding import barrier
@@ -46,7 +46,9 @@ def check_workdir(
     That is a folder of something else, and without `overwrite` one with checkpoints of a config that differs in a field
     which changes the result, or of datasets with other `contents` (None: they are not known yet).
     """
-    if workdir.exists() and not is_folder(workdir):
+    with requests(f"cannot read {workdir}"):
+        there = workdir.exists()
+    if there and not is_folder(workdir):
         raise ValueError(f"{workdir} is not a folder; choose another --workdir")
     if "\\" in str(resolved(workdir)):
         raise ValueError(f"{workdir} has a backslash in its path, which tensorstore takes for a slash; choose another")
@@ -109,6 +111,8 @@ def recorded_config(workdir: Path) -> RunConfig | None:
     for folder in reversed(folders):
         try:
             assets = Assets.load(folder)
+        except ConnectionError:
+            raise
         except (AssetsError, OSError):
             continue  # damaged; `Checkpoints.restore_newest` puts it aside
         if assets is not None and assets.training is not None:
@@ -126,7 +130,8 @@ def recorded_config(workdir: Path) -> RunConfig | None:
 
 def completed(workdir: Path) -> list[Path]:
     """The folders of the complete checkpoints, the oldest first."""
-    folders = [f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit() and is_complete(f)]
+    with requests(f"cannot list {workdir}"):
+        folders = [f for f in (workdir / "checkpoints").glob("*") if f.name.isdigit() and is_complete(f)]
     return sorted(folders, key=lambda folder: int(folder.name))
 
 
@@ -150,17 +155,13 @@ class RunFolder:
         if jax.process_index() == 0:
             if not is_bucket(self._workdir):
                 self._workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self._workdir)
+            with requests(f"cannot lock {self._workdir}"):
+                self._lock = lock(self._workdir)
             try:
-                self._settle()  # what a run that was killed left
-                check_workdir(self._workdir, self._config, self._overwrite, self._contents)
-                if self._overwrite:
-                    _move(self._workdir, self._aside, self._aside)
-                files = {"data.json": {"contents": self._contents}, "config.json": self._config.to_dict()}
-                for name, values in files.items():
-                    write_text(self._workdir / name, json.dumps(values, indent=2) + "\n")
-            except BaseException:
-                self.__exit__()
+                with requests(f"cannot begin in {self._workdir}"):
+                    self._begin()
+            except BaseException as error:
+                self.__exit__(type(error), error)
                 raise
         barrier("run folder")
         if not (self._workdir / NAME).exists():
@@ -170,12 +171,23 @@ class RunFolder:
             )
         return self
 
+    def _begin(self) -> None:
+        self._settle()  # what a run that was killed left
+        check_workdir(self._workdir, self._config, self._overwrite, self._contents)
+        if self._overwrite:
+            _move(self._workdir, self._aside, self._aside)
+        files = {"data.json": {"contents": self._contents}, "config.json": self._config.to_dict()}
+        for name, values in files.items():
+            write_text(self._workdir / name, json.dumps(values, indent=2) + "\n")
+
     def settle(self) -> None:
         """Delete the run that was replaced if this one has a checkpoint. Raises ValueError where the lock is lost."""
         if self._lock is None:
             return
         self._lock.check()
-        if self._aside.exists() and not (self._aside / MOVING).exists() and completed(self._workdir):
+        with requests(f"cannot read {self._aside}"):
+            settled = self._aside.exists() and not (self._aside / MOVING).exists() and completed(self._workdir)
+        if settled:
             delete(self._aside)
 
     def _settle(self) -> None:
@@ -187,13 +199,20 @@ class RunFolder:
             _move(self._aside, self._workdir, self._aside)
             delete(self._aside)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
+    def __exit__(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
+        if self._lock is None:
+            return
+        try:
             try:
-                self._settle()
+                with requests(f"cannot tidy up {self._workdir}"):
+                    self._settle()
             finally:
                 self._lock.close()
                 self._lock = None
+        except OSError as problem:
+            if error is None:
+                raise
+            print(f"{self._workdir} is left to the next run to tidy up: {problem}")
 
 
 def _move(source: Path, target: Path, aside: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -35,6 +37,11 @@ def slow_square(folder: str, number: int) -> int:
     return number**2
 
 
+def say_and_wait(_: Any, number: int) -> None:
+    print(number, flush=True)
+    time.sleep(600)
+
+
 def fail(_: Any, number: int) -> None:
     raise ValueError(f"task {number}")
 
@@ -55,6 +62,17 @@ def test_a_dead_worker_is_survived(tmp_path: Path):
         list(run_tasks(fail, None, range(2), workers=2))
     with pytest.raises(ValueError, match="unknown engine 'spark'"):
         list(run_tasks(fail, None, range(2), engine="spark"))
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    """Its output ends once all processes that inherited it have ended."""
+    script = "from tests.pi0.datasets.test_engine import run_tasks, say_and_wait\n"
+    script += "if __name__ == '__main__': list(run_tasks(say_and_wait, None, range(2), workers=2))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and sorted(parent.stdout.readline() for _ in range(2)) == ["0\n", "1\n"]
+    parent.kill()
+    parent.communicate(timeout=60)
 
 
 def test_statistics_of_two_processes(monkeypatch: pytest.MonkeyPatch):
@@ -89,7 +107,8 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path):
         threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False)).start()
         found = build_cache(dataset, tmp_path / "two", workers=2, engine="ray")
         together = build_records(*records[:2], tmp_path / "records-two", records[2], workers=2, engine="ray")
-        while time.monotonic() - begun < 6:
+        stats: Any = None
+        while stats is None or time.monotonic() - begun < 6:
             stats = dataset_statistics(dataset, robot, workers=2, engine="ray")
             damage = find_damage(HERE / "metaworld_v21", workers=2, engine="ray")
         assert len([n for n in ray.nodes() if n["Alive"]]) == 1

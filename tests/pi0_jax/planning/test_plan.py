@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from configs.metaworld_demo import get_config
 from pi0.parameters import parameters
 from pi0.run_config import RunConfig
 from pi0_jax.planning.command import main
-from pi0_jax.planning.plan import CHIPS, GIB, parse_topology, plan, report, suggest, table
+from pi0_jax.planning.plan import CHIPS, GIB, TOO_LARGE, parse_topology, plan, report, suggest, table
 
 CONFIG = RunConfig.from_dict(get_config("tiny").to_dict())
 ROOT = Path(__file__).parents[3]
@@ -32,9 +34,14 @@ def test_a_plan_on_the_cpu():
     assert 2 * size < found.held["optimizer"] <= 2 * size + 64
     assert found.fits and found.temporaries > 0 and found.cost is not None and not found.cost.collectives
     text = report(found, "tiny")
-    assert "it fits" in text and "parameters" in text and "1 chips" in text
+    assert "it fits" in text and "parameters" in text and "1 devices" in text and "compiled in" in text
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=found.total / GIB / 2))
     assert not small.fits and "DOES NOT FIT" in report(small, "tiny") and " no" in table([small])
+    cost = dataclasses.replace(found.cost, unknown=Counter(splash=18))
+    unknown = dataclasses.replace(found, cost=cost)
+    for said in (report(unknown, "tiny"), table([unknown])):
+        assert "not among the operations, because their cost is unknown: 18 × splash" in said
+    assert "unknown" not in text + table([found])
     config = dataclasses.replace(config, model=model.with_runtime(remat="none"))
     assert suggest(config, small) == [
         "--config.model.runtime.remat=full",
@@ -54,10 +61,40 @@ def test_no_topology(name: str, capsys):
 
 def test_topologies():
     assert parse_topology("v5p:2x2x2") == ("v5p", CHIPS["v5p"], 0)
+    assert parse_topology("v7x:2x2x1") == parse_topology("tpu7x:2x2x1") == ("v7x", CHIPS["v7x"], 0)
     generation, chip, number = parse_topology("gpu:8x80")
     assert (generation, number) == ("gpu", 8) and chip.memory == pytest.approx(74.5, abs=0.01)
     with pytest.raises(ValueError, match="virtual devices"):
         plan(CONFIG, f"gpu:{len(jax.devices()) + 1}x80")
+
+
+@LIBTPU
+def test_the_devices_of_chips():
+    """v4's two cores are one device, v7x's are two."""
+    script = (
+        "from pi0_jax.planning.plan import devices_of, prepare\n"
+        "names = ['v4:2x2x1', 'v5e:4x4', 'v5p:2x2x2', 'v6e:4x4', 'v7x:2x2x1']\n"
+        "prepare(names)\n"
+        "print([len(devices_of(name)) for name in names])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.split("\n")[-2] == "[4, 16, 8, 16, 8]", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ("Used 17.09G of 15.75G hbm. Exceeded hbm capacity by 1.34G.", ("17.09", "G", "15.75")),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (608.00G) exceeds available HBM "
+            "(15.75G).",
+            ("608.00", "G", "15.75"),
+        ),
+    ],
+)
+def test_what_libtpu_says_of_too_large_programs(message: str, found: tuple[str, ...]):
+    matches = [match for pattern in TOO_LARGE if (match := re.search(pattern, message))]
+    assert [match.groups() for match in matches] == [found]
 
 
 def planned(*flags: str) -> list[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 
 import pi0_jax.training.lock
 from convert.checkpoints import open_checkpoint
-from pi0.storage import as_path, delete, list_files, write_text
+from convert.checksums import CHECKSUMS
+from pi0.storage import as_path, delete, delete_version, list_files, version, write_text
+from pi0_jax.training.checkpoints import damage
 from pi0_jax.training.lock import lock
 from pi0_jax.training.train import train
 from pi0_jax.training.workdir import completed
@@ -61,6 +66,70 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: Path, monkeypatch, capsys) 
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["cache", "disk"]
 
 
+def parameters(address: str | Path) -> dict[str, bytes]:
+    ours = open_checkpoint(address, ema=False, in_place=True).ours
+    return {name: tensor.read(()).tobytes() for name, tensor in ours.items()}
+
+
+def test_lost_access_while_a_checkpoint_is_written(bucket: Bucket, capsys) -> None:
+    """The error names the place and what is left, which is whole; what cannot be read is not taken for damaged."""
+    workdir, step = as_path(f"{bucket.address}/run"), "checkpoints%2F2"
+    refused = [False]
+
+    def lose_access(method: str, path: str) -> str | None:
+        refused[0] |= method == "POST" and "/upload/" in path and step in path.replace("/2", "%2F2")
+        return "403" if refused[0] else None
+
+    config = small_config(steps=3, save_every=1, eval_every=0)
+    written = rf"cannot be written; the newest one is that of step 1, .*no access to {workdir}.*made by the test"
+    with bucket.fault(lose_access), pytest.raises(OSError, match=re.compile(written, re.DOTALL)):
+        train(config, workdir)
+    assert refused[0] and f"{workdir} is left to the next run to tidy up" in capsys.readouterr().out
+    assert [folder.name for folder in completed(workdir)] == ["1"]
+    first = workdir / "checkpoints" / "1"
+    assert damage(first) is None
+    delete(workdir / ".lock")  # of this process, which is not gone
+    with (
+        bucket.fault(lambda method, path: "401" if "train_state" in path else None),
+        pytest.raises(ConnectionError, match=rf"{first}.*made by the test"),
+    ):
+        train(config, workdir)
+    delete(first / CHECKSUMS)  # then all of it is read
+    for part in ("config.json", "d%2F", "manifest.ocdbt"):
+        fault = bucket.fault(lambda method, path, part=part: "403" if part in path.replace("/d/", "%2Fd%2F") else None)
+        with fault, pytest.raises(ConnectionError, match="made by the test"):
+            damage(first)
+    assert [folder.name for folder in completed(workdir)] == ["1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["503", "slow", "cut"])
+def test_a_run_goes_on_under_faults(fault: str, bucket: Bucket, tmp_path: Path) -> None:
+    """503 for 20 seconds; each first transfer of a file slow, or cut off: while it is written, and while it is read."""
+    config, workdir = small_config(eval_every=0), as_path(f"{bucket.address}/run")
+    train(config, tmp_path / "disk")
+    for steps in (2, 4):
+        seen: set[tuple[str, str]] = set()
+        begun: list[float] = []
+
+        def decide(method: str, path: str, seen=seen, begun=begun) -> str | None:
+            if "checkpoints" not in path:
+                return None
+            begun.append(time.monotonic())
+            if fault == "503":
+                return fault if begun[-1] < begun[0] + 20 else None
+            first = (method, path) not in seen
+            seen.add((method, path))
+            return fault if first else None
+
+        with bucket.fault(decide):
+            train(dataclasses.replace(config, steps=steps), workdir)
+        assert begun
+    assert [folder.name for folder in completed(workdir)] == ["2", "4"]
+    assert not [name for name in list_files(workdir) if "damaged" in name]
+    assert parameters(workdir) == parameters(tmp_path / "disk")
+
+
 def test_a_lock_in_a_bucket(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(pi0_jax.training.lock, "RENEW", 0.2)
     monkeypatch.setattr(pi0_jax.training.lock, "EXPIRY", 2.0)
@@ -81,3 +150,18 @@ def test_a_lock_in_a_bucket(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, cap
     held.close()
     assert (workdir / ".lock").exists()
     delete(workdir)
+
+
+def test_a_lock_that_was_written_meanwhile_is_not_deleted(bucket: Bucket) -> None:
+    """The server of the tests ignores the condition of a deletion: it is seen in the request, and 412 answered here."""
+    file = as_path(bucket.address) / ".lock"
+    write_text(file, "of another run")
+    seen = version(file)
+    write_text(file, "of another run, renewed")
+    assert version(file) != seen
+    with bucket.fault(lambda method, path: "412" if f"ifGenerationMatch={seen}" in path else None):
+        delete_version(file, seen)
+    assert [method for method, path in bucket.requests if f"ifGenerationMatch={seen}" in path] == ["DELETE"]
+    assert file.read_text() == "of another run, renewed"
+    delete_version(file, version(file))
+    assert not file.exists()

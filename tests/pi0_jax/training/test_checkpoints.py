@@ -12,11 +12,12 @@ ASSETS = Assets(get_variant("tiny"))
 
 def saved(folder, steps: dict[int, float], **options) -> list[int]:
     """The steps that stay of a run with these validation losses."""
-    checkpoints = Checkpoints(folder, **options)
+    checkpoints, metrics = Checkpoints(folder, **options), {}
     for step, loss in steps.items():
+        metrics["validation_loss"] = loss  # as training does, in one table
         params = {"a": {"kernel": jnp.full(3, step)}}
         state = {"params": params, "frozen": {}, "ema": None}
-        checkpoints.save(step, params, state, ASSETS, {"validation_loss": loss} if loss else None)
+        checkpoints.save(step, params, state, ASSETS, metrics if loss else None)
     checkpoints.close()
     return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit())
 

@@ -10,13 +10,14 @@ import optax
 import pytest
 
 from configs.metaworld_demo import get_config
-from pi0.config import ATTENTIONS, REMATS, ConfigError, ModelConfig
+from pi0.config import ATTENTIONS, REMATS, ConfigError
 from pi0.observation import Observation
 from pi0.run_config import OptimizerConfig, RunConfig
 from pi0.variants import get_variant
 from pi0_jax.loading import flatten, merge
+from pi0_jax.planning.plan import plan
 from pi0_jax.training.optimizer import accumulate, make_optimizer, make_schedule
-from pi0_jax.training.train import init_state, train_step
+from pi0_jax.training.train import init_state, train, train_step
 
 CONFIG = RunConfig.from_dict(get_config("tiny").to_dict())
 MODEL = CONFIG.model
@@ -92,26 +93,56 @@ def test_moments_that_cannot_be_kept_are_refused(changes, said: str):
         dataclasses.replace(CONFIG.optimizer, **{"moments_dtype": "bfloat16"} | changes)
 
 
-@pytest.mark.parametrize("change", [{"remat": r} for r in REMATS[1:]] + [{"attention": "xla"}])
-def test_another_way_to_compute_the_same(change: dict[str, str], highest_precision):
-    """Loss and gradients of every rematerialization and of XLA's attention, to float32 rounding."""
+@pytest.fixture(scope="module")
+def loss_of_model():
+    """The loss and its gradient of a batch for a model with the runtime options given, compiled with some of XLA's."""
     config = MODEL.with_runtime(remat="none")
     observation, actions = batch_of(4)
     noise, time = np.ones_like(actions), np.full(4, 0.3, np.float32)
     init = functools.partial(init_state, dataclasses.replace(CONFIG, model=config), optax.sgd(1.0))
     params = jax.jit(init)()["params"]
 
-    def of(model: ModelConfig):
+    @functools.cache
+    def of(xla: tuple[tuple[str, str], ...] = (), **runtime: str):
         def loss(params):
-            return merge(model, params).compute_loss(observation, actions, noise, time).mean()
+            return merge(config.with_runtime(**runtime), params).compute_loss(observation, actions, noise, time).mean()
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        with jax.default_matmul_precision("highest"):
+            value, grads = jax.jit(jax.value_and_grad(loss)).lower(params).compile(compiler_options=dict(xla))(params)
+        return float(value), flatten(jax.device_get(grads))
 
-    (loss, grads), (other_loss, other) = of(config), of(config.with_runtime(**change))
+    return of
+
+
+@pytest.mark.parametrize("remat", REMATS[1:])
+def test_rematerialization_changes_no_bit(remat: str, loss_of_model):
+    """Loss and gradients are those without it, to the bit, where XLA does not fuse operations.
+
+    Where it does, it fuses recomputed ones otherwise, and rounds sums inside of a fusion in another order.
+    """
+    unfused = (("xla_disable_hlo_passes", "fusion,cpu-instruction-fusion"),)
+    (loss, grads), (other_loss, other) = loss_of_model(unfused), loss_of_model(unfused, remat=remat)
+    assert other_loss == loss
+    for name, value in grads.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+def test_offload_is_refused_on_a_cpu(tmp_path):
+    config = dataclasses.replace(CONFIG, model=MODEL.with_runtime(remat="offload"))
+    with pytest.raises(ValueError, match=r"remat is offload, .* a CPU has no other"):
+        train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="remat is offload"):
+        plan(config, "gpu:1x80")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_attention_computes_the_same(loss_of_model):
+    """XLA's, to float32 rounding."""
+    (loss, grads), (other_loss, other) = loss_of_model(), loss_of_model(attention="xla")
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     scale = float(optax.tree.norm(grads))
-    for name, value in flatten(grads).items():
-        np.testing.assert_allclose(flatten(other)[name], value, rtol=0, atol=1e-6 * scale, err_msg=name)
+    for name, value in grads.items():
+        np.testing.assert_allclose(other[name], value, rtol=0, atol=1e-6 * scale, err_msg=name)
 
 
 def test_attention_that_cannot_be_is_refused():

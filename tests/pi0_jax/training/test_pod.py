@@ -22,7 +22,14 @@ ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "tests" / "pi0_jax" / "training" / "short_run.py"
 STEPS = 20
 RECIPE = {
-    **{"steps": STEPS, "batch_size": 4, "save_every": 2, "eval_every": 2, "log_every": 1, "keep_checkpoints": 2},
+    **{
+        "steps": STEPS,
+        "batch_size": 4,
+        "save_every": 2,
+        "eval_every": 2,
+        "log_every": 1,
+        "keep_checkpoints": 2,
+    },
     **{"mesh.fsdp": 2, "data.validation_episodes": "[0]", "data.workers": 1, "optimizer.peak_lr": 0.03},
 }
 
@@ -93,9 +100,9 @@ def test_a_pod(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rng, workdir = random.Random(0), as_path(f"{pod.address}/killed")
     for killed in ((0,), (1,), (0, 1)):
         runs = pod.start(2, "killed", **base)
-        begin = time.perf_counter()
-        before = len(list_files(workdir / "checkpoints"))  # it is killed soon after it began to write another one
-        while len(list_files(workdir / "checkpoints")) == before and time.perf_counter() < begin + 120:
+        begin, before = time.perf_counter(), list_files(workdir / "checkpoints").keys()
+        while list_files(workdir / "checkpoints").keys() <= before:  # it is killed soon after it began to write one
+            assert time.perf_counter() < begin + 600 and all(run.poll() is None for run in runs)
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 0.5))
         for i in killed:
@@ -103,7 +110,7 @@ def test_a_pod(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(rng.uniform(0, 2))
         for run in runs:  # what a cluster does when one is gone
             run.kill()
-            run.communicate()
+            run.communicate(timeout=60)  # until the processes that read its data have ended too
         print("killed", killed, "with checkpoints", [f.name for f in completed(workdir)])
     pod.train(2, "killed", **base)
     assert pod.parameters("killed") == wanted

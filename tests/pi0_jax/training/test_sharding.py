@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def test_the_rules_cut_the_released_model():
     shapes = parameters(get_variant("pi05"))
     whole = [name for name, spec in specs("pi05", fsdp=128).items() if "fsdp" not in spec]
     assert whole and max(np.prod(shapes[name].shape) for name in whole) < 2**20
+    in_a_layer = {
+        name: math.prod(n for letter, n in zip(p.axes, p.shape, strict=True) if letter != "l")
+        for name, p in parameters(get_variant("pi0")).items()
+    }
+    assert {name for name, spec in cut.items() if "fsdp" not in spec} == {n for n, k in in_a_layer.items() if k < 2**14}
 
 
 @pytest.mark.parametrize(
