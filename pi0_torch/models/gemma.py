@@ -142,7 +142,7 @@ class Expert(nn.Module):
     """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too,
     and unless `tied_output`, the output projection [V, W].
 
-    Rotated queries are rounded to `query_dtype`, what each layer and the final norm give to `residual_dtype` (default of
+    Rotated queries are rounded to `query_dtype`, what a layer and the final norm give to `residual_dtype` (default of
     both: `dtype`).
     """
 
