@@ -31,6 +31,8 @@ ROUNDING = {
     "fast_queries": FLOAT32,  # rotated, of π0-FAST, whose keys are rounded nevertheless
     "attention_logits": FLOAT32,  # accumulated, masked and put through the softmax
     "attention_probabilities": COMPUTE,  # rounded before they weigh the values
+    "residual": FLOAT32,  # sums within a layer; rounded after its last one
+    "action_residual": FLOAT32,  # those between the layers of the action expert, whose tokens are few, and its output
     "activation": FLOAT32,  # inside GELU; rounded after it
     "time": FLOAT32,  # flow time, its embedding and π0.5's condition
     "action_projections": FLOAT32,  # state, action and time projections, and the velocity they give

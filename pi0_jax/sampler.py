@@ -265,10 +265,12 @@ class FusedModel:
         x = linear(x.reshape(batch * cameras, rows * columns, -1), *weights["patches"])
         x = x.astype(self.config.runtime.dtype)
         for w in weights["layers"]:
+            dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
             qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
             x = x + linear(attend(q, k, v, None).swapaxes(1, 2).reshape(x.shape), *w["out"])
             x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
+            x = x.astype(dtype)
         x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
         return x.reshape(batch, cameras * rows * columns, -1)
 
@@ -337,7 +339,7 @@ class FusedModel:
         x = linear(x_t, *weights["action_in"], *now["bias"])
         if state is not None:
             x = jnp.concatenate([state, linear(jax.nn.silu(x), *weights["action_mix"])], axis=1)
-        x, new_cache = x.astype(self.config.runtime.dtype), []
+        x, new_cache = cast(x, "action_residual", self.config.runtime.dtype), []
         for i, (w, cached) in enumerate(zip(weights["suffix"], cache, strict=True)):
             attention_norm, mlp_norm = now["attention_norms"][i], now["mlp_norms"][i]
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
@@ -351,12 +353,12 @@ class FusedModel:
         self, x: Float[Array, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
     ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
-        groups, rounding = gemma.num_kv_heads, numerics.rounding(self.config.family.query_rounding, x.dtype.name)
-        batch, tokens = x.shape[:2]
+        groups, (batch, tokens) = gemma.num_kv_heads, x.shape[:2]
         heads = linear(x, *w["qkv"]).reshape(batch, tokens, -1, gemma.head_dim)
+        rounding = numerics.rounding(self.config.family.query_rounding, heads.dtype.name)
         rotated = apply_rope(heads[:, :, :-groups], rope, rounding)
         q = rotated[:, :, :-groups].reshape(batch, tokens, groups, -1, gemma.head_dim).swapaxes(1, 2)
-        k, v = rotated[:, :, -groups:].astype(x.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
+        k, v = rotated[:, :, -groups:].astype(heads.dtype).swapaxes(1, 2), heads[:, :, -groups:].swapaxes(1, 2)
         return q.reshape(batch, groups, -1, gemma.head_dim), k, v
 
 
@@ -393,9 +395,10 @@ def finish_layer(
     """A layer from its attention on: output projection and MLP, each with its residual."""
     batch, tokens = x.shape[:2]
     attended = attended.reshape(batch, gemma.num_kv_heads, tokens, -1).swapaxes(1, 2).reshape(batch, tokens, -1)
+    dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
     x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
     gate, up = jnp.split(linear(rms_norm(x, mlp_norm), *w["gate_up"]), 2, axis=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm)).astype(dtype)
 
 
 def at(norms: Any, step: int) -> Any:

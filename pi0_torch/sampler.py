@@ -279,10 +279,12 @@ class FusedModel(nn.Module):
         x = linear(x.reshape(batch * cameras, rows * columns, -1), kernel) + position
         x = x.to(getattr(torch, self.config.runtime.dtype))
         for w in weights["layers"]:
+            dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
             qkv = linear(layer_norm(x, *w["attention_norm"]), *w["qkv"])
             q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             x = x + linear(self.attend(q, k, v, None).transpose(1, 2).reshape(x.shape), *w["out"])
             x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
+            x = x.to(dtype)
         x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
         return x.reshape(batch, cameras * rows * columns, -1)
 
@@ -355,7 +357,7 @@ class FusedModel(nn.Module):
         x = linear(x_t, weights["action_in"][0], now["bias"][0][step])
         if state is not None:
             x = torch.cat([state, linear(F.silu(x), *weights["action_mix"])], dim=1)
-        x = x.to(getattr(torch, self.config.runtime.dtype))
+        x = cast(x, "action_residual", self.config.runtime.dtype)
         for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
             attention_norm, mlp_norm = (at(now[name][i], step) for name in ("attention_norms", "mlp_norms"))
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
@@ -368,11 +370,11 @@ class FusedModel(nn.Module):
         self, x: Float[Tensor, "B T W"], w: Weights, gemma: GemmaConfig, rope: Rotation
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, K, R, H] and keys [B, K, T, H], and values [B, K, T, H]."""
-        groups, rounding = gemma.num_kv_heads, numerics.rounding(self.config.family.query_rounding, dtype_name(x))
-        heads = linear(x, *w["qkv"]).unflatten(-1, (-1, gemma.head_dim))
+        groups, heads = gemma.num_kv_heads, linear(x, *w["qkv"]).unflatten(-1, (-1, gemma.head_dim))
+        rounding = numerics.rounding(self.config.family.query_rounding, dtype_name(heads))
         rotated = apply_rope(heads[:, :, :-groups], rope, rounding)
         q = rotated[:, :, :-groups].unflatten(2, (groups, -1)).transpose(1, 2)
-        k, v = rotated[:, :, -groups:].to(x.dtype).transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
+        k, v = rotated[:, :, -groups:].to(heads.dtype).transpose(1, 2), heads[:, :, -groups:].transpose(1, 2)
         return q.flatten(2, 3), k, v
 
 
@@ -401,9 +403,10 @@ def finish_layer(
 ) -> Float[Tensor, "B T W"]:
     """A layer from its attention on: output projection and MLP, each with its residual."""
     attended = attended.unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
+    dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
     x = gated_residual(x, linear(attended, *w["out"]), gate_of(attention_norm))
     gate, up = linear(rms_norm(x, mlp_norm), *w["gate_up"]).chunk(2, dim=-1)
-    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm))
+    return gated_residual(x, linear(gelu(gate) * up, *w["down"]), gate_of(mlp_norm)).to(dtype)
 
 
 def at(norm: Modulation, step: int) -> Modulation:

@@ -64,6 +64,7 @@ class FlowModel(VisionLanguageModel):
             config.action_expert,
             adaptive=config.family.adaptive_norms,
             dtype=config.runtime.dtype,
+            residual_dtype=numerics.rounding("action_residual", config.runtime.dtype),
             remat=config.runtime.remat,
             attention=config.runtime.attention,
             rngs=rngs,

@@ -133,7 +133,8 @@ class Expert(nnx.Module):
     """One transformer: stacked layers and a final norm; with `vocab_size`, the text embedding [V, W] too,
     and unless `tied_output`, the output projection [V, W].
 
-    Rotated queries are rounded to `query_dtype` (default: `dtype`).
+    Rotated queries are rounded to `query_dtype`, what a layer and the final norm give to `residual_dtype` (default of
+    both: `dtype`).
     """
 
     def __init__(
@@ -145,11 +146,13 @@ class Expert(nnx.Module):
         tied_output: bool = True,
         dtype: str,
         query_dtype: str | None = None,
+        residual_dtype: str | None = None,
         remat: str,
         attention: str = "plain",
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.dtype, self.remat, self.attention = config.head_dim, dtype, remat, attention
+        self.residual_dtype = residual_dtype or dtype
         if vocab_size is not None:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, config.width)) * 0.01)
         self.tied_output = tied_output
@@ -161,7 +164,7 @@ class Expert(nnx.Module):
             )
         )
         self.layers = stack(rngs)
-        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype, rngs=rngs)
+        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=self.residual_dtype, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
         """Text embeddings × sqrt(W)."""
@@ -175,8 +178,8 @@ class Expert(nnx.Module):
 
 
 def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
-    """x + y, or x + y·gate."""
-    return x + y if gate is None else x + y * gate
+    """x + y, or x + y·gate, in the dtype of `x`."""
+    return x + y if gate is None else x + y.astype(x.dtype) * gate
 
 
 def joint_layer(
@@ -209,11 +212,13 @@ def joint_layer(
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]]
         start += x.shape[1]
+        dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
         x = record("attention residual", gated_residual(x, record("out projection", block.attention.out(own)), gate))
         y, gate = block.mlp_norm(x, condition)
         record("MLP norm", y)
         y = record("MLP down", block.mlp(y))
-        outs.append(record("MLP residual", gated_residual(x, y, record("gate of MLP", gate))))
+        x = record("MLP residual", gated_residual(x, y, record("gate of MLP", gate)))
+        outs.append(x.astype(dtype))
     return outs, (k, v)
 
 
@@ -262,7 +267,7 @@ def joint_forward(
 
     section("RoPE")
     rotations = [rotation(p, e.head_dim, e.dtype) for e, p in zip(experts, positions, strict=True)]
-    xs = [x.astype(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    xs = [x.astype(e.residual_dtype) for e, x in zip(experts, xs, strict=True)]
     xs, (cache, outputs) = jax.lax.scan(remat(layer, experts[0].remat), xs, ([e.layers for e in experts], cache))
     if stages is not None:
         stages.update({f"layers.{i}": output for i, output in enumerate(outputs)})

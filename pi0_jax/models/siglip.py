@@ -54,8 +54,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
+        dtype, x = x.dtype, cast(x, "residual", x.dtype.name)
         x = record("attention residual", x + self.attention(record("attention norm", self.attention_norm(x))))
-        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x))))
+        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x)))).astype(dtype)
 
 
 class PatchEmbedding(nnx.Module):

@@ -142,7 +142,8 @@ class Expert(nn.Module):
     """One transformer: layers and a final norm; with `vocab_size`, the text embedding [V, W] too,
     and unless `tied_output`, the output projection [V, W].
 
-    Rotated queries are rounded to `query_dtype` (default: `dtype`).
+    Rotated queries are rounded to `query_dtype`, what a layer and the final norm give to `residual_dtype` (default of
+    both: `dtype`).
     """
 
     def __init__(
@@ -154,10 +155,12 @@ class Expert(nn.Module):
         tied_output: bool = True,
         dtype: str,
         query_dtype: str | None = None,
+        residual_dtype: str | None = None,
         remat: str,
     ):
         super().__init__()
         self.head_dim, self.dtype, self.remat = config.head_dim, getattr(torch, dtype), remat
+        self.residual_dtype = residual_dtype or dtype
         if vocab_size is not None:
             self.embedding = nn.Parameter(torch.randn(vocab_size, config.width).mul_(0.01))
         self.tied_output = tied_output
@@ -166,7 +169,7 @@ class Expert(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, adaptive=adaptive, dtype=dtype, query_dtype=query_dtype or dtype) for _ in range(config.depth)
         )
-        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
+        self.final_norm = make_norm(config.width, adaptive=adaptive, dtype=self.residual_dtype)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
         """Text embeddings × sqrt(W)."""
@@ -181,8 +184,8 @@ class Expert(nn.Module):
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """x + y, or x + y·gate."""
-    return x + y if gate is None else x + y * gate
+    """x + y, or x + y·gate, in the dtype of `x`."""
+    return x + y if gate is None else x + y.to(x.dtype) * gate
 
 
 def joint_layer(
@@ -211,11 +214,13 @@ def joint_layer(
     for block, x, condition, gate in zip(blocks, xs, conditions, gates, strict=True):
         own = attended[:, start : start + x.shape[1]].flatten(-2)
         start += x.shape[1]
+        dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
         x = record("attention residual", gated_residual(x, record("out projection", block.attention.out(own)), gate))
         y, gate = block.mlp_norm(x, condition)
         record("MLP norm", y)
         y = record("MLP down", block.mlp(y))
-        outs.append(record("MLP residual", gated_residual(x, y, record("gate of MLP", gate))))
+        x = record("MLP residual", gated_residual(x, y, record("gate of MLP", gate)))
+        outs.append(x.to(dtype))
     return outs, (k, v)
 
 
@@ -254,7 +259,7 @@ def joint_forward(
     `insulated` keeps the second expert's gradient out of the first (`insulated_attention`).
     """
     layer = remat(joint_layer, experts[0].remat)
-    xs = [x.to(e.dtype) for e, x in zip(experts, xs, strict=True)]
+    xs = [x.to(getattr(torch, e.residual_dtype)) for e, x in zip(experts, xs, strict=True)]
     section("RoPE")
     rotations = [rotation(p, e.head_dim, dtype_name(x)) for e, p, x in zip(experts, positions, xs, strict=True)]
     outputs, new_cache = [], []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pi0.config import ModelConfig
 from pi0.recording import record, section
-from pi0_torch.models.layers import LayerNorm, Linear, attention, cast, gelu, remat
+from pi0_torch.models.layers import LayerNorm, Linear, attention, cast, dtype_name, gelu, remat
 
 
 class SelfAttention(nn.Module):
@@ -56,8 +56,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
+        dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
         x = record("attention residual", x + self.attention(record("attention norm", self.attention_norm(x))))
-        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x))))
+        return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x)))).to(dtype)
 
 
 class PatchEmbedding(nn.Module):
