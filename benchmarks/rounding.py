@@ -1,12 +1,13 @@
-"""How far apart bfloat16 runs of one model are: JAX, PyTorch, and either with nothing but its sums in another order.
+"""How far apart bfloat16 runs of one model are: JAX and PyTorch, and either with its sums in another order.
 
     python benchmarks/rounding.py                                   random models of 3 and of 18 layers, 20 seeds
     python benchmarks/rounding.py --checkpoint runs/demo/export     a trained model, 20 seeds of its inputs
+    python benchmarks/rounding.py --place residual=compute --place action_residual=compute      as openpi rounds
 
-Relative L2, median and worst over the seeds, each of which has its own weights and inputs. The columns: a side's own
-rounding error (its distance from float32); JAX with the roundings that XLA leaves out by default; as they are prescribed
-(`pi0_jax.loading.ROUNDED`); the floor: a side against itself with the hidden channels of the model permuted, which is the
-same function and adds up the same products in another order.
+Relative L2, median and worst over the seeds, each of which has its own weights and inputs. Columns: how far each side
+is from float32; JAX from PyTorch as `jax.jit` compiles by default, where XLA may leave roundings out, and without that
+leave; and the floor: each side from itself with the model's hidden channels permuted, which is the same function and
+adds the same products up in another order. 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
+from pi0 import numerics
 from pi0.assets import Assets
 from pi0.config import GemmaConfig, ModelConfig, VisionConfig
 from pi0.parameters import Parameter, parameters, scope_of
@@ -78,7 +80,7 @@ def random_weights(config: ModelConfig, seed: int, spread: float) -> Weights:
 
 
 def permutations(config: ModelConfig, seed: int) -> dict[str, dict[str, np.ndarray]]:
-    """An order of the channels of each part: `d` its width, `m` its MLP, `h` the values of its heads; and of RGB, `c`."""
+    """An order of the channels of each part: `d` its width, `m` its MLP, `h` the values of its heads; of RGB, `c`."""
     rng = np.random.default_rng(seed)
     parts: dict[str, Any] = {"vision": config.vision, **config.experts}
     sizes = {part: {"d": c.width, "m": c.mlp_dim, "h": c.head_dim} for part, c in parts.items()}
@@ -169,8 +171,8 @@ def distances(config: ModelConfig, weights: Weights, inputs: Inputs, seed: int) 
     pairs = {
         "JAX's error": (exact, a),
         "PyTorch's error": (exact, b),
-        "default": (b, default),
-        "apart": (b, a),
+        "apart": (b, default),
+        "all roundings": (b, a),
         "floor JAX": (a, a2),
         "floor PyTorch": (b, b2),
     }
@@ -208,7 +210,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--depths", nargs="+", type=int, default=(3, 18), help="layers of random models (3 18)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--spread", type=float, default=0.1, help="of the logarithm of norms' scales (default 0.1)")
+    parser.add_argument(
+        "--place", action="append", default=[], metavar="NAME=DTYPE", help="float32 or compute at a place of ROUNDING"
+    )
     args = parser.parse_args(arguments)
+    for place, _, dtype in (setting.partition("=") for setting in args.place):
+        if place not in numerics.ROUNDING or dtype not in (numerics.FLOAT32, numerics.COMPUTE):
+            parser.error(f"--place {place}={dtype}: it is NAME=float32 or NAME=compute, of {list(numerics.ROUNDING)}")
+        numerics.ROUNDING[place] = dtype
     started = time.perf_counter()
     if args.checkpoint:
         checkpoint = open_checkpoint(args.checkpoint)

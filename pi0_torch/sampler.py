@@ -142,9 +142,8 @@ class Sampler:
         A sampler with `rtc` goes on from a `previous` chunk. An observation in NumPy is fastest. A new shape of it
         compiles once.
         """
-        return self._run(
-            "sample", observation, noise, None, previous
-        ).clone()  # the next CUDA graph run writes to its memory
+        actions = self._run("sample", observation, noise, None, previous)
+        return actions.clone()  # the next CUDA graph run writes to its memory
 
     def sample_with_subtask(
         self,
