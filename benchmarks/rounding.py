@@ -138,7 +138,7 @@ def jax_program(rounded: bool) -> Callable[..., Any]:
     def run(model: Any, observation: Any, actions: Any, noise: Any, time: Any) -> Any:
         stages: dict[str, jax.Array] = {}
         model.compute_loss(observation, actions, noise, time, stages=stages)
-        return stages, model.sample(observation.prompt_only(), noise, STEPS)
+        return stages, frameworks.sample(model, False, observation.prompt_only(), noise, STEPS)
 
     return jax.jit(run, compiler_options=options)
 
@@ -149,7 +149,8 @@ def run_jax(config: ModelConfig, weights: Weights, inputs: Inputs, rounded: bool
 
     model = with_parameters(config, {n: jnp.asarray(x) for n, x in weights.items()})
     stages, sampled = jax_program(rounded)(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
-    return Results(frameworks._ordered({n: np.asarray(x) for n, x in stages.items()}, np.asarray(sampled)), {})
+    found = ({n: np.asarray(x) for n, x in values.items()} for values in (stages, sampled))
+    return Results(frameworks.ordered(*found), {})
 
 
 def run_torch(config: ModelConfig, weights: Weights, inputs: Inputs) -> Results:

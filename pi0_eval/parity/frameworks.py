@@ -143,7 +143,7 @@ def run_jax(
         results = run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
         stages, sampled = ({n: np.asarray(x) for n, x in results[i].items()} for i in (0, 2))
         by_name = {} if results[1] is None else {n: np.asarray(g) for n, g in parameters_of(results[1]).items()}
-        return Results(_ordered(stages, sampled), by_name)
+        return Results(ordered(stages, sampled), by_name)
 
 
 @contextlib.contextmanager
@@ -208,13 +208,13 @@ def run_torch(
         by_name = {n: tensor.read(()) for n, tensor in LAYOUTS["pi0_torch"].to_ours(config, theirs).items()}
     sampled = sample(model, subtasks, observation.prompt_only(), noise, num_steps)
     stages, sampled = ({n: to_numpy(x) for n, x in found.items()} for found in (stages, sampled))
-    return Results(_ordered(stages, sampled), by_name)
+    return Results(ordered(stages, sampled), by_name)
 
 
 FRAMEWORKS = {"jax": run_jax, "torch": run_torch}
 
 
-def _ordered(stages: dict[str, np.ndarray], sampled: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def ordered(stages: dict[str, np.ndarray], sampled: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The stages in order of computation, one entry per layer; of the prefix only unmasked tokens."""
     valid = stages["prefix_valid"]
 
