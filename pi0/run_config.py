@@ -239,7 +239,7 @@ class RunConfig:
         log_every, save_every: steps between lines of the log, and between checkpoints.
         eval_every: steps between validations; 0: none.
         keep_checkpoints: how many of the newest checkpoints stay.
-        keep_best: whether the one of the lowest validation loss stays too.
+        keep_best: whether the one of the lowest validation loss stays too, of those with a validation at their step.
         keep_every: those of every so many steps stay too; 0: none.
         export_every: steps between checkpoints that are exported to PyTorch and compared with the export, as the last
             one is; they stay too; 0: none.

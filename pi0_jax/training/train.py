@@ -156,15 +156,16 @@ def train(
                     last |= means
                     metrics.publish()
                     window.restart()
+                validated: dict[str, float] = {}
                 if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
                     with window.paused():
-                        scalars = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
-                        metrics.write(done, scalars)
-                    last |= scalars
+                        validated = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
+                        metrics.write(done, validated)
+                    last |= validated
                 if save:
                     metrics.publish(wait=True)  # not behind the checkpoint: its steps are not done again
                     folder.settle()
-                    checkpoints.save(done, inference_params(state), state, assets, last)
+                    checkpoints.save(done, inference_params(state), state, assets, validated)
                     exports.start(done)
                 last |= exports.log()
                 if stop:
