@@ -211,6 +211,9 @@ class FusedModel(nn.Module):
     def __init__(self, weights: Weights, config: ModelConfig, attend: Attend, rtc: RTC | None = None):
         super().__init__()
         self.weights, self.config, self.attend, self.rtc = weights, config, attend, rtc
+        num_steps = len(weights["steps"]["bias"][0]) if "steps" in weights else 1
+        times, scales = numerics.euler_times(num_steps), (rtc or RTC()).scales(num_steps)
+        self.schedule = list(zip(times.tolist(), scales.tolist(), strict=True))  # numbers, which torch.compile can read
 
     def sample_actions(self, inputs: Inputs) -> Float[Tensor, "B T A"]:
         """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
@@ -269,22 +272,21 @@ class FusedModel(nn.Module):
         rope, bias = rotation(positions, self.config.paligemma.head_dim, dtype), mask_bias(mask, self.config)
         weights = self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
-        num_steps, previous = len(weights["steps"]["bias"][0]), inputs.get("previous")
+        previous = inputs.get("previous")
         given = given_actions(self.rtc, previous)
 
         def step(i: int, x_t: Tensor, time: float, scale: float) -> Tensor:
             def velocity(x_t: Tensor) -> Tensor:
-                return self.denoise(cache, state, x_t, rope, bias, i, given)
+                return self.denoise(cache, state, x_t, rope, bias, step=i, given=given)
 
-            x_t = x_t + float(np.float32(-1 / num_steps)) * guided_velocity(
+            x_t = x_t + float(np.float32(-1 / len(self.schedule))) * guided_velocity(
                 velocity, x_t, time, scale, self.rtc, previous
             )
             return clamp(x_t, given, previous)
 
         x_t = clamp(x_t, given, previous)
-        times, scales = numerics.euler_times(num_steps), (self.rtc or RTC()).scales(num_steps)
-        for i in range(num_steps):
-            x_t = step(i, x_t, float(times[i]), float(scales[i]))
+        for i, (time, scale) in enumerate(self.schedule):
+            x_t = step(i, x_t, time, scale)
         return x_t
 
     def embed_text(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:

@@ -63,8 +63,8 @@ class RTC:
         In the paper's time τ = 1 − t it is min(β, (1−τ)/τ · (τ² + (1−τ)²)/(1−τ)²); at t = 1 it is β.
         """
         t = euler_times(num_steps).astype(np.float64)
-        with np.errstate(divide="ignore"):
-            return np.minimum(self.max_guidance, (t**2 + (1 - t) ** 2) / (t * (1 - t))).astype(np.float32)
+        inverse = (t * (1 - t)) / (t**2 + (1 - t) ** 2)  # 0 at t = 1
+        return (1 / np.maximum(inverse, 1 / max(self.max_guidance, 1e-9))).astype(np.float32)
 
     def weights(self, horizon: int, delay: int, length: int) -> np.ndarray:
         """How much each action of a new chunk follows the previous one, float32 [T].

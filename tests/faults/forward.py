@@ -213,17 +213,17 @@ def flow_code(variant: str) -> Iterator[Mutation]:
         yield each("the state attends to actions", "suffix layer 0", (Flow, "suffix_blocks", one))
     causal = lambda s, h: torch.arange(len(blocks(s, h))) + 1  # noqa: E731
     yield each("actions are causal", "suffix layer 0", (Flow, "suffix_blocks", causal))
-    all_seen = lambda s, o, n, k, c, seen: integrate(s, o, n, k, c, torch.ones_like(seen))  # noqa: E731
+    all_seen = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c, torch.ones_like(seen))  # noqa: E731
     yield each("sampling attends to padding", "actions", (Flow, "integrate", all_seen))
-    stale = lambda s, o, n, k, c, seen: integrate(s, o, n, k, c[::-1], seen)  # noqa: E731
+    stale = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c[::-1], seen)  # noqa: E731
     yield each("cache of other layers", "actions", (Flow, "integrate", stale))
-    other = lambda s, o, n, k, c, seen: integrate(s, o, n, k, [(x.roll(1, 0), v) for x, v in c], seen)  # noqa: E731
+    other = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, [(x.roll(1, 0), v) for x, v in c], seen)  # noqa: E731
     yield each("cache of another row", "actions", (Flow, "integrate", other))
     rounded = lambda s, *a: ((r := prefix(s, *a))[0], [(k.float().double(), v) for k, v in r[1]])  # noqa: E731
     yield each("cache in float32", "actions", (Flow, "read_prefix", rounded))
-    fewer = lambda s, o, n, k, c, seen: integrate(s, o, n, k - 1, c, seen)  # noqa: E731
+    fewer = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k - 1, c, seen)  # noqa: E731
     yield each("one Euler step fewer", "actions", (Flow, "integrate", fewer))
-    negated = lambda s, o, n, k, c, seen: integrate(s, o, -n, k, c, seen)  # noqa: E731
+    negated = lambda s, o, n, k, c, seen, *more: integrate(s, o, -n, k, c, seen)  # noqa: E731
     yield each("noise negated", "actions", (Flow, "integrate", negated))
 
 

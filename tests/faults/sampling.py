@@ -92,10 +92,10 @@ def torch_integration(variant: str, each: Callable[..., Mutation]) -> Iterator[M
     adaptive = "pi05" in variant
     times, suffix = numerics.euler_times, torch_fused.suffix_weights
 
-    def last(s: Any, *args: Any, step: int) -> Any:
+    def last(s: Any, *args: Any, step: int, given: Any = None) -> Any:
         return denoise(s, *args, step=step) * (step < len(s.weights["steps"]["bias"][0]) - 1)
 
-    def stale(s: Any, cache: Any, *args: Any, step: int) -> Any:
+    def stale(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
         """Keys and values of the suffix as they were in the first step."""
         memory: dict[int, Any] = s.__dict__.setdefault("memory", {})
 
@@ -111,10 +111,10 @@ def torch_integration(variant: str, each: Callable[..., Mutation]) -> Iterator[M
         finally:
             Fused.project = project  # type: ignore[method-assign]
 
-    def fresh(s: Any, cache: Any, *args: Any, step: int) -> Any:
+    def fresh(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
         return denoise(s, [(k.clone(), v.clone()) for k, v in cache], *args, step=step)
 
-    def doubled(s: Any, cache: Any, *args: Any, step: int) -> Any:
+    def doubled(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
         """The suffix takes the places of the prefix's last tokens as well."""
         length = s.suffix_length({"noise": args[1]})
         for k, v in cache:
@@ -136,10 +136,10 @@ def torch_integration(variant: str, each: Callable[..., Mutation]) -> Iterator[M
     yield each("integration attends to padding", (Fused, "integrate", all_seen))
     rounded = lambda s, i, c, seen: integrate(s, i | {"noise": i["noise"].bfloat16().double()}, c, seen)  # noqa: E731
     yield each("noise in bfloat16", (Fused, "integrate", rounded))
-    yield each("velocity a millionth larger", (Fused, "denoise", lambda s, *a, step: (
+    yield each("velocity a millionth larger", (Fused, "denoise", lambda s, *a, step, given=None: (
         denoise(s, *a, step=step) * 1.000001)))  # fmt: skip
     first_norm = (torch_sampler, "at", lambda norm, step: at(norm, 0))
-    first_bias = (Fused, "denoise", lambda s, *a, step: denoise(s, *a, step=0))
+    first_bias = (Fused, "denoise", lambda s, *a, step, given=None: denoise(s, *a, step=0))
     if adaptive:
         yield each("the first step's norms in all", first_norm)
     else:
@@ -301,6 +301,6 @@ def recipe(variant: str) -> Iterator[Mutation]:
         groups_of(s, replace(o, token_group=None)))))  # fmt: skip
     ends = lambda t, eos: written(t, eos) & (t != eos)  # noqa: E731
     yield each("actions do not attend to the subtask's end", "actions", (torch_pi05, "written", ends))
-    nothing = lambda s, o, n, k, c, seen: integrate(s, o, n, k, c, seen & (  # noqa: E731
+    nothing = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c, seen & (  # noqa: E731
         torch.arange(seen.shape[1]) < seen.shape[1] - STEPS))  # fmt: skip
     yield each("sampled actions do not attend to the subtask", "actions", (Pi05, "integrate", nothing))

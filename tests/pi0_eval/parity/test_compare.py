@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -118,7 +119,8 @@ def test_bfloat16_rounds_at_the_same_places(pair):
     with exact_matmuls():
         a, b = (run(checkpoint, config, inputs, 1, False) for run in RUN.values())
     for stage in ("vision layer 0", "prefix layer 0", "suffix layer 0"):
-        assert np.mean(a.stages[stage] != b.stages[stage]) < 0.05, stage
+        rounded = (run.stages[stage].astype(ml_dtypes.bfloat16) for run in (a, b))  # the suffix is float32
+        assert np.mean(np.not_equal(*rounded)) < 0.05, stage
 
 
 @pytest.fixture(scope="module")
