@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import importlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from convert.checkpoints import find_checkpoint
 from pi0.plugins import resolve
+from pi0.storage import digest, list_files
 from pi0_eval.parity.sides import Side, SideError
 
 
@@ -18,6 +21,17 @@ def noise_seed(seed: int, task: str, episode: int, chunk: int) -> int:
     """The seed of the noise of a chunk: that of `episode` of a task, whatever else is run."""
     sequence = np.random.SeedSequence([seed, zlib.crc32(task.encode()), episode, chunk])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def checksum(checkpoint: str) -> str:
+    """A checksum of a checkpoint's files but for the state of its training, by which a run knows that it changed."""
+    found = hashlib.sha256()
+    for place in dict.fromkeys(find_checkpoint(checkpoint)):
+        files = {n: f.path for n, f in list_files(place).items()} if place.is_dir() else {place.name: place}
+        for name, file in files.items():
+            if not name.startswith("train_state"):
+                found.update(f"{name} {digest(file, 'sha256')}\n".encode())
+    return found.hexdigest()[:16]
 
 
 class Actor(Protocol):
@@ -60,7 +74,7 @@ class LocalActor:
         elif side.device:
             raise SideError(f"side {side}: set JAX_PLATFORMS for the device of JAX")
         self.policy = importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
-        self._checkpoint, self._batch = checkpoint, batch_size
+        self._checkpoint, self._batch, self._checksum = checkpoint, batch_size, checksum(checkpoint)
         self.horizon: int | None = self.policy.config.action_horizon
         robot = self.policy.pipeline.robot
         found = tuple(name for name in robot.cameras if name not in robot.optional_cameras)
@@ -80,7 +94,9 @@ class LocalActor:
 
     def describe(self) -> dict[str, Any]:
         config = self.policy.config
-        return {"checkpoint": self._checkpoint, "side": str(self._side), "dtype": config.runtime.dtype}
+        side = {"side": str(self._side), "dtype": self._side.dtype or config.runtime.dtype}
+        steps = self.policy.num_steps or config.runtime.num_steps
+        return {"checkpoint": self._checkpoint, "checksum": self._checksum, "num_steps": steps} | side
 
     def close(self) -> None:
         return None

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pi0_eval.outcomes import (
     read_episodes,
 )
 
+Recorder = Callable[[Mapping[str, Any], int, Reply], None]
 SETTINGS = "rollout.json"
 VIDEO = "videos/{index:06d}.mp4"
 
@@ -105,15 +106,26 @@ class Rollout:
     """Runs the episodes of a plan that its folder does not have yet; see `run`.
 
     Episode i is row i modulo the batch size, of every batch that it is in, so that neither the number of workers nor
-    what else is in progress changes a bit of it.
+    what else is in progress changes a bit of it. Those of `videos` are drawn; a `recorder` gets every episode's
+    reference and number, and a reply with how it ended and the frames of all its steps.
     """
 
-    def __init__(self, plan: Plan, actor: Actor, pool: Pool, folder: Path, *, videos: Sequence[int] = ()):
+    def __init__(
+        self,
+        plan: Plan,
+        actor: Actor,
+        pool: Pool,
+        folder: Path,
+        *,
+        videos: Sequence[int] = (),
+        recorder: Recorder | None = None,
+    ):
         if actor.horizon is not None and plan.replan + plan.latency > actor.horizon:
             raise ValueError(
                 f"replan {plan.replan} and latency {plan.latency} are more than the {actor.horizon} actions of a chunk"
             )
         self.plan, self.actor, self.pool, self.folder, self.videos = plan, actor, pool, folder, set(videos)
+        self.recorder = recorder
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.steps = 0
         self._errors: list[str] = []
@@ -180,7 +192,7 @@ class Rollout:
             self.actor.cameras,
             plan.limits.get(task),
             plan.idle,
-            episode.index in self.videos,
+            episode.index in self.videos or self.recorder is not None,
         )
 
     def _take(self, episode: _Running, reply: Reply) -> None:
@@ -241,10 +253,13 @@ class Rollout:
             row = dataclasses.replace(
                 row, instruction=episode.instruction, initial=trajectory.initial(), digest=trajectory.digest()
             )
-            if episode.frames:
+            if episode.index in self.videos:
                 from pi0_eval.videos import write_video  # PyAV is an extra
 
                 write_video(self.folder / VIDEO.format(index=episode.index), episode.frames, trajectory, episode.fps)
+        if self.recorder is not None:
+            whole = dataclasses.replace(reply, frames=episode.frames, fps=episode.fps)
+            self.recorder(episode.reference, episode.number, whole)
         append_episode(self.folder / EPISODES, row)
         if not reply.error:
             self._ended[row.index] = outcome

@@ -1,8 +1,10 @@
-"""Demonstrations of scripted experts as LeRobot datasets: `collect`, `pi0-collect`."""
+"""Demonstrations of scripted experts, and episodes of policies, as LeRobot datasets: `pi0-collect`."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,38 +16,69 @@ from pi0.datasets.writer import CODECS, DatasetWriter
 from pi0.plugins import require_extra
 from pi0.reading import read_json
 from pi0.storage import write_text
+from pi0_eval.actors import Actor, LocalActor
+from pi0_eval.closed_loop import Plan, Rollout
 from pi0_eval.environments.registry import find_environment, task_name
 from pi0_eval.environments.workers import Begin, Demonstrate, Pool, Reply
+from pi0_eval.parity.sides import Side
 
 ATTEMPTS = "meta/attempts.json"  # in the dataset: what was tried, by seed and episode, and what became of it
+BATCH = 4  # episodes in progress of a policy
 MOST_FAILED = 0.8  # of a task's attempts, after which it is given up
 
 
-class Attempts:
-    """What was tried for a dataset, in order; written before each episode is, so that a resumed run repeats nothing."""
+class Demonstrations:
+    """A dataset that is being collected: its writer, and `attempts`, what was tried in order.
 
-    def __init__(self, file: Path, settings: Mapping[str, Any], episodes: int):
-        self.file, self.settings, self.rows = file, dict(settings), list[dict[str, Any]]()
-        if file.exists():
-            found = read_json(file)
-            if changed := sorted(k for k, v in self.settings.items() if found["settings"].get(k) != v):
-                raise ValueError(
-                    f"{file}: the dataset was begun with other settings: "
-                    + ", ".join(f"{k} {found['settings'].get(k)!r}, not {self.settings[k]!r}" for k in changed)
-                )
-            # An episode whose files were not all in place when the run ended is done again, and what came after it.
-            rows = found["attempts"]
-            kept = [row["dataset_episode"] is None or row["dataset_episode"] < episodes for row in rows]
-            self.rows = rows[: kept.index(False)] if False in kept else rows
+    An attempt is entered before its episode is written, so that a run which goes on repeats nothing and leaves nothing
+    out. Raises FileExistsError for a folder that has something else, and ValueError for one that was begun with other
+    settings.
+    """
 
-    def add(self, **row: Any) -> None:
-        """Enter an attempt."""
-        self.rows.append(row)
-        write_text(self.file, json.dumps({"settings": self.settings, "attempts": self.rows}, indent=1) + "\n")
+    def __init__(self, out: Path, settings: Mapping[str, Any], codec: str):
+        self.out, self.codec = out, codec
+        self.settings = json.loads(json.dumps({**settings, "codec": codec}))
+        self.attempts: list[dict[str, Any]] = []
+        self._writer: DatasetWriter | None = None
+        if out.exists() and any(out.iterdir()):
+            self._resume()
+
+    def _resume(self) -> None:
+        if not (self.out / ATTEMPTS).exists():
+            raise FileExistsError(f"{self.out} exists already and was not begun by pi0-collect; choose another folder")
+        found, info = read_json(self.out / ATTEMPTS), read_json(self.out / "meta" / "info.json")
+        if changed := sorted(key for key in self.settings if found["settings"].get(key) != self.settings[key]):
+            said = ", ".join(f"{key} {found['settings'].get(key)!r}, not {self.settings[key]!r}" for key in changed)
+            raise ValueError(f"{self.out} was begun with other settings: {said}")
+        own = {name: f for name, f in info["features"].items() if name.startswith(("observation.", "action"))}
+        options = {"fps": info["fps"], "features": own, "robot_type": info["robot_type"], "codec": self.codec}
+        self._writer = DatasetWriter(self.out, **options, resume=True)
+        # An episode whose files were not all in place when the run ended is done again, and what came after it.
+        rows, episodes = found["attempts"], self._writer.episodes
+        kept = [row["dataset_episode"] is None or row["dataset_episode"] < episodes for row in rows]
+        self.attempts = rows[: kept.index(False)] if False in kept else rows
 
     def of(self, task: str) -> list[dict[str, Any]]:
         """The attempts of a task."""
-        return [row for row in self.rows if row["task"] == task]
+        return [row for row in self.attempts if row["task"] == task]
+
+    def add(self, reference: Mapping[str, Any], episode: int, reply: Reply, keep: bool) -> None:
+        """Enter an attempt, and write its frames where they are kept."""
+        if self._writer is None:
+            self._writer = DatasetWriter(self.out, **_format(reference, reply), codec=self.codec)
+        row = {"task": task_name(reference), "episode": episode, "success": reply.success, "steps": len(reply.frames)}
+        self.attempts.append(row | {"dataset_episode": self._writer.episodes if keep else None})
+        content = {"settings": self.settings, "attempts": self.attempts}
+        write_text(self.out / ATTEMPTS, json.dumps(content, indent=1) + "\n")
+        if keep:
+            _save(self._writer, reply)
+
+    def report(self, task: str) -> None:
+        """Print what there is of a task."""
+        rows = self.of(task)
+        kept = [row for row in rows if row["dataset_episode"] is not None]
+        frames, won = sum(row["steps"] for row in kept), sum(row["success"] for row in rows)
+        print(f"{task}: {won} of {len(rows)} succeeded, {len(kept)} episodes kept, {frames} frames", flush=True)
 
 
 def collect(
@@ -61,60 +94,56 @@ def collect(
     after: int = 5,
     limit: int | None = None,
     codec: str = "h264",
-) -> dict[str, dict[str, Any]]:
-    """Record `episodes` successful demonstrations of each task; returns attempts, kept episodes and frames by task.
+) -> list[dict[str, Any]]:
+    """Record `episodes` successful demonstrations of the scripted expert of each task; returns all attempts.
 
-    Failed ones are left out, and listed with their seeds in `meta/attempts.json`. Episodes are in the order of their
-    seeds, whatever the number of workers; the same call goes on where it was cut off. Raises EnvironmentFailed-like
-    ValueError for an expert that fails too often, and RuntimeError for an error of a simulator.
+    Failed ones are left out, and listed in `meta/attempts.json`. Episodes are in the order of their numbers, whatever
+    the number of workers; the same call goes on where it was cut off. Raises ValueError for an expert that fails too
+    often, RuntimeError for an error of a simulator, and what Demonstrations raises.
     """
     settings = {"tasks": [dict(r) for r in references], "seed": seed, "noise": noise, "after": after, "limit": limit}
-    settings |= {"cameras": None if cameras is None else list(cameras), "codec": codec}
-    writer: DatasetWriter | None = None
-    attempts: Attempts | None = None
-    kept: dict[str, int] = {}
-    if (out / "meta" / "info.json").exists():
-        info = read_json(out / "meta" / "info.json")
-        own = {name: f for name, f in info["features"].items() if name.startswith(("observation.", "action"))}
-        writer = DatasetWriter(
-            out, fps=info["fps"], features=own, robot_type=info["robot_type"], codec=codec, resume=True
-        )
-        attempts = Attempts(out / ATTEMPTS, settings, writer.episodes)
+    found = Demonstrations(out, settings | {"cameras": cameras, "expert": "scripted"}, codec)
+    names = None if cameras is None else tuple(cameras)
     for reference in references:
         task = task_name(reference)
-        rows = attempts.of(task) if attempts else []
-        kept[task], number = sum(row["success"] for row in rows), len(rows)
-        while kept[task] < episodes:
-            commands = {}
-            for slot in range(workers):
-                begin = Begin(reference, seed, number + slot, None if cameras is None else tuple(cameras), limit)
-                commands[slot] = Demonstrate(begin, noise, after)
-            for slot, reply in sorted(pool.run(commands).items()):
+        kept, number = sum(row["success"] for row in found.of(task)), len(found.of(task))
+        while kept < episodes:
+            begins = {slot: Begin(reference, seed, number + slot, names, limit) for slot in range(workers)}
+            replies = pool.run({slot: Demonstrate(begin, noise, after) for slot, begin in begins.items()})
+            for slot, reply in sorted(replies.items()):
                 if reply.error:
                     raise RuntimeError(f"{task}, seed {seed}, episode {number + slot}: {reply.error}")
-                if writer is None:
-                    writer = DatasetWriter(out, **_format(reference, reply), codec=codec)
-                    attempts = Attempts(out / ATTEMPTS, settings, 0)
-                assert attempts is not None
-                where = writer.episodes if reply.success else None
-                attempts.add(
-                    task=task, episode=number + slot, success=reply.success, steps=reply.steps, dataset_episode=where
-                )
-                if reply.success:
-                    kept[task] += 1
-                    _save(writer, reply)
-                if kept[task] == episodes:
-                    break
+                if kept < episodes:
+                    found.add(reference, number + slot, reply, reply.success)
+                    kept += reply.success
             number += workers
-            tried = len(attempts.of(task)) if attempts else 0
-            if tried >= 20 and tried - kept[task] > MOST_FAILED * tried:
-                raise ValueError(f"{task}: the expert failed in {tried - kept[task]} of {tried} attempts")
-        rows = attempts.of(task) if attempts else []
-        frames = sum(row["steps"] for row in rows if row["success"])
-        print(f"{task}: {kept[task]} of {len(rows)} episodes kept, {frames} frames", flush=True)
-    if writer is not None:
-        writer.close()
-    return {t: {"attempts": len(attempts.of(t)) if attempts else 0, "kept": n} for t, n in kept.items()}
+            failed = len(found.of(task)) - kept
+            if failed >= 15 and failed > MOST_FAILED * len(found.of(task)):
+                raise ValueError(f"{task}: the expert failed in {failed} of {len(found.of(task))} attempts")
+        found.report(task)
+    return found.attempts
+
+
+def collect_policy(out: Path, pool: Pool, plan: Plan, actor: Actor, codec: str = "h264") -> list[dict[str, Any]]:
+    """Record what a policy does in the episodes of a plan, failures too, to be corrected; returns all attempts.
+
+    Which episodes succeeded is in `meta/attempts.json`. Raises FileExistsError for a folder that has something: it does
+    not go on with one. Raises RuntimeError for an error of a simulator.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists already; a policy's episodes are recorded to a new folder")
+    found = Demonstrations(out, {"plan": dataclasses.asdict(plan), "expert": actor.describe()}, codec)
+
+    def record(reference: Mapping[str, Any], episode: int, reply: Reply) -> None:
+        if reply.error:
+            raise RuntimeError(f"{task_name(reference)}, episode {episode}: {reply.error}")
+        found.add(reference, episode, reply, keep=True)
+
+    with tempfile.TemporaryDirectory(prefix="pi0-") as folder:
+        Rollout(plan, actor, pool, Path(folder) / "rollout", recorder=record).run()
+    for reference in plan.references:
+        found.report(task_name(reference))
+    return found.attempts
 
 
 def _format(reference: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
@@ -155,16 +184,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(
         "pi0-collect",
         "Record demonstrations of a scripted expert in simulation as a LeRobot v3.0 dataset. The same command goes on "
-        "where it was cut off.",
+        "where it was cut off. Or record what a policy does.",
         "examples:\n"
         "  pi0-collect data/reach --env metaworld/reach-v3 --expert scripted --episodes 50\n"
-        "  pi0-collect data/four --env metaworld/reach-v3 metaworld/drawer-open-v3 --noise 0.3 --workers 2",
+        "  pi0-collect data/two --env metaworld/reach-v3 metaworld/drawer-open-v3 --noise 0.3 --workers 2\n"
+        "  pi0-collect data/mistakes --env metaworld/reach-v3 --from-policy runs/metaworld_rollout",
     )
     parser.add_argument("out", type=local_output_path, metavar="OUT", help="the dataset's folder, new or begun")
     parser.add_argument(
         "--env", nargs="+", required=True, metavar="NAME", help='"metaworld/reach-v3", "module:Name", …'
     )
-    parser.add_argument("--expert", choices=("scripted",), default="scripted", help="who acts (default scripted)")
+    parser.add_argument("--expert", choices=("scripted",), help="who acts: the simulator's scripted expert (default)")
+    parser.add_argument("--from-policy", metavar="CHECKPOINT", help="or this policy: all episodes, failed ones too")
+    parser.add_argument("--side", default="torch", help="of the policy, as pi0-rollout has it (default torch)")
+    parser.add_argument("--replan", type=int, metavar="N", help="actions applied of the policy's chunks (default all)")
     parser.add_argument("--episodes", type=int, default=50, metavar="N", help="successful ones of a task (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of initial states and noise (default 0)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes with simulators (default 1)")
@@ -179,8 +212,21 @@ def main(arguments: list[str] | None = None) -> None:
     require_extra("data", "av", "pyarrow")
     if args.episodes < 1 or args.noise < 0 or args.after < 0:
         raise ValueError("episodes must be at least 1, noise and after at least 0")
+    if args.from_policy is None:
+        if args.replan is not None:
+            raise ValueError("--replan is for --from-policy")
+        names = ("episodes", "workers", "seed", "cameras", "noise", "after", "limit", "codec")
+        with Pool(args.workers) as pool:
+            collect(args.out, pool, pool.tasks(args.env), **{name: getattr(args, name) for name in names})
+        return
+    unused = ("expert", "cameras", "noise")
+    if wrong := [name for name in unused if getattr(args, name) != parser.get_default(name)]:
+        raise ValueError(f"--{wrong[0]} is for a scripted expert, not for --from-policy")
+    actor = LocalActor(args.from_policy, Side.parse(args.side), BATCH)
     with Pool(args.workers) as pool:
-        options = {
-            k: getattr(args, k) for k in ("episodes", "workers", "seed", "cameras", "noise", "after", "limit", "codec")
-        }
-        collect(args.out, pool, pool.tasks(args.env), **options)
+        references = tuple(pool.tasks(args.env))
+        limits = {task_name(reference): args.limit for reference in references}
+        replan = args.replan or actor.horizon
+        assert replan is not None
+        plan = Plan(references, args.episodes, args.seed, replan, batch_size=BATCH, limits=limits)
+        collect_policy(args.out, pool, plan, actor, args.codec)

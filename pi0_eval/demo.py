@@ -21,7 +21,7 @@ from pi0.plots import plot_actions, plot_loss
 from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
 from pi0.run_config import RunConfig
-from pi0.storage import write_text
+from pi0.storage import delete, write_text
 from pi0_eval.parity.compare import compare
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs
@@ -30,16 +30,23 @@ from pi0_jax.training.preemption import Preempted
 
 DRAWS = 8  # of noise: the error of a single one can be 1.5 times the mean
 FAST_VOCABULARY = 640  # the model's 1280 less the bundled tokenizer's 512 pieces and the 128 skipped tokens
+TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "button-press-topdown-v3")  # of the recordings, in Meta-World
 LOSS_RATIO, ERROR_RATIO = 1 / 3, 0.6  # targets: final to first loss, error to that of the mean action
 
 
 def demo(
-    workdir: Path, steps: int | None = None, variant: str = "demo", *, overwrite: bool = False
+    workdir: Path,
+    steps: int | None = None,
+    variant: str = "demo",
+    *,
+    overwrite: bool = False,
+    rollout: bool = False,
 ) -> dict[str, float]:
     """Run the demo in an empty `workdir` and return its figures. For π0-FAST it first fits an action tokenizer.
 
     `variant` is a model of `pi0.variants` that fits the bundled recordings. Writes checkpoints, `export/`,
-    `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`. Raises RuntimeError where the frameworks differ.
+    `metrics.jsonl`, `parity.json`, `loss.png` and `actions.png`; with `rollout`, which needs Meta-World, `rollout/`.
+    Raises RuntimeError where the frameworks differ.
     """
     import pi0_jax
     import pi0_torch
@@ -85,8 +92,23 @@ def demo(
     figures = evaluate(policies, held_out, workdir / "actions.png")
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     figures |= {"first_loss": first, "last_loss": metrics["loss"], "seconds": time.perf_counter() - start}
+    if rollout:
+        print_heading("5. Let it act in simulation, in both frameworks, on the same seeds")
+        figures |= roll_out(export, workdir / "rollout")
     summarize(figures, workdir)
     return figures
+
+
+def roll_out(export: Path, folder: Path) -> dict[str, float]:
+    """Compare both frameworks in a few episodes of the recorded tasks, rendered as they were; returns successes."""
+    from pi0_eval.rollout import main as rollout
+
+    delete(folder)
+    tasks = [json.dumps({"name": f"metaworld/{task}", "full": True}) for task in TASKS]
+    options = ["--episodes", "2", "--limit", "150", "--first", "100", "--side", "jax", "torch", "--out", str(folder)]
+    rollout(["--compare", str(export), str(export), "--env", *tasks, *options])
+    comparison = json.loads((folder / "comparison.json").read_text())
+    return {"rollouts": comparison["pairs"], "successes": comparison["success_b"]}
 
 
 def fit_fast(config: RunConfig, folder: Path) -> RunConfig:
@@ -174,6 +196,9 @@ def summarize(figures: dict[str, float], workdir: Path) -> None:
     tokens = ""
     if "tokens" in figures:
         tokens = f"tokens          {figures['tokens']} in {figures['chunks']} chunks, the same in both frameworks\n"
+    acted = ""
+    if "rollouts" in figures:
+        acted = f"rollouts        {figures['successes']} of {figures['rollouts']} episodes succeeded in simulation\n"
     print_heading("Done")
     print(
         f"loss            {figures['first_loss']:.3f} -> {figures['last_loss']:.3f}, "
@@ -181,14 +206,15 @@ def summarize(figures: dict[str, float], workdir: Path) -> None:
         f"action error    {figures['torch_error']:.3f}, predicting the mean action {figures['mean_error']:.3f}: "
         f"{error:.0%} of it (should be under {ERROR_RATIO:.0%})\n"
         f"JAX - PyTorch   {figures['framework_difference']:.1e} relative difference of the predicted actions\n{tokens}"
-        f"time            {figures['seconds']:.0f} s\n\n"
+        f"{acted}time            {figures['seconds']:.0f} s\n\n"
         f"{workdir}/\n"
         f"  loss.png, actions.png      plots of the loss, and of predicted and recorded actions\n"
         f"  checkpoints/, export/      the trained model in JAX, and in PyTorch\n"
         f"  metrics.jsonl, tensorboard/, parity.json\n\n"
         f"next:\n"
         f"  pi0-parity {workdir}/export {workdir}/export --framework-b jax --dtype bfloat16\n"
-        f"  pi0-train --config metaworld_demo:demo_pi05 --workdir runs/pi05"
+        f"  pi0-train --config metaworld_demo:demo_pi05 --workdir runs/pi05\n"
+        f"  docs/rollout.md: collect demonstrations in simulation, train on them, and measure success rates"
     )
 
 
@@ -205,6 +231,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--variant", choices=("demo", "demo_pi05", "demo_pi0_fast"), default="demo", help="the model")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
+    parser.add_argument(
+        "--rollout",
+        action="store_true",
+        help="let it act in simulation too, closed loop (needs the extra sim-metaworld)",
+    )
     parser.add_argument("--keep", action="store_true", help="resume from the checkpoints in the folder")
     args = parser.parse_args(arguments)
     require_extra("jax", "jax", "flax", "grain", "optax", "orbax")  # before the last run is deleted
@@ -212,4 +243,6 @@ def main(arguments: list[str] | None = None) -> None:
     ours = not args.workdir.exists() or (args.workdir / "metrics.jsonl").exists() or not any(args.workdir.iterdir())
     if not (ours or args.keep):
         raise ValueError(f"{args.workdir} is not a run's folder; choose another --workdir")
-    demo(args.workdir, args.steps, args.variant, overwrite=not args.keep)
+    if args.rollout:
+        require_extra("sim-metaworld", "metaworld", "mujoco")
+    demo(args.workdir, args.steps, args.variant, overwrite=not args.keep, rollout=args.rollout)

@@ -18,6 +18,7 @@ from pi0_eval.environments.protocols import PROTOCOLS
 from pi0_eval.environments.registry import find_environment, task_name
 from pi0_eval.environments.workers import Pool
 from pi0_eval.outcomes import EPISODES, compare_outcomes, comparison_table, read_episodes, summarize, table
+from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.sides import Side
 from pi0_eval.rollout_html import to_html
 
@@ -116,7 +117,8 @@ def run_comparison(args: argparse.Namespace) -> int:
             raise ValueError("--compare of checkpoints writes two rollouts: give --out")
         folders.append(args.out / name)
         print(f"{name.upper()}: {source}, {side}", flush=True)
-        rows = run_side(args, source, side, folders[-1])
+        with exact_matmuls():
+            rows = run_side(args, source, side, folders[-1])
         errors += sum(row["errors"] for row in rows if row["task"] != "all")
     figures = compare_outcomes(folders[0], folders[1])
     print(f"\n{comparison_table(figures)}")

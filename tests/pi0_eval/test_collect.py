@@ -9,7 +9,8 @@ import pytest
 import pi0_eval.collect
 from pi0.datasets.registry import open_dataset
 from pi0.robots.registry import make_robot
-from pi0_eval.collect import ATTEMPTS, main
+from pi0_eval.closed_loop import Plan
+from pi0_eval.collect import ATTEMPTS, collect_policy, main
 from pi0_eval.environments.workers import Pool
 
 TOY = "tests.pi0_eval.toy_environment:Reach"
@@ -55,7 +56,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 def test_what_is_recorded(tmp_path: Path, capsys):
     collect(tmp_path / "a", "--after", "2")
-    assert capsys.readouterr().out.count("3 of 3 episodes kept") == 2
+    assert capsys.readouterr().out.count("3 of 3 succeeded, 3 episodes kept") == 2
     dataset = open_dataset(tmp_path / "a", make_robot("metaworld"))
     assert len(dataset.episodes) == 6 and dataset.task(0) == "reach to the left"
     rows = recorded(tmp_path / "a")
@@ -105,9 +106,9 @@ def test_noise_is_applied_and_not_recorded(tmp_path: Path):
 def test_failed_attempts_are_left_out_and_listed(tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         collect(tmp_path / "a", "--limit", "1", env=f"{TOY}/left")
-    assert "the expert failed in 19 of 20 attempts" in capsys.readouterr().err
+    assert "the expert failed in 15 of 15 attempts" in capsys.readouterr().err
     attempts = json.loads((tmp_path / "a" / ATTEMPTS).read_text())["attempts"]
-    assert [row["dataset_episode"] for row in attempts if row["success"]] == [0] and len(attempts) == 20
+    assert [row["success"] for row in attempts] == [False] * 15
 
 
 def test_an_error_of_the_simulator(tmp_path: Path, capsys):
@@ -125,3 +126,33 @@ def test_other_settings_do_not_go_on(tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         collect(tmp_path / "a", "--noise", "-1")
     assert "noise" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").touch()
+    with pytest.raises(SystemExit):
+        collect(tmp_path / "b")
+    assert "was not begun by pi0-collect" in capsys.readouterr().err
+
+
+def test_what_a_policy_does(tmp_path: Path):
+    """All episodes, failed ones too, with the actions that were applied."""
+
+    class Half:
+        cameras, horizon = ("corner", "wrist"), 2
+
+        def act(self, observations, seeds):
+            return {row: np.full((2, 4), 0.5, np.float32) for row in observations}
+
+        def describe(self):
+            return {"checkpoint": "half"}
+
+    plan = Plan(({"name": TOY, "task": "left"},), 3, 0, 2, batch_size=2, limits={f"{TOY}/left": 5})
+    with pi0_eval.collect.Pool(1) as pool:
+        attempts = collect_policy(tmp_path / "a", pool, plan, Half(), "lossless")
+        with pytest.raises(FileExistsError):
+            collect_policy(tmp_path / "a", pool, plan, Half())
+    assert [row["success"] for row in attempts] == [False] * 3 and {row["steps"] for row in attempts} == {5}
+    rows = recorded(tmp_path / "a")
+    assert len(rows) == 15
+    states = np.stack([row["observation.state"] for row in rows[:5]])
+    np.testing.assert_allclose(np.diff(states[:, :3], axis=0), 0.05, atol=1e-6)  # float32
+    assert all(np.all(row["action"] == 0.5) for row in rows)
