@@ -14,8 +14,8 @@ import numpy as np
 from pi0.command import exit_on_error, local_output_path, make_parser
 from pi0.datasets.writer import CODECS, DatasetWriter
 from pi0.plugins import require_extra
-from pi0.reading import read_json
-from pi0.storage import write_text
+from pi0.reading import read_json, read_npz
+from pi0.storage import digest, write_text
 from pi0_eval.actors import Actor, LocalActor
 from pi0_eval.closed_loop import Plan, Rollout
 from pi0_eval.environments.registry import find_environment, task_name
@@ -94,22 +94,33 @@ def collect(
     after: int = 5,
     limit: int | None = None,
     codec: str = "h264",
+    actions: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
     """Record `episodes` successful demonstrations of the scripted expert of each task; returns all attempts.
+
+    Or replay `actions`, files with an array of this name, [N, A], one of each episode of one task, from episode 0 on.
 
     Failed ones are left out, and listed in `meta/attempts.json`. Episodes are in the order of their numbers, whatever
     the number of workers; the same call goes on where it was cut off. Raises ValueError for an expert that fails too
     often, RuntimeError for an error of a simulator, and what Demonstrations raises.
     """
     settings = {"tasks": [dict(r) for r in references], "seed": seed, "noise": noise, "after": after, "limit": limit}
-    found = Demonstrations(out, settings | {"cameras": cameras, "expert": "scripted"}, codec)
+    replayed = [_actions(file) for file in actions]
+    if replayed and len(references) != 1:
+        raise ValueError(f"actions are those of one task; these are {len(references)}")
+    expert = [digest(file, "sha256")[:16] for file in actions] or "scripted"
+    found = Demonstrations(out, settings | {"cameras": cameras, "expert": expert}, codec)
     names = None if cameras is None else tuple(cameras)
     for reference in references:
         task = task_name(reference)
         kept, number = sum(row["success"] for row in found.of(task)), len(found.of(task))
-        while kept < episodes:
-            begins = {slot: Begin(reference, seed, number + slot, names, limit) for slot in range(workers)}
-            replies = pool.run({slot: Demonstrate(begin, noise, after) for slot, begin in begins.items()})
+        while kept < episodes and not (replayed and number >= len(replayed)):
+            slots = range(min(workers, len(replayed) - number) if replayed else workers)
+            commands = {}
+            for slot in slots:
+                begin = Begin(reference, seed, number + slot, names, limit)
+                commands[slot] = Demonstrate(begin, noise, after, replayed[number + slot] if replayed else None)
+            replies = pool.run(commands)
             for slot, reply in sorted(replies.items()):
                 if reply.error:
                     raise RuntimeError(f"{task}, seed {seed}, episode {number + slot}: {reply.error}")
@@ -118,10 +129,18 @@ def collect(
                     kept += reply.success
             number += workers
             failed = len(found.of(task)) - kept
-            if failed >= 15 and failed > MOST_FAILED * len(found.of(task)):
+            if not replayed and failed >= 15 and failed > MOST_FAILED * len(found.of(task)):
                 raise ValueError(f"{task}: the expert failed in {failed} of {len(found.of(task))} attempts")
         found.report(task)
     return found.attempts
+
+
+def _actions(file: Path) -> np.ndarray:
+    """The actions [N, A] of a file, as `pi0-rollout` writes them to trajectories/. Raises ValueError."""
+    actions = read_npz(file).get("actions")
+    if actions is None or actions.ndim != 2 or actions.dtype.kind != "f" or not np.isfinite(actions).all():
+        raise ValueError(f"{file} has no `actions`, finite numbers [N, A]")
+    return actions.astype(np.float32)
 
 
 def collect_policy(out: Path, pool: Pool, plan: Plan, actor: Actor, codec: str = "h264") -> list[dict[str, Any]]:
@@ -195,6 +214,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--env", nargs="+", required=True, metavar="NAME", help='"metaworld/reach-v3", "module:Name", …'
     )
     parser.add_argument("--expert", choices=("scripted",), help="who acts: the simulator's scripted expert (default)")
+    parser.add_argument(
+        "--actions", nargs="+", type=Path, metavar="FILE", help="or recorded actions: .npz files of episodes 0, 1, …"
+    )
     parser.add_argument("--from-policy", metavar="CHECKPOINT", help="or this policy: all episodes, failed ones too")
     parser.add_argument("--side", default="torch", help="of the policy, as pi0-rollout has it (default torch)")
     parser.add_argument("--replan", type=int, metavar="N", help="actions applied of the policy's chunks (default all)")
@@ -212,12 +234,17 @@ def main(arguments: list[str] | None = None) -> None:
     require_extra("data", "av", "pyarrow")
     if args.episodes < 1 or args.noise < 0 or args.after < 0:
         raise ValueError("episodes must be at least 1, noise and after at least 0")
+    if args.actions and (args.expert or args.noise or args.from_policy):
+        raise ValueError("--actions are replayed as they are: leave out --expert, --noise and --from-policy")
     if args.from_policy is None:
         if args.replan is not None:
             raise ValueError("--replan is for --from-policy")
         names = ("episodes", "workers", "seed", "cameras", "noise", "after", "limit", "codec")
+        options = {name: getattr(args, name) for name in names} | {"actions": args.actions or ()}
+        if args.actions:
+            options |= {"episodes": len(args.actions)}
         with Pool(args.workers) as pool:
-            collect(args.out, pool, pool.tasks(args.env), **{name: getattr(args, name) for name in names})
+            collect(args.out, pool, pool.tasks(args.env), **options)
         return
     unused = ("expert", "cameras", "noise")
     if wrong := [name for name in unused if getattr(args, name) != parser.get_default(name)]:

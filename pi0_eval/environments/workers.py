@@ -50,7 +50,7 @@ class Play:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrate:
-    """Let the scripted expert act in a new episode until `after` steps after its success.
+    """Let the scripted expert act in a new episode until `after` steps after its success, or replay `actions` [N, A].
 
     With `noise`, Gaussian noise of this standard deviation, relative to the range of [-1, 1], is added to what is
     applied, and what is recorded is the expert's own action in the state that came of it (DART, Laskey et al. 2017).
@@ -59,6 +59,7 @@ class Demonstrate:
     begin: Begin
     noise: float = 0.0
     after: int = 0
+    actions: np.ndarray | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,7 +158,9 @@ class _Slot:
     def _demonstrate(self, command: Demonstrate) -> Reply:
         self._begin(command.begin)
         assert self.environment is not None
-        expert: Expert = self.environment.expert()
+        expert: Expert = self.environment.expert() if command.actions is None else iter(command.actions).__next__
+        if command.actions is not None:
+            self._left = min(self._left, len(command.actions))
         rng = np.random.default_rng([command.begin.seed, command.begin.episode])
         reply, left = Reply(success=False), None
         while self._left > 0 and left != 0:

@@ -156,3 +156,25 @@ def test_what_a_policy_does(tmp_path: Path):
     states = np.stack([row["observation.state"] for row in rows[:5]])
     np.testing.assert_allclose(np.diff(states[:, :3], axis=0), 0.05, atol=1e-6)  # float32
     assert all(np.all(row["action"] == 0.5) for row in rows)
+
+
+def test_recorded_actions_are_replayed(tmp_path: Path, capsys):
+    """Those of an expert give its states again; those that do not succeed are left out."""
+    collect(tmp_path / "a", "--after", "0", env=f"{TOY}/left")
+    dataset = open_dataset(tmp_path / "a", make_robot("metaworld"))
+    rows, files = recorded(tmp_path / "a"), []
+    for i, (start, end) in enumerate(zip(dataset.starts[:-1], dataset.starts[1:], strict=True)):
+        actions = np.stack([np.reshape(row["action"], (-1, 4))[0] for row in rows[start:end]])
+        files.append(tmp_path / f"{i}.npz")
+        np.savez(files[-1], actions=actions if i != 1 else -actions)
+    out = str(tmp_path / "b")
+    main([out, "--env", f"{TOY}/left", "--actions", *map(str, files), "--after", "0", "--codec", "lossless"])
+    assert "2 of 3 succeeded, 2 episodes kept" in capsys.readouterr().out
+    again = recorded(tmp_path / "b")
+    expected = [*rows[: dataset.starts[1]], *rows[dataset.starts[2] :]]
+    for one, other in zip(again, expected, strict=True):
+        np.testing.assert_array_equal(one["observation.state"], other["observation.state"])
+    np.savez(tmp_path / "bad.npz", states=np.zeros((2, 4)))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "c"), "--env", f"{TOY}/left", "--actions", str(tmp_path / "bad.npz")])
+    assert "has no `actions`" in capsys.readouterr().err
