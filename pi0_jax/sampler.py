@@ -269,8 +269,8 @@ class FusedModel:
                 velocity = guided_velocity(lambda x: denoise(x)[0], x_t, time, scale, self.rtc, previous)
             return (clamp(x_t + np.float32(-1 / num_steps) * velocity, given, previous), cache), None
 
-        times, scales = numerics.euler_times(num_steps), (self.rtc or RTC()).scales(num_steps)
-        steps = (weights["steps"], jnp.asarray(times), jnp.asarray(scales))
+        times = numerics.euler_times(num_steps)
+        steps = (weights["steps"], jnp.asarray(times), jnp.asarray((self.rtc or RTC()).scales(times)))
         return jax.lax.scan(step, (clamp(x_t, given, previous), cache), steps)[0][0]
 
     def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:

@@ -212,7 +212,8 @@ class FusedModel(nn.Module):
         super().__init__()
         self.weights, self.config, self.attend, self.rtc = weights, config, attend, rtc
         num_steps = len(weights["steps"]["bias"][0]) if "steps" in weights else 1
-        times, scales = numerics.euler_times(num_steps), (rtc or RTC()).scales(num_steps)
+        times = numerics.euler_times(num_steps)
+        scales = (rtc or RTC()).scales(times)
         self.schedule = list(zip(times.tolist(), scales.tolist(), strict=True))  # numbers, which torch.compile can read
 
     def sample_actions(self, inputs: Inputs) -> Float[Tensor, "B T A"]:

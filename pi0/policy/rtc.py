@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pi0.config import ConfigError
-from pi0.numerics import euler_times
 
 METHODS = ("guided", "trained")
 JACOBIANS = ("exact", "identity")
@@ -57,12 +56,12 @@ class RTC:
         """RTC by the name of its method, with its defaults; an RTC or None as it is. Raises ValueError."""
         return cls(value) if isinstance(value, str) else value
 
-    def scales(self, num_steps: int) -> np.ndarray:
-        """The weight of the guidance in each Euler step, float32 [E]: min(β, (t² + (1−t)²) / (t·(1−t))).
+    def scales(self, times: np.ndarray) -> np.ndarray:
+        """The weight of the guidance at the `times` of Euler steps, float32 [E]: min(β, (t² + (1−t)²) / (t·(1−t))).
 
         In the paper's time τ = 1 − t it is min(β, (1−τ)/τ · (τ² + (1−τ)²)/(1−τ)²); at t = 1 it is β.
         """
-        t = euler_times(num_steps).astype(np.float64)
+        t = times.astype(np.float64)
         inverse = (t * (1 - t)) / (t**2 + (1 - t) ** 2)  # 0 at t = 1
         return (1 / np.maximum(inverse, 1 / max(self.max_guidance, 1e-9))).astype(np.float32)
 

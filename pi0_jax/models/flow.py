@@ -251,5 +251,5 @@ class FlowModel(VisionLanguageModel):
             return record("Euler step", clamp(x_t, given, previous)), None
 
         x_t = clamp(cast(noise, "action_projections", self.config.runtime.dtype), given, previous)
-        scales = (rtc or RTC()).scales(num_steps)
-        return jax.lax.scan(step, x_t, (jnp.asarray(numerics.euler_times(num_steps)), jnp.asarray(scales)))[0]
+        times = numerics.euler_times(num_steps)
+        return jax.lax.scan(step, x_t, (jnp.asarray(times), jnp.asarray((rtc or RTC()).scales(times))))[0]

@@ -253,6 +253,7 @@ class FlowModel(VisionLanguageModel):
             return record("Euler step", clamp(x_t, given, previous))
 
         x_t = clamp(cast(noise, "action_projections", self.config.runtime.dtype), given, previous)
-        for time, scale in zip(numerics.euler_times(num_steps), (rtc or RTC()).scales(num_steps), strict=True):
-            x_t = step(x_t, float(time), float(scale))
+        times = numerics.euler_times(num_steps)
+        for time, scale in zip(times.tolist(), (rtc or RTC()).scales(times).tolist(), strict=True):
+            x_t = step(x_t, time, scale)
         return x_t
