@@ -212,9 +212,7 @@ def test_weights_and_scales():
     expected = [1, (2 / 3) * np.expm1(2 / 3) / np.expm1(1), c * np.expm1(c) / np.expm1(1), 0, 0]
     np.testing.assert_allclose(RTC().weights(5, 1, 3), expected, rtol=1e-6)
     np.testing.assert_array_equal(RTC("trained").weights(5, 2, 4), [1, 1, 0, 0, 0])
-    np.testing.assert_allclose(
-        RTC().scales(euler_times(4)), [5, (9 + 1) / 3, 2, (9 + 1) / 3], rtol=1e-6
-    )
+    np.testing.assert_allclose(RTC().scales(euler_times(4)), [5, (9 + 1) / 3, 2, (9 + 1) / 3], rtol=1e-6)
     np.testing.assert_allclose(RTCTraining(3).probabilities(), [0.25] * 4)
     few = RTCTraining(2, "exponential").probabilities()
     np.testing.assert_allclose(few[1:] / few[:-1], np.exp([-1, -1]), rtol=1e-6)

@@ -55,7 +55,7 @@ def test_a_wrong_gradient_is_named():
     assert first.stage == "gradients, all" and "most in time_mlp_" in first.detail
 
 
-@pytest.mark.parametrize("number", [25, 61, 67])
+@pytest.mark.parametrize("number", [25, *(pytest.param(n, marks=pytest.mark.slow) for n in (61, 67))])
 def test_correct_pairs_pass(number: int):
     """Trained weights: plain models in float32, other layouts, and a sampler in bfloat16."""
     line = pairs.run(Pair.of(number))

@@ -114,7 +114,9 @@ def loss_of_model():
     return of
 
 
-@pytest.mark.parametrize("remat", REMATS[1:])
+@pytest.mark.parametrize(
+    "remat", [name if name in ("mlp", "full") else pytest.param(name, marks=pytest.mark.slow) for name in REMATS[1:]]
+)
 def test_rematerialization_changes_no_bit(remat: str, loss_of_model):
     """Loss and gradients are those without it, to the bit, where XLA does not fuse operations.
 
