@@ -58,6 +58,7 @@ class Pod:
         (host / "tmp").mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "XLA_FLAGS"))}
         environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(host), "TMPDIR": str(host / "tmp")}
+        environment["MPLCONFIGDIR"] = str(host / "tmp" / "matplotlib")  # its list of fonts is no file of ours
         environment |= {"PI0_CACHE": str(host / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         command = [sys.executable, "-c", "from pi0_jax.training.command import main; main()", *arguments]
         return subprocess.Popen(
