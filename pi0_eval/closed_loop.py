@@ -78,6 +78,13 @@ class Plan:
         if self.latency > self.replan:
             raise ValueError(f"latency is {self.latency} steps; a chunk is to come within the {self.replan} of replan")
 
+    def check_horizon(self, horizon: int) -> None:
+        """Raise ValueError for chunks that are too short."""
+        if self.replan + self.latency > horizon:
+            raise ValueError(
+                f"replan {self.replan} and latency {self.latency} are more than the {horizon} actions of a chunk"
+            )
+
     def all(self) -> list[tuple[int, Mapping[str, Any], int]]:
         """Every episode: index, reference, number within its task."""
         pairs = [(r, self.first + n) for r in self.references for n in range(self.episodes)]
@@ -120,10 +127,8 @@ class Rollout:
         videos: Sequence[int] = (),
         recorder: Recorder | None = None,
     ):
-        if actor.horizon is not None and plan.replan + plan.latency > actor.horizon:
-            raise ValueError(
-                f"replan {plan.replan} and latency {plan.latency} are more than the {actor.horizon} actions of a chunk"
-            )
+        if actor.horizon is not None:
+            plan.check_horizon(actor.horizon)
         self.plan, self.actor, self.pool, self.folder, self.videos = plan, actor, pool, folder, set(videos)
         self.recorder = recorder
         self.seconds: dict[str, float] = collections.defaultdict(float)
@@ -138,7 +143,7 @@ class Rollout:
         if file.exists():
             found = read_json(file)
             changed = [key for key in settings["plan"] if found["plan"].get(key) != settings["plan"][key]]
-            changed += [key for key in ("policy",) if found.get(key) != settings[key]]
+            changed += ["policy"] if found.get("policy") != settings["policy"] else []
             if changed:
                 raise ValueError(
                     f"{self.folder} is of another rollout: its {', '.join(changed)} differ; choose another folder"
@@ -221,10 +226,7 @@ class Rollout:
         check_chunks(chunks, list(running))
         for slot, episode in running.items():
             chunk = chunks[slot]
-            if plan.replan + plan.latency > len(chunk):
-                raise ValueError(
-                    f"replan {plan.replan} and latency {plan.latency} are more than the {len(chunk)} actions of a chunk"
-                )
+            plan.check_horizon(len(chunk))
             late = plan.latency if episode.chunks else 0  # the robot waits for the first
             before = episode.chunks[-1][plan.replan : plan.replan + late] if late else chunk[:0]
             episode.pending = np.concatenate([before, chunk[late : plan.replan]]).astype(np.float32)

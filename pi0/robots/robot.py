@@ -97,11 +97,10 @@ class Robot:
     def chunk(self, item: Mapping[str, Any], actions: Any) -> dict[str, np.ndarray]:
         """The state [S] of a frame and the robot's `actions` [T, A] in the model's units. Raises ValueError."""
         item = _flatten(item)
-        state = self._vectors(item, self.state_keys(item))
-        self._check("state", state, state.shape[:-1], self.state_dim)
         values = self._vector({"actions": actions}, "actions")
         self._check("actions", values, ("T",), self.action_dim)
-        return {"state": self.adapt_state(state), "actions": self.adapt_actions(values)}
+        state = self.numbers({key: item[key] for key in self.state_keys(item)})
+        return state | {"actions": self.adapt_actions(values)}
 
     def columns(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """A live frame's state, float32 [D], and images, uint8 [H, W, 3], by the columns of a LeRobot dataset.
