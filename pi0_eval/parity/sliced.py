@@ -26,7 +26,8 @@ from pi0_eval.parity.inputs import Inputs
 from pi0_eval.parity.sides import Side
 
 Inputs4 = tuple[Any, Any, Any, Any]  # observation, actions, noise, time
-Function = Callable[[Any, Inputs4, dict[str, Any]], dict[str, Any]]
+Function = Callable[..., dict[str, Any]]  # of a model, its inputs and what is fed to it
+Step = Callable[[np.ndarray, float, int, Any, np.ndarray], np.ndarray]  # `Run.euler_step`
 Params = Iterable[tuple[str, np.ndarray]]
 Four = tuple[Results, Results, Results, Results]  # A and B in float64, A and B in their dtypes
 ROWS = 1 << 15  # of the vocabulary at a time: their logits' weights are as large as a layer
@@ -70,10 +71,25 @@ def language_layer(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str
     return stages | {"cache": model.sample_actions(observation, noise)}
 
 
-def sampled_actions(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str, Any]:
-    """The Euler steps from `cache`, with all layers of the action expert."""
+def sampled_actions(model: Any, inputs: Inputs4, fed: dict[str, Any], step: Any) -> dict[str, Any]:
+    """The Euler steps from `cache`, each of which `step` computes in place of the model."""
+    replace(model, "euler_step", step)
     observation, _, noise, _ = inputs
     return {"actions": model.integrate(observation, noise, None, fed["cache"], fed["valid"])}
+
+
+def sampled_layer(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str, Any]:
+    """The action expert's only layer in an Euler step from x_t at `time`: on `suffix`, or for the first layer its own.
+
+    Also x_t after the step, which holds of the last layer.
+    """
+    if "suffix" in fed:
+        embed_suffix = model.embed_suffix
+        replace(model, "embed_suffix", lambda *args: (fed["suffix"], embed_suffix(*args)[1]))
+    stages: dict[str, Any] = {}
+    steps = model.config.runtime.num_steps
+    x_t = model.euler_step(inputs[0], fed["x_t"], fed["time"], 0.0, steps, fed["cache"], fed["valid"], stages=stages)
+    return {"layer": stages["layers.0"][0], "x_t": x_t}
 
 
 def vocabulary_logits(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +212,19 @@ class Run:
         else:
             cache = list(itertools.chain(*self.caches))
         fed = {"cache": cache, "valid": self.valid}
-        return self.compute(sampled_actions, self.checkpoint, fed, without=("vision.", "paligemma."))["actions"]
+        return self.compute(sampled_actions, self.checkpoint, fed, names=(), step=self.euler_step)["actions"]
+
+    def euler_step(self, x_t: np.ndarray, time: float, num_steps: int, cache: Any, valid: np.ndarray) -> np.ndarray:
+        """x_t after an Euler step, of which each layer is computed by itself."""
+        config = self.config.with_runtime(num_steps=num_steps)
+        fed: dict[str, Any] = {"x_t": x_t, "time": np.asarray(time, np.float32), "valid": valid}
+        for layer in range(config.paligemma.depth):
+            here = slice(layer, layer + 1)
+            fed["cache"] = [x[here] for x in cache] if self.side.framework == "jax" else cache[here]
+            checkpoint = one_layer(self.checkpoint, config, layer, self.vocabulary)
+            outputs = self.compute(sampled_layer, checkpoint, fed, without=("vision.", "paligemma."))
+            fed["suffix"] = outputs["layer"]
+        return outputs["x_t"]
 
     def logits(self, rows: np.ndarray, fed: dict[str, Any]) -> np.ndarray:
         """The logits of some rows of the vocabulary, for all text tokens but the last."""
@@ -218,8 +246,12 @@ class Run:
         names: tuple[str, ...] = ("",),
         without: tuple[str, ...] = (),
         observation: Observation | None = None,
+        step: Step | None = None,
     ) -> dict[str, Any]:
-        """A function of the model with the parameters whose names begin with one of `names` and none of `without`."""
+        """A function of the model with the parameters whose names begin with one of `names` and none of `without`.
+
+        `step`, where given, is an argument of the function, which then runs without being compiled.
+        """
         config = checkpoint.assets.model
         jax = self.side.framework == "jax"
         stored = checkpoint.ours if jax else checkpoint.in_layout("pi0_torch")
@@ -231,7 +263,7 @@ class Run:
         fed = mapped(lambda x: x if x.dtype == bool else widened(x, config), fed)
         inputs = (observation or self.observation, self.inputs.actions, self.inputs.noise, self.inputs.time)
         with exact_matmuls():
-            return (run_jax if jax else run_torch)(function, config, params, inputs, fed, self.side)
+            return (run_jax if jax else run_torch)(function, config, params, inputs, fed, self.side, step)
 
 
 def with_model(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
@@ -256,7 +288,13 @@ def jax_slice(function: Function) -> Function:
 
 
 def run_jax(
-    function: Function, config: ModelConfig, params: Params, inputs: Inputs4, fed: dict[str, Any], side: Side
+    function: Function,
+    config: ModelConfig,
+    params: Params,
+    inputs: Inputs4,
+    fed: dict[str, Any],
+    side: Side,
+    step: Step | None,
 ) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
@@ -265,13 +303,26 @@ def run_jax(
     from pi0_jax.sampler import use_compilation_cache
 
     use_compilation_cache()
-    with jax_settings(side, config.runtime.dtype == PROOF_DTYPE):
+    with jax_settings(side, config.runtime.dtype == PROOF_DTYPE), jax.disable_jit(step is not None):
         model = partial_model(config, {name: jnp.asarray(value) for name, value in params})
-        return jax.tree.map(np.asarray, jax_slice(function)(model, inputs, fed))
+        if step is None:
+            return jax.tree.map(np.asarray, jax_slice(function)(model, inputs, fed))
+
+        def replaced(observation: Any, x_t: Any, time: Any, scale: Any, num_steps: int, *seen: Any) -> jax.Array:
+            cache, valid = jax.tree.map(np.asarray, seen[:2])
+            return jnp.asarray(step(np.asarray(x_t), float(time), num_steps, cache, valid))
+
+        return jax.tree.map(np.asarray, function(model, inputs, fed, step=replaced))
 
 
 def run_torch(
-    function: Function, config: ModelConfig, params: Params, inputs: Inputs4, fed: dict[str, Any], side: Side
+    function: Function,
+    config: ModelConfig,
+    params: Params,
+    inputs: Inputs4,
+    fed: dict[str, Any],
+    side: Side,
+    step: Step | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -281,8 +332,15 @@ def run_torch(
     model = partial_model(config, {name: to_torch(value).to(device) for name, value in params})
     observation, *arrays = inputs
     here: Any = (to_device(observation, device), *(torch.from_numpy(x).to(device) for x in arrays))
+
+    def replaced(observation: Any, x_t: Any, time: float, scale: float, num_steps: int, *seen: Any) -> torch.Tensor:
+        assert step is not None
+        cache, valid = mapped(to_numpy, list(seen[:2]))
+        return to_torch(step(to_numpy(x_t), time, num_steps, cache, valid)).to(device)
+
     with torch.no_grad():
-        return mapped(to_numpy, function(model, here, mapped(lambda x: to_torch(x).to(device), fed)))
+        steps = {} if step is None else {"step": replaced}
+        return mapped(to_numpy, function(model, here, mapped(lambda x: to_torch(x).to(device), fed), **steps))
 
 
 # ---- the comparison

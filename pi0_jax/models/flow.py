@@ -230,26 +230,46 @@ class FlowModel(VisionLanguageModel):
     ) -> Float[Array, "B T A"]:
         """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
         num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
-        horizon, blocks = noise.shape[1], self.suffix_blocks(noise.shape[1])
-        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
-        valid = jnp.concatenate([seen, jnp.ones((len(noise), len(blocks)), bool)], axis=1)
-        mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
-
-        given = given_actions(rtc, previous)
 
         def step(x_t: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
-            time, scale = now
-            times = jnp.broadcast_to(time, noise.shape[:1])
+            return self.euler_step(observation, x_t, *now, num_steps, cache, seen, rtc, previous), None
 
-            def velocity(x_t: Array) -> Array:
-                section("suffix")
-                suffix, condition = self.embed_suffix(observation, x_t, times, given)
-                (out,), _ = joint_forward((self.action_expert,), (suffix,), (positions,), mask, (condition,), cache)
-                return self.read_velocity(out, horizon)
-
-            x_t = x_t + np.float32(-1 / num_steps) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
-            return record("Euler step", clamp(x_t, given, previous)), None
-
-        x_t = clamp(cast(noise, "action_projections", self.config.runtime.dtype), given, previous)
+        x_t = cast(noise, "action_projections", self.config.runtime.dtype)
+        x_t = clamp(x_t, given_actions(rtc, previous), previous)
         times = numerics.euler_times(num_steps)
         return jax.lax.scan(step, x_t, (jnp.asarray(times), jnp.asarray((rtc or RTC()).scales(times))))[0]
+
+    def euler_step(
+        self,
+        observation: Observation,
+        x_t: Float[Array, "B T A"],
+        time: Float[Array, ""],
+        scale: Float[Array, ""],
+        num_steps: int,
+        cache: Cache,
+        seen: Bool[Array, "B S"],
+        rtc: RTC | None = None,
+        previous: Previous | None = None,
+        stages: dict[str, Array] | None = None,
+    ) -> Float[Array, "B T A"]:
+        """x_t one of `num_steps` steps later than `time`; guidance counts by `scale` (`RTC.scales`).
+
+        `stages`, where given, receives `layers.0` [L, B, S, W], what the layers of the action expert give.
+        """
+        horizon, blocks = x_t.shape[1], self.suffix_blocks(x_t.shape[1])
+        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
+        valid = jnp.concatenate([seen, jnp.ones((len(x_t), len(blocks)), bool)], axis=1)
+        mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
+        times = jnp.broadcast_to(time, x_t.shape[:1])
+        given = given_actions(rtc, previous)
+
+        def velocity(x_t: Array) -> Array:
+            section("suffix")
+            suffix, condition = self.embed_suffix(observation, x_t, times, given)
+            (out,), _ = joint_forward(
+                (self.action_expert,), (suffix,), (positions,), mask, (condition,), cache, stages=stages
+            )
+            return self.read_velocity(out, horizon)
+
+        x_t = x_t + np.float32(-1 / num_steps) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
+        return record("Euler step", clamp(x_t, given, previous))
