@@ -101,7 +101,8 @@ def _numbers(column: pa.ChunkedArray, of_whole: bool) -> list[Any] | None:
     if column.null_count or not (floats or pa.types.is_integer(column.type)):
         return None
     values = column.to_numpy()
-    if not ((-(2**53) < values) & (values < 2**53)).all() or (of_whole and floats and (values != np.floor(values)).any()):
+    wrong = ~((values > -(2**53)) & (values < 2**53))
+    if wrong.any() or (of_whole and floats and (values != np.floor(values)).any()):
         return None
     return (values.astype(np.int64) if of_whole else values).tolist()
 
@@ -254,8 +255,8 @@ def _episodes_v30(root: Path, info: dict[str, Any], videos: Sequence[str]) -> It
         own = take_rows(table, file, needed, "row {} ")
         for error in (found for found in own if isinstance(found, DataError)):
             raise error
-        found = [take_rows(table, file, fields) for fields in places]
-        rows += zip(own, zip(*found, strict=True) if found else itertools.repeat(()))
+        listed = [take_rows(table, file, fields) for fields in places]
+        rows += zip(own, zip(*listed, strict=True) if listed else [()] * len(own), strict=True)
     for (index, length, first, chunk, part), found in sorted(rows, key=lambda one: one[0][0]):
         segments: dict[str, VideoSegment | DataError] = {}
         for video, values in zip(videos, found, strict=True):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -40,8 +43,10 @@ def test_the_best_stays_when_a_run_goes_on(tmp_path):
     assert saved(tmp_path, {4: 3.0, 5: 0, 6: 4.0}, keep=1, keep_best=True) == [2, 6]
 
 
-def test_the_best_without_validation(tmp_path):
+def test_the_best_without_validation(tmp_path, caplog):
     assert saved(tmp_path, {1: 0, 2: 0, 3: 0}, keep=1, keep_best=True) == [3]
+    assert saved(tmp_path, {4: 2.0, 5: math.nan, 6: 0}, keep=1, keep_best=True) == [4, 6]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_checksums_of_every_file(tmp_path):
