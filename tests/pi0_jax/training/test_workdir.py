@@ -136,11 +136,13 @@ def test_overwrite_replaces_the_run_and_nothing_else(run: Path) -> None:
 HOST = """
 import sys
 from pathlib import Path
+import jax
 from pi0_jax.training.sharding import start_processes
 from pi0_jax.training.workdir import RunFolder, recorded_config
 coordinator, index, run = sys.argv[1:]
 start_processes(coordinator, 2, int(index))
 config = recorded_config(Path(run))
+jax.devices()  # otherwise JAX waits for the other process when it is first used
 print("started", flush=True)
 sys.stdin.readline()
 with RunFolder(Path(run), config, overwrite=True):
