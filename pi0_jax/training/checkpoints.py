@@ -201,10 +201,17 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until everything is written and signed. Raises OSError where the newest one cannot be written."""
         with self._writing():
-            self._manager.wait_until_finished()
-            for thread in self._signing.values():
-                thread.join()
-            self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+                for thread in self._signing.values():
+                    thread.join()
+                self._manager.close()
+            except Exception:
+                # Where a part of it has failed, the manager does not wait for the others: a process that ends while
+                # they are written to a bucket would wait forever for threads that cannot go on.
+                with contextlib.suppress(Exception):
+                    self._manager._checkpointer.wait_until_finished()
+                raise
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
