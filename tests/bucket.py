@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -174,6 +175,36 @@ def server() -> Iterator[Proxy]:
         process.terminate()
         process.wait()
         proxy.shutdown()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """The address of a bucket of Amazon S3's interface on 127.0.0.1, which the environment names. Skips as `server`."""
+    for package, extra in (("s3fs", "s3"), ("moto", "dev-s3")):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, of the extra {extra}")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    before = dict(os.environ)
+    try:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": "http://{}:{}".format(*moto.get_host_and_port()),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        boto3.client("s3").create_bucket(Bucket=NAME)
+        yield f"s3://{NAME}"
+    finally:
+        moto.stop()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ |= before

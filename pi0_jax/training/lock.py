@@ -60,7 +60,7 @@ class BucketLock:
 
     def __init__(self, workdir: Path):
         self._workdir, self._file = workdir, workdir / NAME
-        self._me = {
+        self._me: dict[str, Any] = {
             "process": os.getpid(),
             "host": socket.gethostname(),
             "namespace": _namespace(),

@@ -59,6 +59,18 @@ def test_converted_from_a_bucket_to_a_bucket(to: str, bucket: Bucket, cache: Pat
     assert "lies in the source" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_s3(s3: str, exported: Path, capsys) -> None:
+    """Both formats, written there and read there, and replaced."""
+    for to, source in (("pi0_jax", str(exported)), ("pi0_torch", f"{s3}/pi0_jax")):
+        main([source, f"{s3}/{to}", "--to", to])
+        assert parameters(f"{s3}/{to}", in_place=True) == parameters(GOLDEN)
+    main([f"{s3}/pi0_torch", f"{s3}/pi0_jax", "--to", "pi0_jax", "--overwrite"])
+    assert parameters(f"{s3}/pi0_jax") == parameters(GOLDEN)  # fetched
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        open_checkpoint(f"{s3}/gone", in_place=True)
+
+
 def test_the_folder_of_weights_itself(bucket: Bucket) -> None:
     upload(GOLDEN, as_path(f"{bucket.address}/base"))
     found = open_checkpoint(f"{bucket.address}/base/params", in_place=True)

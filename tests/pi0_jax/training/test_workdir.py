@@ -13,13 +13,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from pi0.assets import Assets
 from pi0.datasets.identity import contents_of
 from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
 from pi0_jax.training.lock import lock
 from pi0_jax.training.train import train
-from pi0_jax.training.workdir import RunFolder, recorded_config
+from pi0_jax.training.workdir import RunFolder, check_workdir, recorded_config
 from tests.bucket import free_port
 from tests.pi0_jax.training.test_train import small_config
 
@@ -70,6 +71,11 @@ def test_the_lock_of_a_process_that_was_killed(tmp_path: Path) -> None:
     other.wait()
     with RunFolder(tmp_path, small_config()):
         assert (tmp_path / "config.json").exists()
+
+
+def test_a_bucket_that_checkpoints_are_not_written_to() -> None:
+    with pytest.raises(ValueError, match=r"s3://bucket/run: checkpoints are written to .* and to gs:// alone"):
+        check_workdir(epath.Path("s3://bucket/run"), small_config())
 
 
 def test_a_failed_start_blocks_nothing(tmp_path: Path) -> None:
