@@ -5,6 +5,7 @@ Weights are read lazily, and nothing is written before all tensor names and shap
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -93,7 +94,16 @@ def read_tensors(
     dtype: np.dtype | None = None,
     in_place: bool = False,
 ) -> Stored:
-    """The stored tensors of a checkpoint in any format; see `open_checkpoint`. Raises CheckpointError."""
+    """The stored tensors of a checkpoint in any format; see `open_checkpoint`.
+
+    Raises CheckpointError, and ConnectionError for one in a bucket that cannot be read.
+    """
+    in_bucket = str(source).partition("://")[0] in SCHEMES
+    with requests(f"cannot read {source}") if in_bucket else contextlib.nullcontext():
+        return _read_tensors(source, step, ema, dtype, in_place)
+
+
+def _read_tensors(source: str | Path, step: int | None, ema: bool, dtype: np.dtype | None, in_place: bool) -> Stored:
     path, weights = find_checkpoint(source, step, ema, in_place)
     if path.suffix == ".npz":
         return Stored(path, path, path, read_npz(path))

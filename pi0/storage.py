@@ -99,9 +99,10 @@ def requests(what: str) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, ValueError) and not _TENSORSTORE.search(text):
             raise
+        login = "aws configure" if "s3://" in what else "gcloud auth application-default login"
         raise ConnectionError(
-            f"{what}: {_DETAILS.split(text)[0]}. Check the network and, for a private bucket, "
-            "`gcloud auth application-default login` and the permissions of that account."
+            f"{what}: {_DETAILS.split(text)[0]}. Check the network and, for a private bucket, `{login}` and the "
+            "permissions of that account."
         ) from error
 
 

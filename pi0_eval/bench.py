@@ -25,6 +25,7 @@ import numpy as np
 
 from pi0.command import exit_on_error, local_output_path, make_parser, output_path
 from pi0.config import DTYPES, GemmaConfig, ModelConfig
+from pi0.datasets.engine import end_with_parent
 from pi0.numerics import EOS_TOKEN
 from pi0.observation import Observation
 from pi0.storage import write_text
@@ -386,7 +387,7 @@ def benchmark(cases: Sequence[Case]) -> Report:
     """Measure the cases one after the other, each in a process of its own."""
     results = []
     for case in cases:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
             results.append(pool.submit(measure, case).result())
     return Report(results)
 

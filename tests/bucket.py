@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -21,8 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 NAME = "pi0-tests"
-# What a fault does to a request, chosen by its method and path: an answer of 401, 403, 412 or 503, a transfer that is
-# cut off in the middle, or one that takes a while.
+# What a fault does to a request, chosen by its method and path: an answer of 401, 403, 412 or 503; "cut" ends the
+# transfer in the middle, of an upload before it arrives; "lost" ends the answer, also to what was done; "slow".
 Fault = Callable[[str, str], str | None]
 
 
@@ -67,6 +68,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, port: int):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.fault, self.requests = port, None, []
+        self.uploaded: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {}  # the answers to finished uploads
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
@@ -90,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             error = json.dumps({"error": {"code": int(fault), "message": "made by the test"}}).encode()
             self.answer(int(fault), [("Content-Type", "application/json")], error)
             return
+        if fault == "cut" and self.command in ("POST", "PUT"):
+            self.close_connection = True
+            return
         if fault == "slow":
             time.sleep(0.5)
         connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
@@ -99,8 +104,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = response.read()
         dropped = ("transfer-encoding", "content-length", "connection")
         kept = [(key, value) for key, value in response.getheaders() if key.lower() not in dropped]
-        self.answer(response.status, kept, content, cut=fault == "cut")
+        status = response.status
         connection.close()
+        if "upload_id=" in self.path:  # the real server repeats its answer, this one has forgotten the upload
+            if status == 200:
+                self.server.uploaded[self.path] = status, kept, content
+            elif status == 404:
+                status, kept, content = self.server.uploaded.get(self.path, (status, kept, content))
+        self.answer(status, kept, content, cut=fault in ("cut", "lost"))
 
     def answer(self, status: int, headers: list[tuple[str, str]], content: bytes, cut: bool = False) -> None:
         self.send_response(status)
@@ -164,6 +175,36 @@ def server() -> Iterator[Proxy]:
         process.terminate()
         process.wait()
         proxy.shutdown()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """The address of a bucket of Amazon S3's interface on 127.0.0.1, which the environment names. Skips as `server`."""
+    for package, extra in (("s3fs", "s3"), ("moto", "dev-s3")):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, of the extra {extra}")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    before = dict(os.environ)
+    try:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": "http://{}:{}".format(*moto.get_host_and_port()),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        boto3.client("s3").create_bucket(Bucket=NAME)
+        yield f"s3://{NAME}"
+    finally:
+        moto.stop()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ |= before

@@ -63,3 +63,10 @@ def bucket_server() -> Iterator[tests.bucket.Proxy]:
 def bucket(bucket_server: tests.bucket.Proxy, request: pytest.FixtureRequest) -> tests.bucket.Bucket:
     """A folder of its own in a bucket on this machine."""
     return tests.bucket.Bucket(bucket_server, re.sub(r"\W+", "-", request.node.name))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a bucket of S3's interface on this machine."""
+    with tests.bucket.s3_server() as address:
+        yield address

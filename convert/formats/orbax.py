@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -90,11 +91,22 @@ def _base(folder: Path) -> dict:
     if is_bucket(folder):
         scheme, _, address = str(folder).partition("://")
         bucket, _, key = address.partition("/")
-        return {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{key}/"}
+        driver = {"driver": "gcs"} if scheme == "gs" else {"driver": scheme} | _s3_place()
+        return driver | {"bucket": bucket, "path": f"{key}/"}
     path = folder.resolve()
     if "\\" in str(path):
         raise CheckpointError(f"{path} has a backslash in its path, which tensorstore takes for a slash; rename it")
     return {"driver": "file", "path": f"{path}/"}
+
+
+def _s3_place() -> dict[str, str]:
+    """Where S3 is, if not at Amazon, as AWS's own clients take it from the environment; tensorstore does not."""
+    names = {
+        "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    }
+    found = {field: next(filter(None, map(os.environ.get, own)), None) for field, own in names.items()}
+    return {field: value for field, value in found.items() if value}
 
 
 def _ocdbt(folder: Path, key: str) -> dict:

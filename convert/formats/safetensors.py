@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.tensors import CheckpointError, Index, Tensor, contiguous, mapped, pieces
 from pi0.reading import MAX_JSON, parse_json, read_json, require_regular
-from pi0.storage import below, file_size, is_bucket, read_range
+from pi0.storage import below, file_size, is_bucket, read_range, requests
 
 _CODES = {
     "F64": np.dtype(np.float64),
@@ -29,14 +29,20 @@ _CODES = {
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped. Raises CheckpointError for a damaged file."""
+    """The tensors of a safetensors file, memory-mapped, or of one in a bucket read there.
+
+    Raises CheckpointError for a damaged file, and ConnectionError for one in a bucket that cannot be reached.
+    """
     try:
-        require_regular(file)
+        with requests(f"cannot read {file}"):
+            require_regular(file)
         size = file_size(file)
         (length,) = struct.unpack("<Q", read_range(file, 0, min(8, size)))
         header = parse_json(read_range(file, 8, min(8 + length, size, 9 + MAX_JSON)), f"its header of {length:,} bytes")
         header.pop("__metadata__", None)
         entries = {name: _entry(name, **entry) for name, entry in header.items()}
+    except ConnectionError:  # which says nothing about the file
+        raise
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a safetensors file, or is damaged: {error}") from error
     end = 8 + length

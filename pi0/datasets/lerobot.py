@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -175,16 +176,16 @@ class LeRobotDataset(Dataset):
 
     @classmethod
     def pack_episode(cls, episode: LeRobotEpisode, root: Path) -> dict[str, Any]:
-        def name(file: Path) -> str:
-            return file.relative_to(root).as_posix()
-
         videos = {
             video: segment.problem
             if isinstance(segment, DataError)
-            else [name(segment.file), segment.start, segment.end]
+            else [_name(segment.file, root), segment.start, segment.end]
             for video, segment in episode.videos.items()
         }
-        return {"episode": [episode.index, episode.length, name(episode.file), episode.first_index], "videos": videos}
+        return {
+            "episode": [episode.index, episode.length, _name(episode.file, root), episode.first_index],
+            "videos": videos,
+        }
 
     @classmethod
     def unpack_episode(cls, values: dict[str, Any], root: Path) -> LeRobotEpisode:
@@ -217,6 +218,11 @@ class LeRobotDataset(Dataset):
             files.pop(next(iter(files)))
         files[key] = file
         return file
+
+
+@functools.lru_cache(2**10)  # many episodes share a file
+def _name(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix()
 
 
 def _flat(column: pa.ChunkedArray, name: str, size: int = 1) -> np.ndarray:

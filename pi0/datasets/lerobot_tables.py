@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import string
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -77,6 +79,32 @@ def take(row: Any, file: Path, fields: Mapping[str, Any], where: str = "") -> li
             expected = check.__name__ if isinstance(check, type) else EXPECTED[check]
             raise DataError(f"{where}{name} is {row[name]!r:.80}; expected {expected}", file)
     return [int(row[name]) if check is whole else row[name] for name, check in fields.items()]
+
+
+def take_rows(table: pa.Table, file: Path, fields: Mapping[str, Any], where: str = "") -> list[Any]:
+    """The values that `take` returns of each row of a table, or the DataError that it raises; `where` has {}."""
+    columns = [_numbers(table[name], check is whole) for name, check in fields.items()]
+    if all(column is not None for column in columns):  # most are: without a step for each row
+        return list(zip(*columns, strict=True))
+    rows: list[Any] = []
+    for i, row in enumerate(table.select(list(fields)).to_pylist()):
+        try:
+            rows.append(take(row, file, fields, where.format(i)))
+        except DataError as error:
+            rows.append(error)
+    return rows
+
+
+def _numbers(column: pa.ChunkedArray, of_whole: bool) -> list[Any] | None:
+    """A column of finite numbers, or of whole ones as int; None where one is something else."""
+    floats = pa.types.is_floating(column.type)
+    if column.null_count or not (floats or pa.types.is_integer(column.type)):
+        return None
+    values = column.to_numpy()
+    wrong = ~((values > -(2**53)) & (values < 2**53))
+    if wrong.any() or (of_whole and floats and (values != np.floor(values)).any()):
+        return None
+    return (values.astype(np.int64) if of_whole else values).tolist()
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -165,18 +193,20 @@ def texts_of(column: pa.ChunkedArray) -> list[Any]:
     return [None if i is None else values[i] for i in encoded.indices.to_pylist()]
 
 
-_below = functools.lru_cache(2**16)(below)  # which resolves links: slow, and many episodes share a file
-
-
 def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path:
     """The path below `root` of a template in info.json. Raises DataError.
 
     A field is filled as {name} or, a number, with up to two digits of width as {name:03d}: `str.format` would read
     attributes of what it is given, and any width.
     """
-    file, parts = root / "meta" / "info.json", []
+    return _fill_path(root, key, info[key], tuple(fields.items()))
+
+
+@functools.lru_cache(2**16)  # it resolves links: slow, and many episodes share a file
+def _fill_path(root: Path, key: str, template: str, values: tuple[tuple[str, Any], ...]) -> Path:
+    file, fields, parts = root / "meta" / "info.json", dict(values), []
     try:
-        for literal, name, spec, conversion in string.Formatter().parse(info[key]):
+        for literal, name, spec, conversion in string.Formatter().parse(template):
             parts.append(literal)
             if name is None:
                 continue
@@ -184,9 +214,9 @@ def fill_path(root: Path, info: dict[str, Any], key: str, **fields: Any) -> Path
             if name not in fields or conversion or not re.fullmatch(form, spec or "", re.ASCII):
                 raise ValueError(f"{{{name}{conversion and '!'}{spec and ':'}{spec}}} is not one of {sorted(fields)}")
             parts.append(format(fields[name], spec or ""))
-        return _below(root, "".join(parts))
+        return below(root, "".join(parts))
     except ValueError as error:
-        raise DataError(f"{key} {info[key]!r:.200}: {error}", file) from error
+        raise DataError(f"{key} {template!r:.200}: {error}", file) from error
 
 
 def _texts(rows: Iterator[tuple[str, Any]], file: Path, what: str) -> dict[int, str]:
@@ -214,25 +244,28 @@ def _episodes_v30(root: Path, info: dict[str, Any], videos: Sequence[str]) -> It
     files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise DataError("no *.parquet in any chunk", root / "meta" / "episodes")
-    needed = ("episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index")
+    needed = dict.fromkeys(
+        ("episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index"), whole
+    )
     place = {"chunk_index": whole, "file_index": whole, "from_timestamp": finite, "to_timestamp": finite}
-    columns = [*needed, *(f"videos/{video}/{field}" for video in videos for field in place)]
-    rows = []
+    places = [{f"videos/{video}/{field}": check for field, check in place.items()} for video in videos]
+    rows: list[tuple[Any, tuple[Any, ...]]] = []
     for file in files:
-        listed = read_parquet(file, columns, min(info["total_frames"], MAX_ROWS)).to_pylist()
-        rows += [
-            (take(row, file, dict.fromkeys(needed, whole), f"row {i} "), row, file) for i, row in enumerate(listed)
-        ]
-    for (index, length, first, chunk, part), row, file in sorted(rows, key=lambda one: one[0][0]):
+        table = read_parquet(file, [*needed, *itertools.chain(*places)], min(info["total_frames"], MAX_ROWS))
+        own = take_rows(table, file, needed, "row {} ")
+        for error in (found for found in own if isinstance(found, DataError)):
+            raise error
+        listed = [take_rows(table, file, fields) for fields in places]
+        rows += zip(own, zip(*listed, strict=True) if listed else [()] * len(own), strict=True)
+    for (index, length, first, chunk, part), found in sorted(rows, key=lambda one: one[0][0]):
         segments: dict[str, VideoSegment | DataError] = {}
-        for video in videos:
-            fields = {f"videos/{video}/{field}": check for field, check in place.items()}
+        for video, values in zip(videos, found, strict=True):
             try:
-                names = dict(zip(("chunk_index", "file_index", "start", "end"), take(row, file, fields), strict=True))
-                start, end = names.pop("start"), names.pop("end")
-                segments[video] = VideoSegment(
-                    fill_path(root, info, "video_path", video_key=video, **names), start, end
-                )
+                if isinstance(values, DataError):
+                    raise values
+                names = {"chunk_index": values[0], "file_index": values[1]}
+                path = fill_path(root, info, "video_path", video_key=video, **names)
+                segments[video] = VideoSegment(path, *values[2:])
             except DataError as error:
                 segments[video] = DataError(error.problem, error.file, index)
         path = fill_path(root, info, "data_path", chunk_index=chunk, file_index=part)

@@ -80,13 +80,13 @@ class Checkpoints:
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             best = checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST], reverse=True, n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
         policies += [checkpoint_managers.EveryNSteps(steps) for steps in keep_every if steps]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=(lambda metrics: metrics[BEST]) if keep_best else None,  # with it, metrics are kept for a restart
+            best_fn=_validation_loss if keep_best else None,  # with it, metrics are kept for a restart
             best_mode="min",
             create=True,
             # Otherwise a folder that cannot be made is noticed by a timeout, minutes later.
@@ -120,8 +120,8 @@ class Checkpoints:
                     train_state=ocp.args.PyTreeSave({k: v for k, v in train_state.items() if k != "frozen"}),
                     assets=AssetsSave(dataclasses.replace(assets, step=step)),
                 ),
-                # A copy: Orbax keeps it, and the caller goes on to change it.
-                metrics=dict(metrics) if metrics and math.isfinite(metrics.get(BEST, math.nan)) else None,
+                # A copy: Orbax keeps it, and the caller goes on to change it. It warns of None.
+                metrics=dict(metrics) if metrics and math.isfinite(metrics.get(BEST, math.nan)) else {},
             )
         if jax.process_index() == 0:
             self._signing = {step: thread for step, thread in self._signing.items() if thread.is_alive()}
@@ -201,10 +201,22 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until everything is written and signed. Raises OSError where the newest one cannot be written."""
         with self._writing():
-            self._manager.wait_until_finished()
-            for thread in self._signing.values():
-                thread.join()
-            self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+                for thread in self._signing.values():
+                    thread.join()
+                self._manager.close()
+            except Exception:
+                # Where a part of it has failed, the manager does not wait for the others: a process that ends while
+                # they are written to a bucket would wait forever for threads that cannot go on.
+                with contextlib.suppress(Exception):
+                    self._manager._checkpointer.wait_until_finished()
+                raise
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    """That of a checkpoint; infinite without a validation at its step."""
+    return metrics.get(BEST, math.inf)
 
 
 @jax.jit

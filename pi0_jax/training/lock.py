@@ -2,7 +2,8 @@
 
 On a disk the system releases it when the process ends, in whatever way. In a bucket it is a file that only one process
 can make, and that its owner writes again every `RENEW` seconds: who finds it watches it, and takes it where it stays
-the same for `EXPIRY` seconds. No two clocks are compared. A process of the same machine that is gone is not waited for.
+the same for `EXPIRY` seconds. No two clocks are compared. A process of the same machine that is gone, and a run of this
+process that has ended without access to the bucket, are not waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pi0.storage import create_text, delete, delete_version, is_bucket, version,
 
 NAME = ".lock"
 RENEW, EXPIRY = 20.0, 120.0  # seconds
+_held: set[str] = set()  # the runs of this process that hold a lock in a bucket
 
 
 def lock(workdir: Path) -> FileLock | BucketLock:
@@ -58,7 +60,7 @@ class BucketLock:
 
     def __init__(self, workdir: Path):
         self._workdir, self._file = workdir, workdir / NAME
-        self._me = {
+        self._me: dict[str, Any] = {
             "process": os.getpid(),
             "host": socket.gethostname(),
             "namespace": _namespace(),
@@ -66,6 +68,7 @@ class BucketLock:
         }
         self._lost: str | None = None
         self._acquire()
+        _held.add(self._me["run"])
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
@@ -81,6 +84,8 @@ class BucketLock:
                 now, owner = version(self._file), self._owner()
             if now is None or owner is None:  # it was released meanwhile
                 continue
+            if owner.get("run") == self._me["run"]:  # made by this one: the answer to its request was lost
+                return
             if _is_gone(owner) or (now == seen and time.monotonic() - since > EXPIRY):
                 delete_version(self._file, now)
                 continue
@@ -126,6 +131,7 @@ class BucketLock:
         """Release it."""
         self._closed.set()
         self._thread.join()
+        _held.discard(self._me["run"])  # also where it cannot be deleted
         if self._lost is None:
             delete(self._file)
 
@@ -140,10 +146,12 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock was a process here, and is no more."""
+    """Whether the owner of a lock was a process here that is no more, or an earlier run of this one."""
     process = owner.get("process")
     if owner.get("host") != socket.gethostname() or owner.get("namespace") != _namespace() or type(process) is not int:
         return False
+    if process == os.getpid():
+        return owner.get("run") not in _held
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -46,6 +46,11 @@ def check_workdir(
     That is a folder of something else, and without `overwrite` one with checkpoints of a config that differs in a field
     which changes the result, or of datasets with other `contents` (None: they are not known yet).
     """
+    if is_bucket(workdir) and not str(workdir).startswith("gs://"):
+        raise ValueError(
+            f"{workdir}: checkpoints are written to folders of this machine and to gs:// alone (by Orbax); give such a "
+            "--workdir, and copy what is finished: pi0-convert RUN s3://…"
+        )
     with requests(f"cannot read {workdir}"):
         there = workdir.exists()
     if there and not is_folder(workdir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,13 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "pi0" / "checkpoint"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PI0_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "torch"
+    main([str(GOLDEN), str(folder), "--to", "pi0_torch"])
+    return folder
 
 
 def parameters(source: str | Path, **options: bool) -> dict[str, bytes]:
@@ -51,6 +59,18 @@ def test_converted_from_a_bucket_to_a_bucket(to: str, bucket: Bucket, cache: Pat
     assert "lies in the source" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_s3(s3: str, exported: Path, capsys) -> None:
+    """Both formats, written there and read there, and replaced."""
+    for to, source in (("pi0_jax", str(exported)), ("pi0_torch", f"{s3}/pi0_jax")):
+        main([source, f"{s3}/{to}", "--to", to])
+        assert parameters(f"{s3}/{to}", in_place=True) == parameters(GOLDEN)
+    main([f"{s3}/pi0_torch", f"{s3}/pi0_jax", "--to", "pi0_jax", "--overwrite"])
+    assert parameters(f"{s3}/pi0_jax") == parameters(GOLDEN)  # fetched
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        open_checkpoint(f"{s3}/gone", in_place=True)
+
+
 def test_the_folder_of_weights_itself(bucket: Bucket) -> None:
     upload(GOLDEN, as_path(f"{bucket.address}/base"))
     found = open_checkpoint(f"{bucket.address}/base/params", in_place=True)
@@ -65,22 +85,20 @@ def test_nothing_there(bucket: Bucket) -> None:
             read_tensors(f"{bucket.address}/gone", in_place=in_place)
 
 
-def test_a_part_is_all_that_is_read(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_part_is_all_that_is_read(bucket: Bucket, exported: Path) -> None:
     """Of a safetensors file its rows; of Orbax the chunks."""
-    main([str(GOLDEN), str(tmp_path / "torch"), "--to", "pi0_torch"])
-    upload(tmp_path / "torch", as_path(f"{bucket.address}/torch"))
+    upload(exported, as_path(f"{bucket.address}/torch"))
     tensors = read_tensors(f"{bucket.address}/torch", in_place=True).tensors
-    whole = read_tensors(tmp_path / "torch").tensors
+    whole = read_tensors(exported).tensors
     for index in ((), (1,), (-1,), (slice(1, 3),), (slice(2, 0, -1),), (slice(0, 0),), (slice(None), 0)):
         for name, tensor in whole.items():
             if len(tensor.shape) > max(len(index) - 1, 0) and min(tensor.shape, default=0) > 2:
                 np.testing.assert_array_equal(tensors[name].read(index), tensor.read(index), err_msg=f"{name} {index}")
 
 
-def test_boxes_of_parameters(tmp_path: Path) -> None:
+def test_boxes_of_parameters(exported: Path) -> None:
     """`Tensor.part`, in every layout."""
-    main([str(GOLDEN), str(tmp_path / "torch"), "--to", "pi0_torch"])
-    for source in (GOLDEN, tmp_path / "torch"):
+    for source in (GOLDEN, exported):
         for name, tensor in open_checkpoint(source).ours.items():
             box = tuple(slice(size // 2, size) for size in tensor.shape)
             np.testing.assert_array_equal(tensor.part(box), tensor.read(())[box], err_msg=name)
@@ -93,3 +111,19 @@ def test_damaged_in_the_bucket(bucket: Bucket, tmp_path: Path) -> None:
     upload(tmp_path / "damaged", as_path(f"{bucket.address}/damaged"))
     with pytest.raises(CheckpointError, match="cannot be"):
         parameters(f"{bucket.address}/damaged", in_place=True)
+
+
+@pytest.mark.parametrize("skipped", [0, 2])  # of the requests: then it is known to be there
+@pytest.mark.parametrize("answer", ["401", "403"])
+def test_unreachable_is_not_damaged(skipped: int, answer: str, bucket: Bucket, exported: Path) -> None:
+    upload(exported, as_path(f"{bucket.address}/torch"))
+    seen: list[str] = []
+
+    def refuse(method: str, path: str) -> str | None:
+        seen.extend([path] if "model.safetensors" in path else [])
+        return answer if len(seen) > skipped and seen[-1] == path else None
+
+    named = re.compile(rf"cannot read {bucket.address}/torch.*made by the test", re.DOTALL)
+    with bucket.fault(refuse), pytest.raises(ConnectionError, match=named):
+        open_checkpoint(f"{bucket.address}/torch", in_place=True)
+    assert len(seen) > skipped

@@ -17,23 +17,29 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: file.path.read_text() for name, file in list_files(folder).items()}
 
 
-def test_one_type_of_path(bucket: Bucket, tmp_path: Path) -> None:
-    for root in (as_path(bucket.address), as_path(tmp_path / "root")):
-        file = root / "folder" / "file.json"
-        assert not file.exists() and not root.is_dir() and list_files(root) == {}
-        write_text(file, "π")
-        write_text(file, "π0")
-        assert file.read_text(encoding="utf-8") == "π0" and file.is_file() and root.is_dir()
-        with file.open("rb") as stream:
-            assert stream.read(2) == "π".encode()
-        assert [entry.name for entry in root.iterdir()] == ["folder"]
-        assert [(name, one.size) for name, one in list_files(root).items()] == [("folder/file.json", 3)]
-        move(root / "folder", root / "moved")
-        assert contents(root) == {"moved/file.json": "π0"}
-        delete(root)
-        delete(root)
-        assert not root.exists()
-    assert is_bucket(as_path("gs://some/where")) and not is_bucket(as_path("where"))
+@pytest.fixture(params=["bucket", "s3", "tmp_path"])
+def root(request: pytest.FixtureRequest) -> Path:
+    """A folder that is not there, in a bucket or on this machine."""
+    where = request.getfixturevalue(request.param)
+    return as_path(f"{where.address if request.param == 'bucket' else where}/root")
+
+
+def test_one_type_of_path(root: Path) -> None:
+    file = root / "folder" / "file.json"
+    assert not file.exists() and not root.is_dir() and list_files(root) == {}
+    write_text(file, "π")
+    write_text(file, "π0")
+    assert file.read_text(encoding="utf-8") == "π0" and file.is_file() and root.is_dir()
+    with file.open("rb") as stream:
+        assert stream.read(2) == "π".encode()
+    assert [entry.name for entry in root.iterdir()] == ["folder"]
+    assert [(name, one.size) for name, one in list_files(root).items()] == [("folder/file.json", 3)]
+    move(root / "folder", root / "moved")
+    assert contents(root) == {"moved/file.json": "π0"}
+    delete(root)
+    delete(root)
+    assert not root.exists()
+    assert is_bucket(root) == ("://" in str(root)) and not is_bucket(as_path("where"))
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,14 @@ def test_requests_are_repeated(fault: str, remote: Path, bucket: Bucket) -> None
         np.testing.assert_array_equal(dataset[3][CAMERA], source()[3][CAMERA])
 
 
+def test_in_s3(built: Path, s3: str) -> None:
+    upload(built, as_path(f"{s3}/dataset"))
+    local, there = ArrayRecordDataset(built), ArrayRecordDataset(f"{s3}/dataset")
+    for i in (0, 30, 59):
+        for name, value in local[i].items():
+            np.testing.assert_array_equal(there[i][name], value, err_msg=name)
+
+
 def test_lost_access(remote: Path, bucket: Bucket) -> None:
     dataset = ArrayRecordDataset(remote)
     with (

@@ -1,4 +1,4 @@
-"""Two processes without a shared disk: folder, base checkpoint, data and compiled programs are all in a bucket."""
+"""Two processes without a shared disk: folder, base checkpoint, records and compiled programs are all in a bucket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from convert.checkpoints import open_checkpoint
-from pi0.storage import as_path, list_files, upload
+from pi0.datasets.cache import main as make_records
+from pi0.storage import as_path, list_files
 from pi0_jax.training.workdir import completed
 from tests.bucket import Bucket, free_port
 
@@ -32,6 +33,7 @@ RECIPE = {
     },
     **{"mesh.fsdp": 2, "data.validation_episodes": "[0]", "data.workers": 1, "optimizer.peak_lr": 0.03},
 }
+RECORDS = ("--to", "arrayrecord", "--size", "28x42", "--workers", "1")  # the tiny model's images
 
 
 class Pod:
@@ -39,12 +41,12 @@ class Pod:
 
     def __init__(self, bucket: Bucket, folder: Path):
         self.address, self._folder = bucket.address, folder
-        upload(ROOT / "pi0" / "sample" / "metaworld_v30", as_path(f"{self.address}/data"))
+        make_records([str(ROOT / "pi0" / "sample" / "metaworld_v30"), *RECORDS, "--out", f"{self.address}/data"])
 
     def start(self, count: int, name: str, **changes: object) -> list[subprocess.Popen[str]]:
         """The processes of a run in the folder `name` of the bucket."""
         coordinator = f"127.0.0.1:{free_port()}"
-        settings = RECIPE | {"data.root": f"{self.address}/data"} | changes
+        settings = RECIPE | {"data.root": f"{self.address}/data", "data.format": "arrayrecord"} | changes
         arguments = ["--config", str(CONFIG), "--workdir", f"{self.address}/{name}"]
         arguments += ["--compilation-cache", f"{self.address}/compiled"]
         arguments += [f"--config.{field}={value}" for field, value in settings.items()]
@@ -99,20 +101,23 @@ def test_a_pod(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     wanted = pod.parameters("whole")
 
     rng, workdir = random.Random(0), as_path(f"{pod.address}/killed")
-    for killed in ((0,), (1,), (0, 1)):
+    # While a checkpoint is written, the first one too, and once another one is complete.
+    for killed, found, patience in (((0,), begun, 0.5), ((1,), completed_steps, 2), ((0, 1), begun, 0.5)):
         runs = pod.start(2, "killed", **base)
-        begin, before = time.perf_counter(), list_files(workdir / "checkpoints").keys()
-        while list_files(workdir / "checkpoints").keys() <= before:  # it is killed soon after it began to write one
+        begin, before = time.perf_counter(), found(workdir)
+        while found(workdir) <= before:
             assert time.perf_counter() < begin + 600 and all(run.poll() is None for run in runs)
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, patience))
         for i in killed:
             runs[i].kill()
         time.sleep(rng.uniform(0, 2))
         for run in runs:  # what a cluster does when one is gone
             run.kill()
             run.communicate(timeout=60)  # until the processes that read its data have ended too
-        print("killed", killed, "with checkpoints", [f.name for f in completed(workdir)])
+        there = completed_steps(workdir)
+        print("killed", killed, "with checkpoints", sorted(there))
+        assert STEPS not in there and (there or found is begun)
     pod.train(2, "killed", **base)
     assert pod.parameters("killed") == wanted
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -137,6 +142,15 @@ def test_a_pod(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     written = {f.relative_to(hosts).parts[1] for f in hosts.rglob("*") if f.is_file()}
     assert written <= {"cache", "tmp"}, "a host wrote outside of its temporary folders"
     assert any("compiled" in name for name in list_files(as_path(f"{pod.address}")))
+
+
+def begun(workdir: Path) -> set[str]:
+    """The files of checkpoints."""
+    return {*list_files(workdir / "checkpoints")}
+
+
+def completed_steps(workdir: Path) -> set[int]:
+    return {int(folder.name) for folder in completed(workdir)}
 
 
 def check_policies(*addresses: str) -> None:

@@ -7,17 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from pi0.assets import Assets
 from pi0.datasets.identity import contents_of
 from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
 from pi0_jax.training.lock import lock
 from pi0_jax.training.train import train
-from pi0_jax.training.workdir import RunFolder, recorded_config
+from pi0_jax.training.workdir import RunFolder, check_workdir, recorded_config
+from tests.bucket import free_port
 from tests.pi0_jax.training.test_train import small_config
 
 ROOT = Path(__file__).parents[3]
@@ -67,6 +71,11 @@ def test_the_lock_of_a_process_that_was_killed(tmp_path: Path) -> None:
     other.wait()
     with RunFolder(tmp_path, small_config()):
         assert (tmp_path / "config.json").exists()
+
+
+def test_a_bucket_that_checkpoints_are_not_written_to() -> None:
+    with pytest.raises(ValueError, match=r"s3://bucket/run: checkpoints are written to .* and to gs:// alone"):
+        check_workdir(epath.Path("s3://bucket/run"), small_config())
 
 
 def test_a_failed_start_blocks_nothing(tmp_path: Path) -> None:
@@ -128,6 +137,56 @@ def test_overwrite_replaces_the_run_and_nothing_else(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1 and recorded_config(run).batch_size == 4
     assert (run / "notes.md").exists() and not (run / ".replaced").exists()
+
+
+HOST = """
+import sys
+from pathlib import Path
+import jax
+from pi0_jax.training.sharding import start_processes
+from pi0_jax.training.workdir import RunFolder, recorded_config
+coordinator, index, run = sys.argv[1:]
+start_processes(coordinator, 2, int(index))
+config = recorded_config(Path(run))
+jax.devices()  # otherwise JAX waits for the other process when it is first used
+print("started", flush=True)
+sys.stdin.readline()
+with RunFolder(Path(run), config, overwrite=True):
+    print("begun", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+def test_overwrite_waits_for_all_hosts(run: Path) -> None:
+    """A host that is late finds the old run as it was, and nothing is replaced without it."""
+    before = contents(run)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HOST, f"127.0.0.1:{free_port()}"]
+    hosts = [subprocess.Popen([*command, str(i), str(run)], env=environment, **pipes) for i in range(2)]
+    try:
+        assert [host.stdout.readline() for host in hosts] == ["started\n"] * 2
+        say(hosts[0])
+        time.sleep(2)
+        assert contents(run) == before and hosts[0].poll() is None
+        say(hosts[1])
+        assert [host.stdout.readline() for host in hosts] == ["begun\n"] * 2
+        assert not (run / "checkpoints").exists() and (run / ".replaced" / "checkpoints").exists()
+        for host in hosts:
+            say(host)
+        assert [host.wait(60) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
+    assert contents(run) == before, "a run that ends without a checkpoint replaces nothing"
+
+
+def say(host: subprocess.Popen[str]) -> None:
+    assert host.stdin is not None
+    host.stdin.write("\n")
+    host.stdin.flush()
 
 
 def test_a_run_that_was_killed_while_it_replaced_another(run: Path) -> None:
