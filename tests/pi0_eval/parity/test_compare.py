@@ -108,7 +108,7 @@ def test_bfloat16_at_realistic_depth(deep: dict[tuple[str, str], Results]):
     assert float32["actions"] <= 3e-6
 
 
-@pytest.mark.parametrize("variant", ["tiny"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_lora"])
 def test_bfloat16_rounds_at_the_same_places(variant: str):
     """Shallow, with the roundings that XLA may leave out kept: all but a few values are the same to the bit.
 
