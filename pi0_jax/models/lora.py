@@ -27,9 +27,11 @@ class LoRA(nnx.Module):
         heads = "".join(axis for axis in in_axes + out_axes if axis in "nk")
         a_axes = in_axes + "".join(axis for axis in heads if axis not in in_axes) + "r"
         b_axes = heads + "r" + out_axes.replace(heads, "")
-        kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
-        self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
-        summed = b_axes.replace(heads, heads.upper()) if heads and heads in in_axes else b_axes
+        self.heads_summed = bool(heads) and heads in in_axes  # openpi sums out's heads in either factor
+        kept = "r" if self.heads_summed else heads + "r"
+        self.first = f"...{in_axes},{a_axes}->...{kept}"
+        self.second = f"...{kept},{kept}{out_axes.replace(heads, '')}->...{out_axes}"
+        summed = b_axes.replace(heads, heads.upper()) if self.heads_summed else b_axes
         self.product = f"...{a_axes},...{summed}->...{in_axes}{out_axes}"
         self.scale, self.dtype = scale, dtype
         self.a = nnx.Param(
@@ -41,7 +43,9 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x = jnp.einsum(self.first, x.astype(self.dtype), self.a[...].astype(self.dtype))
-        return record("LoRA", jnp.einsum(self.second, x, self.b[...].astype(self.dtype)) * self.scale)
+        b = self.b[...].astype(self.dtype)
+        b = b.sum(axis=0) if self.heads_summed else b  # here, in float32: an einsum rounds each partial sum
+        return record("LoRA", jnp.einsum(self.second, x, b) * self.scale)
 
     def update(self) -> Float[Array, "..."]:
         """a·b × scale in the kernel's axes (after those of stacked layers), float32."""

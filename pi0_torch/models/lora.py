@@ -27,9 +27,11 @@ class LoRA(nn.Module):
         heads = "".join(axis for axis in in_axes + out_axes if axis in "nk")
         a_axes = in_axes + "".join(axis for axis in heads if axis not in in_axes) + "r"
         b_axes = heads + "r" + out_axes.replace(heads, "")
-        kept = "r" if heads and heads in in_axes else heads + "r"  # openpi sums out's heads in either factor
-        self.first, self.second = f"...{in_axes},{a_axes}->...{kept}", f"...{kept},{b_axes}->...{out_axes}"
-        summed = b_axes.replace(heads, heads.upper()) if heads and heads in in_axes else b_axes
+        self.heads_summed = bool(heads) and heads in in_axes  # openpi sums out's heads in either factor
+        kept = "r" if self.heads_summed else heads + "r"
+        self.first = f"...{in_axes},{a_axes}->...{kept}"
+        self.second = f"...{kept},{kept}{out_axes.replace(heads, '')}->...{out_axes}"
+        summed = b_axes.replace(heads, heads.upper()) if self.heads_summed else b_axes
         self.product = f"{a_axes},{summed}->{out_axes}{in_axes}"
         self.scale, self.dtype = scale, getattr(torch, dtype)
         self.in_sizes, self.out_ndim = tuple(sizes[axis] for axis in in_axes), len(out_axes)
@@ -38,7 +40,9 @@ class LoRA(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))
-        x = torch.einsum(self.second, x, self.b.to(self.dtype))
+        b = self.b.to(self.dtype)
+        b = b.sum(dim=0) if self.heads_summed else b
+        x = torch.einsum(self.second, x, b)
         return record("LoRA", x * self.scale).flatten(-self.out_ndim)
 
     def update(self) -> Float[Tensor, "out in"]:

@@ -23,7 +23,7 @@ import pi0_torch.models.pi0_fast as torch_fast
 import pi0_torch.models.siglip as torch_siglip
 import pi0_torch.models.vision_language as torch_vlm
 from pi0 import masks
-from tests.faults.mutation import Mutation
+from tests.faults.mutation import Mutation, with_arguments, with_result
 
 
 def torch_code(variant: str) -> Iterator[Mutation]:
@@ -200,9 +200,9 @@ def flow_code(variant: str) -> Iterator[Mutation]:
     yield each("time from data to noise", time_stage, (torch_flow, "embed_time", late))
     longer = lambda t, w, p, d: embed_time(t, w, (4e-3, 4.001), d)  # noqa: E731
     yield each("longest period 4.001", time_stage, (torch_flow, "embed_time", longer))
-    swapped = lambda a, n, t, d: (interpolate(n, a, t, d)[0], interpolate(a, n, t, d)[1])  # noqa: E731
+    swapped = lambda a, n, *more: (interpolate(n, a, *more)[0], *interpolate(a, n, *more)[1:])  # noqa: E731
     yield each("actions and noise swapped", "suffix tokens", (torch_flow, "interpolate", swapped))
-    negative = lambda a, n, t, d: (interpolate(a, n, t, d)[0], a.double() - n.double())  # noqa: E731
+    negative = with_result(interpolate, lambda r: (r[0], -r[1], *r[2:]))
     yield each("velocity towards the data", "loss", (torch_flow, "interpolate", negative))
     early = lambda s, x, h: read(s, x[:, :h], h)  # noqa: E731
     if variant == "tiny_pi05":
@@ -213,18 +213,17 @@ def flow_code(variant: str) -> Iterator[Mutation]:
         yield each("the state attends to actions", "suffix layer 0", (Flow, "suffix_blocks", one))
     causal = lambda s, h: torch.arange(len(blocks(s, h))) + 1  # noqa: E731
     yield each("actions are causal", "suffix layer 0", (Flow, "suffix_blocks", causal))
-    all_seen = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c, torch.ones_like(seen))  # noqa: E731
-    yield each("sampling attends to padding", "actions", (Flow, "integrate", all_seen))
-    stale = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c[::-1], seen)  # noqa: E731
-    yield each("cache of other layers", "actions", (Flow, "integrate", stale))
-    other = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, [(x.roll(1, 0), v) for x, v in c], seen)  # noqa: E731
-    yield each("cache of another row", "actions", (Flow, "integrate", other))
-    rounded = lambda s, *a: ((r := prefix(s, *a))[0], [(k.float().double(), v) for k, v in r[1]])  # noqa: E731
+    steps: dict[str, dict[str, Callable[[Any], Any]]] = {
+        "sampling attends to padding": {"seen": torch.ones_like},
+        "cache of other layers": {"cache": lambda c: c[::-1]},
+        "cache of another row": {"cache": lambda c: [(k.roll(1, 0), v) for k, v in c]},
+        "one Euler step fewer": {"num_steps": lambda n: n - 1},
+        "noise negated": {"noise": lambda n: -n},
+    }
+    for name, changes in steps.items():
+        yield each(name, "actions", (Flow, "integrate", with_arguments(integrate, **changes)))
+    rounded = with_result(prefix, lambda r: (r[0], [(k.float().double(), v) for k, v in r[1]]))
     yield each("cache in float32", "actions", (Flow, "read_prefix", rounded))
-    fewer = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k - 1, c, seen)  # noqa: E731
-    yield each("one Euler step fewer", "actions", (Flow, "integrate", fewer))
-    negated = lambda s, o, n, k, c, seen, *more: integrate(s, o, -n, k, c, seen)  # noqa: E731
-    yield each("noise negated", "actions", (Flow, "integrate", negated))
 
 
 def jax_code(variant: str) -> Iterator[Mutation]:

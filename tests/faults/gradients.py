@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import pi0_torch.models.siglip as torch_siglip
 import pi0_torch.models.vision_language as torch_vlm
 from pi0.run_config import RecipeConfig
 from pi0_eval.parity import frameworks
-from tests.faults.mutation import RECIPE, Mutation
+from tests.faults.mutation import RECIPE, Mutation, with_result
 
 FIRST = ("gradients, all", "gradients, worst parameter")
 
@@ -94,7 +95,7 @@ def torch_gradients(variant: str) -> Iterator[Mutation]:
             straight_through(read(s, x, h), 2 * read(s, x, h)))))  # fmt: skip
         loss = torch_flow.FlowModel.compute_loss
     if variant != RECIPE:
-        half = lambda s, *a, stages=None: straight_through(loss(s, *a, stages=stages), loss(s, *a) / 2)  # noqa: E731
+        half = with_result(loss, lambda x: straight_through(x, x / 2))
         owner = torch_fast.Pi0Fast if variant == "tiny_pi0_fast" else torch_flow.FlowModel
         yield each("half the loss's gradient", (owner, "compute_loss", half))
     if "pi05" in variant:
@@ -126,11 +127,8 @@ def recipe_gradients(each: Callable[..., Mutation]) -> Iterator[Mutation]:
     yield each("no insulation", (torch_gemma, "insulated_attention", plain))
     yield each("insulation of keys alone", (torch_gemma, "insulated_attention", halfway))
     yield each("insulation of the action expert's tokens", (torch_gemma, "insulated_attention", too_far))
-    for name, recipe in (
-        ("flow's weight 1", RecipeConfig(flow_weight=1.0)),
-        ("weight of the text 2", RecipeConfig(text_weight=2.0)),
-    ):
-        yield each(name, (frameworks, "RecipeConfig", lambda recipe=recipe: recipe))
+    for name, weight in (("flow's weight 1", {"flow_weight": 1.0}), ("weight of the text 2", {"text_weight": 2.0})):
+        yield each(name, (frameworks, "RecipeConfig", partial(RecipeConfig, **weight)))
 
 
 def jax_gradients(variant: str) -> Iterator[Mutation]:

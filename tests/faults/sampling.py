@@ -15,11 +15,12 @@ import torch
 import pi0_jax.sampler as jax_sampler
 import pi0_torch.fused as torch_fused
 import pi0_torch.models.layers as torch_layers
+import pi0_torch.models.lora as torch_lora
 import pi0_torch.models.pi05 as torch_pi05
 import pi0_torch.models.vision_language as torch_vlm
 import pi0_torch.sampler as torch_sampler
 from pi0 import masks, numerics
-from tests.faults.mutation import RECIPE, STEPS, Mutation
+from tests.faults.mutation import RECIPE, STEPS, Mutation, with_arguments, with_result
 
 Fused = torch_sampler.FusedModel
 
@@ -82,20 +83,22 @@ def torch_samplers(variant: str) -> Iterator[Mutation]:
         yield each("LoRA not merged", (linear, "merged_weight", lambda s: s.weight))
         yield each("LoRA merged twice", (linear, "merged_weight", lambda s: 2 * merged(s) - s.weight))
         yield each("LoRA merged in bfloat16", (linear, "merged_weight", lambda s: merged(s).bfloat16().double()))
+        update = torch_lora.LoRA.update
+        yield each("LoRA merged without its scale", (torch_lora.LoRA, "update", lambda s: update(s) / s.scale))
     if flow:
         yield from torch_integration(variant, partial(each, late=True))
 
 
 def torch_integration(variant: str, each: Callable[..., Mutation]) -> Iterator[Mutation]:
     """Euler steps of PyTorch's sampler."""
-    integrate, denoise, project, at = Fused.integrate, Fused.denoise, Fused.project, torch_sampler.at
+    integrate, denoise, project = Fused.integrate, Fused.denoise, Fused.project
     adaptive = "pi05" in variant
     times, suffix = numerics.euler_times, torch_fused.suffix_weights
 
-    def last(s: Any, *args: Any, step: int, given: Any = None) -> Any:
-        return denoise(s, *args, step=step) * (step < len(s.weights["steps"]["bias"][0]) - 1)
+    def last(s: Any, *args: Any, step: int, **more: Any) -> Any:
+        return denoise(s, *args, step=step, **more) * (step < len(s.weights["steps"]["bias"][0]) - 1)
 
-    def stale(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
+    def stale(s: Any, cache: Any, *args: Any, step: int, **more: Any) -> Any:
         """Keys and values of the suffix as they were in the first step."""
         memory: dict[int, Any] = s.__dict__.setdefault("memory", {})
 
@@ -107,44 +110,46 @@ def torch_integration(variant: str, each: Callable[..., Mutation]) -> Iterator[M
             memory.clear()
         Fused.project = kept  # type: ignore[method-assign]
         try:
-            return denoise(s, cache, *args, step=step)
+            return denoise(s, cache, *args, step=step, **more)
         finally:
             Fused.project = project  # type: ignore[method-assign]
 
-    def fresh(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
-        return denoise(s, [(k.clone(), v.clone()) for k, v in cache], *args, step=step)
-
-    def doubled(s: Any, cache: Any, *args: Any, step: int, given: Any = None) -> Any:
+    def doubled(s: Any, cache: Any, *args: Any, **more: Any) -> Any:
         """The suffix takes the places of the prefix's last tokens as well."""
         length = s.suffix_length({"noise": args[1]})
         for k, v in cache:
             for x in (k, v):
                 x[:, :, -2 * length : -length] = x[:, :, -length:]
-        return denoise(s, cache, *args, step=step)
+        return denoise(s, cache, *args, **more)
 
-    def late(model: Any, num_steps: int) -> Any:
+    def late(*args: Any, **more: Any) -> Any:
         with patch.object(numerics, "euler_times", lambda n: times(n) - np.float32(1 / n)):
-            return suffix(model, num_steps)
+            return suffix(*args, **more)
+
+    def still(weights: dict[str, Any]) -> dict[str, Any]:
+        """The norms of each step are those of the first."""
+        steps = {name: x if name == "bias" else of_first(x) for name, x in weights["steps"].items()}
+        return weights | {"steps": steps}
+
+    def of_first(norms: Any) -> Any:
+        if isinstance(norms, torch.Tensor):
+            return norms[:1].expand_as(norms)
+        return type(norms)(of_first(x) for x in norms)
 
     yield each("no last Euler step", (Fused, "denoise", last))
     yield each("times one step late", (torch_fused, "suffix_weights", late))
     yield each("keys and values of the first step in all", (Fused, "denoise", stale))
     yield each("the suffix twice in the cache", (Fused, "denoise", doubled))
     copied = "a copy of the cache for each step: each writes the suffix's places anew"
+    fresh = with_arguments(denoise, cache=lambda c: [(k.clone(), v.clone()) for k, v in c])
     yield each(copied, (Fused, "denoise", fresh), equivalent=True)
-    all_seen = lambda s, i, c, seen: integrate(s, i, c, torch.ones_like(seen))  # noqa: E731
-    yield each("integration attends to padding", (Fused, "integrate", all_seen))
-    rounded = lambda s, i, c, seen: integrate(s, i | {"noise": i["noise"].bfloat16().double()}, c, seen)  # noqa: E731
+    yield each("integration attends to padding", (Fused, "integrate", with_arguments(integrate, seen=torch.ones_like)))
+    rounded = with_arguments(integrate, inputs=lambda x: x | {"noise": x["noise"].bfloat16().double()})
     yield each("noise in bfloat16", (Fused, "integrate", rounded))
-    yield each("velocity a millionth larger", (Fused, "denoise", lambda s, *a, step, given=None: (
-        denoise(s, *a, step=step) * 1.000001)))  # fmt: skip
-    first_norm = (torch_sampler, "at", lambda norm, step: at(norm, 0))
-    first_bias = (Fused, "denoise", lambda s, *a, step, given=None: denoise(s, *a, step=0))
-    if adaptive:
-        yield each("the first step's norms in all", first_norm)
-    else:
-        yield each("the first step's norms in all: π0's do not depend on the time", first_norm, equivalent=True)
-    yield each("the first step's time in all", first_bias)
+    yield each("velocity a millionth larger", (Fused, "denoise", with_result(denoise, lambda v: v * 1.000001)))
+    norms = "the first step's norms in all" + ("" if adaptive else ": π0's do not depend on the time")
+    yield each(norms, (torch_fused, "suffix_weights", with_result(suffix, still)), equivalent=not adaptive)
+    yield each("the first step's time in all", (Fused, "denoise", with_arguments(denoise, step=lambda i: 0)))
 
 
 def jax_samplers(variant: str) -> Iterator[Mutation]:
@@ -161,7 +166,7 @@ def jax_samplers(variant: str) -> Iterator[Mutation]:
         shift = lambda s, x: jnp.roll(read_logits(s, x), 1, -1)  # noqa: E731
         yield each("logits of the token before", (jax_sampler.FusedModel, "read_logits", shift))
     else:
-        seen = lambda s, i, c, seen: integrate(s, i, c, jnp.ones_like(seen))  # noqa: E731
+        seen = with_arguments(integrate, seen=jnp.ones_like)
         yield each("integration attends to padding", (jax_sampler.FusedModel, "integrate", seen))
         low = lambda x, n: rms(x.astype(jnp.float32).astype(x.dtype), n)  # noqa: E731
         yield each("RMS norm in float32", (jax_sampler, "rms_norm", low))
@@ -223,7 +228,7 @@ def decoding(variant: str) -> Iterator[Mutation]:
         t, pos, seen | (torch.arange(seen.shape[1]) > slot), slot, c)))  # fmt: skip
     yield each("logits of temperature 2", scaled(0.5), first="first logits")
     yield each(
-        "logits in float32",
+        "first logits in float32",
         lambda x, c, v, p, n, r, o: decode(x.float().double(), c, v, p, n, r, **o),
         first="first logits",
     )
@@ -295,12 +300,11 @@ def recipe(variant: str) -> Iterator[Mutation]:
     yield each("loss of padding", "fast loss", (Pi05, "text_losses", padded))
     yield each("mean of the batch", "text loss", (Pi05, "text_losses", over_batch))
     yield each("text's and FAST's losses swapped", "text loss", (Pi05, "text_losses", swapped))
-    all_act = lambda s, o, *a: parts(s, replace(o, has_actions=None), *a)  # noqa: E731
+    all_act = with_arguments(parts, observation=lambda o: replace(o, has_actions=None))
     yield each("loss of rows without actions", "flow loss", (Pi05, "loss_parts", all_act))
     yield each("the text has no groups", "text loss", (Pi05, "prefix_groups", lambda s, o: (
         groups_of(s, replace(o, token_group=None)))))  # fmt: skip
     ends = lambda t, eos: written(t, eos) & (t != eos)  # noqa: E731
     yield each("actions do not attend to the subtask's end", "actions", (torch_pi05, "written", ends))
-    nothing = lambda s, o, n, k, c, seen, *more: integrate(s, o, n, k, c, seen & (  # noqa: E731
-        torch.arange(seen.shape[1]) < seen.shape[1] - STEPS))  # fmt: skip
+    nothing = with_arguments(integrate, seen=lambda x: x & (torch.arange(x.shape[1]) < x.shape[1] - STEPS))
     yield each("sampled actions do not attend to the subtask", "actions", (Pi05, "integrate", nothing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+import pi0_torch.models.flow as torch_flow
 from convert.checkpoints import Checkpoint
 from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
@@ -20,22 +22,39 @@ from pi0_eval.parity.frameworks import FRAMEWORKS, exact_matmuls
 from pi0_eval.parity.inputs import Inputs
 from tests import mutations, pairs
 from tests.faults import forward, gradients, sampling, weights
-from tests.faults.mutation import RECIPE, Mutation
+from tests.faults.mutation import RECIPE, Mutation, misfits
 from tests.mutations import verdict
 from tests.pairs import Pair, random_weights
 
 WEIGHTS = list(weights.weight_mutations("tiny_pi05"))
-MAKERS = (weights.constants, forward.torch_code, gradients.torch_gradients, sampling.torch_samplers)
-TORCH = [m for make in MAKERS for m in make("tiny_pi05") if m.framework == "torch"]
+TORCH = [m for m in mutations.mutations("tiny_pi05") if m.framework == "torch" and m.patches]
 TEXT = [m for make in (gradients.torch_gradients, sampling.decoding, sampling.recipe) for m in make(RECIPE)]
 JAX = [m for m in forward.jax_code("tiny_pi05") if m.name in ("RMS norm in float32", "time from data to noise")]
 
 
 def test_there_are_enough():
-    assert sum(len(mutations.mutations(variant)) for variant in mutations.VARIANTS) >= 150
+    """And each has a name of its own, by which its line is kept."""
+    names = [str(m) for variant in mutations.VARIANTS for m in mutations.mutations(variant)]
+    assert len(set(names)) == len(names) >= 1400
 
 
-@pytest.mark.parametrize("mutation", [*WEIGHTS[::24], *TORCH[::6], *TEXT[1::5], *JAX[:1]], ids=str)
+def test_faults_fit_the_models():
+    """Each replacement takes the arguments of what it replaces, in JAX too, where few of them run here."""
+    everything = [m for variant in mutations.VARIANTS for m in mutations.mutations(variant)]
+    assert [line for m in everything for line in misfits(m)] == []
+
+
+def test_a_fault_that_no_longer_fits_is_reported():
+    old = Mutation("old", "tiny", (), patches=((torch_flow, "interpolate", lambda actions, noise, time, dtype: None),))
+    assert re.match(r"tiny, torch: old: interpolate\(actions.* in place of \(.*delay", misfits(old)[0])
+
+
+def test_all_of_one_model_in_pytorch_are_found():
+    """Its code, roundings, constants and gradients, and its sampler."""
+    assert [line for m in TORCH if (line := verdict(m)) != "ok"] == []
+
+
+@pytest.mark.parametrize("mutation", [*WEIGHTS[::24], *TEXT[1::5], *JAX[:1]], ids=str)
 def test_a_fault_is_found_where_it_is(mutation: Mutation):
     assert verdict(mutation) == "ok"
 
@@ -60,6 +79,24 @@ def test_correct_pairs_pass(number: int):
     """Trained weights: plain models in float32, other layouts, and a sampler in bfloat16."""
     line = pairs.run(Pair.of(number))
     assert line["out"] == [] and max(line["shares"].values()) <= 1
+
+
+def test_lines_of_faults_are_kept(tmp_path):
+    """Of those that were found; what was not, or raised an exception, is tried again."""
+    out, tried = tmp_path / "faults.jsonl", []
+
+    def found(mutation: Mutation) -> str:
+        tried.append(mutation.name)
+        if len(tried) == 2:
+            raise TypeError("an argument too many")
+        return "ok"
+
+    with patch.object(mutations, "verdict", found):
+        for _ in range(2):
+            lines = list(mutations.results(["tiny_lora"], ["lora"], "torch", out))
+    assert len(lines) == len(tried) - 1 and tried[1] == tried[-1]
+    assert json.loads(out.read_text().splitlines()[1])["verdict"].endswith("TypeError: an argument too many")
+    assert re.search(rf"^lora +{len(lines)} +0 +0 ", mutations.table(lines), re.MULTILINE)
 
 
 def test_lines_are_kept(tmp_path):
