@@ -131,8 +131,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
-    names = ("open", "of it CPU", "shuffle", "first batch", "resume at 10⁶")
-    names += ("MB before", "MB", "MB of 5", "of it not files")
+    names = ["open", "of it CPU", "shuffle", "first batch", "resume at 10⁶"]
+    names += ["MB before", "MB", "MB of 5", "of it not files"]
     print(f"| episodes | start | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}", flush=True)
     for episodes in args.episodes:
         with tempfile.TemporaryDirectory(prefix="pi0-scale-", dir=args.folder) as folder:

@@ -407,9 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS), help="default both")
     parser.add_argument("--path", nargs="+", choices=PATHS, default=list(PATHS[:2]), help="default model and sampler")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="attention of PyTorch's sampler")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="PyTorch's sampler (default: on a GPU)"
-    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="PyTorch's sampler (default: on GPUs)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--cameras", nargs="+", type=int, default=[3, 1], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N")

@@ -85,12 +85,13 @@ class ArrayRecordDataset(Dataset):
             )
 
     def decode(self, camera: str, position: int, frame: int) -> np.ndarray:
-        return self._decode(position, frame, self._read_record(position, frame), [camera])[camera]
+        return self._decode(position, frame, self._read_records([(position, frame)])[0], [camera])[camera]
 
     def images(self, position: int, frame: int, stored: bytes | None = None) -> dict[str, np.ndarray]:
         if self._cached or not self.cameras:
             return super().images(position, frame)
-        found = self._decode(position, frame, stored or self._read_record(position, frame), self.cameras)
+        record = stored or self._read_records([(position, frame)])[0]
+        found = self._decode(position, frame, record, self.cameras)
         size = self.image_size
         return found if size is None else {camera: resize_with_pad(image, *size) for camera, image in found.items()}
 
@@ -113,38 +114,41 @@ class ArrayRecordDataset(Dataset):
         """The records of frames, those near each other in a file by one request, and all at the same time."""
         if self._cached or not self.cameras:
             return {}
-        places = []
-        for i in frames:
-            position = int(np.searchsorted(self.starts, i, side="right")) - 1
-            places.append(self._place(position, i - int(self.starts[position])))
-        return dict(zip(frames, read_spans(places), strict=True))
+        positions = np.searchsorted(self.starts, frames, side="right") - 1
+        places = [(int(p), i - int(self.starts[p])) for p, i in zip(positions, frames, strict=True)]
+        return dict(zip(frames, self._read_records(places), strict=True))
 
     def _find_index(self, skip_damaged: bool) -> Index:
         return open_index(self.root, read_info(self.root))
 
-    def _place(self, position: int, frame: int) -> tuple[Path, int, int]:
-        """The file of a frame's record, and its first byte there and the one after its last."""
-        i = int(self.starts[position]) + frame
-        offset, size = (int(self.table(name)[i]) for name in PLACE[:2])
-        episode = self.episodes[position]
-        if not (0 <= offset < 2**62 and 0 <= size <= MAX_RECORD):
-            raise DataError(f"its record would have {size} bytes, from {offset} on", episode.file, episode.index, frame)
-        return episode.file, offset, span_end(offset, size)
+    def _read_records(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The records of frames, given as positions of their episodes and frames in them, after they were checked."""
+        spans, checksums = [], []
+        for position, frame in places:
+            i = int(self.starts[position]) + frame
+            offset, size, checksum = (int(self.table(name)[i]) for name in PLACE)
+            episode = self.episodes[position]
+            if not (0 <= offset < 2**62 and 0 <= size <= MAX_RECORD):
+                problem = f"its record would have {size} bytes, from {offset} on"
+                raise DataError(problem, episode.file, episode.index, frame)
+            spans.append((episode.file, offset, span_end(offset, size)))
+            checksums.append(checksum)
+        found = read_spans(spans)
+        records = [without_headers(stored, offset) for stored, (_, offset, _) in zip(found, spans, strict=True)]
+        for place, span, checksum, stored, record in zip(places, spans, checksums, found, records, strict=True):
+            if len(stored) < span[2] - span[1]:
+                problem = "the file is truncated: it ends before this frame's record does"
+            elif crc32c(record) != checksum:
+                problem = "its record does not match its checksum: the file is damaged, or of another dataset"
+            else:
+                continue
+            raise DataError(problem, span[0], self.episodes[place[0]].index, place[1])
+        return records
 
-    def _read_record(self, position: int, frame: int) -> bytes:
-        return read_spans([self._place(position, frame)])[0]
-
-    def _decode(self, position: int, frame: int, stored: bytes, cameras: Sequence[str]) -> dict[str, np.ndarray]:
-        """The images in the bytes of a frame's record, which are checked first."""
-        i = int(self.starts[position]) + frame
-        offset, size, checksum = (int(self.table(name)[i]) for name in PLACE)
+    def _decode(self, position: int, frame: int, record: bytes, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        """The images in a frame's record."""
         camera = ""
         try:
-            if len(stored) < span_end(offset, size) - offset:
-                raise DataError("the file is truncated: it ends before this frame's record does")
-            record = without_headers(stored, offset)
-            if crc32c(record) != checksum:
-                raise DataError("its record does not match its checksum: the file is damaged, or of another dataset")
             example, found = Example(record), {}
             for camera in cameras:
                 values = example.bytes_list(camera)

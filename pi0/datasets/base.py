@@ -221,8 +221,10 @@ class Dataset(Protocol):
         item: dict[str, Any] = {name: self._columns[name][i] for name in self.states}
         item |= {name: self._columns[name][np.minimum(chunk, end - 1)] for name in self.actions}
         item |= {"action_is_pad": chunk >= end, "timestamp": float(self._columns["timestamp"][i])}
-        item |= {"task": self.task(i)} if self.tasks else {}
-        item |= {"tasks": texts} if (texts := self.instructions.get(self._task_index(i), ())) else {}
+        if self.tasks or self.instructions:
+            number = int(self._columns["task_index"][i])
+            item |= {"task": self.tasks[number]} if self.tasks else {}
+            item |= {"tasks": texts} if (texts := self.instructions.get(number, ())) else {}
         item |= {"subtask": str(self._columns["subtask"][i])} if "subtask" in self._columns else {}
         counters = [name for name in ("index", "episode_index", "frame_index") if name in self._columns]
         item |= {name: int(self._columns[name][i]) for name in counters}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -91,12 +91,22 @@ class Batches:
             stored |= {row: found[frame] for row, frame in frames.items() if frame in found}
         return Fetched(step, stored)
 
-    def decode(self, fetched: Fetched, rows: np.ndarray, count: bool = False) -> dict[str, np.ndarray]:
-        """What `read` returns, of rows that were fetched."""
-        first = fetched.step * self.batch_size
-        read = [self.row(first + row, fetched.stored.get(row)) for row in map(int, rows)]
-        kept = [key for key in read[0] if count or key != "truncated"]
-        return {key: np.stack([row[key] for row in read]) for key in kept}
+    def decode(
+        self, fetched: Fetched, rows: np.ndarray, count: bool = False, empty: Callable[..., np.ndarray] = np.empty
+    ) -> dict[str, np.ndarray]:
+        """What `read` returns, of rows that were fetched, in arrays made by `empty(shape, dtype)`."""
+        first, arrays = fetched.step * self.batch_size, dict[str, np.ndarray]()
+        for n, row in enumerate(map(int, rows)):  # each into its place at once: its own memory is soon used again
+            found = {key: np.asarray(x) for key, x in self.row(first + row, fetched.stored.get(row)).items()}
+            if n == 0:
+                kept = [key for key in found if count or key != "truncated"]
+                arrays = {key: empty((len(rows), *found[key].shape), found[key].dtype) for key in kept}
+            for key, array in arrays.items():
+                if found[key].shape != array.shape[1:] or found[key].dtype != array.dtype:
+                    one, other = (f"{x.dtype} {list(x.shape)}" for x in (array[0], found[key]))
+                    raise ValueError(f"{key} is {one} in one row of a batch and {other} in another")
+                array[n] = found[key]
+        return arrays
 
     def frames(self, step: int) -> list[tuple[int, int]]:
         """The dataset and its frame for each row of a batch."""

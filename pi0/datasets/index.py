@@ -68,7 +68,7 @@ class FileArray:
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # without reading ahead
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        if np.ndim(rows) == 0:
+        if isinstance(rows, int | np.integer):
             return self._read(int(rows), int(rows) + 1)[0, ...]
         rows = np.asarray(rows)
         if not len(rows) or (np.diff(rows) == 1).all():
@@ -155,14 +155,16 @@ class IndexedColumns(Mapping[str, Any]):
         self._index, self._positions = index, positions
         self._starts = np.concatenate([[0], np.cumsum(index.lengths[positions])])
         self._first_rows = index.first_rows[positions]
+        self._columns: dict[str, IndexedColumn] = {}  # those that were asked for
 
     def __reduce__(self) -> tuple[type[IndexedColumns], tuple[Index, np.ndarray]]:
         return IndexedColumns, (self._index, self._positions)
 
     def __getitem__(self, name: str) -> Any:
-        array = self._index.array(name)
-        texts = self._index.about["texts"].get(name)
-        return IndexedColumn(array, self._starts, self._first_rows, texts)
+        if name not in self._columns:
+            array, texts = self._index.array(name), self._index.about["texts"].get(name)
+            self._columns[name] = IndexedColumn(array, self._starts, self._first_rows, texts)
+        return self._columns[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.about["columns"])
@@ -183,12 +185,12 @@ class IndexedColumn:
         return self.shape[0]
 
     def __getitem__(self, frames: Any) -> Any:
-        if isinstance(frames, slice):
-            frames = np.arange(*frames.indices(len(self)))
-        if np.ndim(frames) == 0:
+        if isinstance(frames, int | np.integer):
             position = bisect.bisect_right(self._starts, int(frames)) - 1
             value = self._array[int(frames) - int(self._starts[position]) + int(self._first_rows[position])]
             return value if self._texts is None else self._texts[int(value)]
+        if isinstance(frames, slice):
+            frames = np.arange(*frames.indices(len(self)))
         frames = np.asarray(frames)
         positions = np.searchsorted(self._starts, frames, side="right") - 1
         values = self._array[frames - self._starts[positions] + self._first_rows[positions]]

@@ -165,8 +165,10 @@ class CameraMasks:
             raise ValueError(f"no 'image/<camera>' of {list(self.image_keys)}; got the keys {sorted(data)}")
         missing = [key for key in self.image_keys if key not in own]
         masks = {f"image_mask/{key}": np.bool_(self.dummy) for key in missing}
+        if not (missing and self.dummy):
+            return data | masks
         empty = np.zeros_like(data[f"image/{min(own)}"])
-        return data | masks | ({f"image/{key}": empty for key in missing} if self.dummy else {})
+        return data | masks | {f"image/{key}": empty for key in missing}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +311,9 @@ class PadDims:
         extra = size - x.shape[-1]
         if extra < 0:
             raise ValueError(f"{key}: {x.shape[-1]} dimensions; the model has {size}")
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+        padded = np.zeros((*x.shape[:-1], size), np.float32)
+        padded[..., : x.shape[-1]] = x
+        return padded
 
 
 def _encode(encode: Callable[[int], Data], max_len: int, whole: bool) -> Data:

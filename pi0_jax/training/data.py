@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.assets import Assets, fetch_norm_stats
@@ -38,7 +40,14 @@ from pi0.tokenizers.text import TextTokenizer
 Batch = tuple[Observation, Any]  # the model's inputs, and normalized actions [B, T, A]
 
 AHEAD = 2  # prefetched batches: in each worker process, and on the devices
+SHARED = 2**16  # bytes from which on an array is passed on by a worker process in shared memory
 FETCHED = 4  # batches that each worker process fetches from a bucket at a time
+
+
+def shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that a worker process passes on without copying it."""
+    large = math.prod(shape) * np.dtype(dtype).itemsize >= SHARED
+    return SharedMemoryArray(shape, dtype) if large else np.empty(shape, dtype)
 
 
 class Loader(Iterator[Batch]):
@@ -79,8 +88,9 @@ class Loader(Iterator[Batch]):
         # Processes decode in parallel, each in one thread: more would wait for the lock of Python. What they decode
         # is fetched ahead by threads, which wait for a bucket.
         steps = grain.MapDataset.range(start, sys.maxsize).map(functools.partial(batches.fetch, rows=rows))
-        decode = functools.partial(batches.decode, rows=rows, count=True)
+        decode = functools.partial(batches.decode, rows=rows, count=True, empty=shared if workers else np.empty)
         read = steps.to_iter_dataset(grain.ReadOptions(FETCHED, FETCHED)).map(decode)
+        read = grain.experimental.WithOptionsIterDataset(read, grain.experimental.DatasetOptions(min_shm_size=SHARED))
         # Grain spawns: forking a process that runs JAX may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         placed = read.mp_prefetch(processes, begin_worker).map(finish)

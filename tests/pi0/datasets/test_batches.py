@@ -119,3 +119,15 @@ def test_rows_whose_text_is_cut_are_counted(batches: Batches):
     )
     cut = Batches(batches.order, [short], 8).read(0, np.arange(3), count=True)
     assert cut["truncated"].tolist() == [True] * 3 and cut["tokenized_prompt"].shape == (3, 4)
+
+
+class Odd(Batches):
+    def row(self, position: int, stored: bytes | None = None) -> dict[str, np.ndarray]:
+        return super().row(position, stored) | {"state": np.zeros(1 + position % 2, np.float32)}
+
+
+def test_rows_that_do_not_go_together_are_refused(batches: Batches):
+    """Not broadcast into one another."""
+    odd = Odd(batches.order, batches.pipelines, 8)
+    with pytest.raises(ValueError, match=r"state is float32 \[1\] in one row of a batch and float32 \[2\] in another"):
+        odd.read(0)
