@@ -173,13 +173,18 @@ def _blocks(dataset: Dataset, robot: Robot) -> list[range]:
 
 
 def _numbers(dataset: Dataset, robot: Robot, block: range) -> dict[str, np.ndarray]:
-    rows, action_keys = np.asarray(block), robot.action_keys(dataset.features)
+    data = absolute_numbers(dataset, robot, np.asarray(block))
+    return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+
+
+def absolute_numbers(dataset: Dataset, robot: Robot, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """As `frame_numbers`, of the frames `rows` [N], with actions before the delta transform. Raises ValueError."""
+    action_keys = robot.action_keys(dataset.features)
     last = dataset.starts[np.searchsorted(dataset.starts, rows, side="right")] - 1
     chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[:, None])
     keys = (*robot.state_keys(dataset.features), *action_keys)
     with naming(dataset.root):
-        data = robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
-    return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+        return robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
 
 
 def report(stats: Mapping[str, RunningStats]) -> str:
