@@ -107,6 +107,7 @@ def token_loss(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str, An
 
 
 def feed_prefix(model: Any, fed: dict[str, Any]) -> None:
+    """Have a model return the prefix that is fed, instead of computing it."""
     replace(model, "embed_prefix", lambda observation, stages=None: (fed["prefix"], fed["valid"]))
 
 
@@ -160,6 +161,7 @@ def rows_of(tensor: Tensor, rows: np.ndarray) -> Tensor:
 
 
 def zeros(tensor: Tensor, index: Any) -> np.ndarray:
+    """A part of a tensor with zeros in its place."""
     return np.zeros(tensor.shape, tensor.dtype)[index]
 
 
@@ -267,6 +269,7 @@ class Run:
 
 
 def with_model(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint with another model config."""
     return dataclasses.replace(checkpoint, assets=dataclasses.replace(checkpoint.assets, model=config))
 
 
@@ -296,6 +299,7 @@ def run_jax(
     side: Side,
     step: Step | None,
 ) -> dict[str, Any]:
+    """A function of a model of `params`, computed in JAX as the side says; results are NumPy arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -324,6 +328,7 @@ def run_torch(
     side: Side,
     step: Step | None,
 ) -> dict[str, Any]:
+    """A function of a model of `params`, computed in PyTorch as the side says; results are NumPy arrays."""
     import torch
 
     from pi0_torch.loading import find_device, partial_model, to_device, to_numpy, to_torch
@@ -407,6 +412,7 @@ def left_out(config: ModelConfig, subtasks: bool) -> tuple[str, ...]:
 
 
 def vision_stages(outputs: dict[str, Any], run: Run, name: str, last: bool) -> dict[str, np.ndarray]:
+    """What a layer of the vision tower is compared by; the last one, by the tokens that follow too."""
     stages = {name: outputs["layer"]}
     if last:
         valid = predicting(run)
@@ -436,6 +442,7 @@ def predicting(run: Run) -> np.ndarray:
 
 
 def valid_text(run: Run, length: int) -> np.ndarray:
+    """The tokens of the prompt that are none of padding, bool [B, `length`]."""
     return predicting(run)[:, -length:]
 
 
