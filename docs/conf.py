@@ -23,7 +23,12 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = "pi0"
-html_theme_options = {"show_navbar_depth": 1, "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search is in the sidebar
+}
 html_last_updated_fmt = ""
 suppress_warnings = [
     "misc.highlighting_failure",  # printed output, shown as it is

@@ -125,9 +125,9 @@ class Watch:
         if robot.answer is None:
             return shown | {"images": {}, "chunk": [], "warnings": []}
         policy, observation = self.engines[robot.model].policy, robot.answer.observation
-        seen = {
-            key: data_address(image[0]) for key, image in observation.images.items() if observation.image_masks[key][0]
-        }
+        names = {target: name for name, target in policy.pipeline.robot.cameras.items()}
+        present = [key for key in observation.images if observation.image_masks[key][0]]
+        seen = {names.get(key, key): data_address(observation.images[key][0]) for key in present}
         return shown | {
             "images": seen,
             "chunk": chunk_and_bounds(policy, robot.answer),
