@@ -21,6 +21,7 @@ from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import find_format, open_dataset
 from pi0.datasets.statistics import frame_numbers
+from pi0.look import dimension_labels
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
@@ -141,6 +142,13 @@ def action_names(dataset: Dataset, robot: Robot) -> list[str]:
     return names if len(names) == robot.action_dim else [f"action[{i}]" for i in range(robot.action_dim)]
 
 
+def action_labels(dataset: Dataset, robot: Robot) -> list[str]:
+    """`action_names` with the units that the dataset's features say, for plots."""
+    names = action_names(dataset, robot)
+    features = [dataset.features[key] for key in robot.action_keys(dataset.features)]
+    return dimension_labels(names, features[0].get("units") if len(features) == 1 else None)
+
+
 @exit_on_error("pi0-replay")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-replay`."""
@@ -183,7 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures = compare_actions(episodes, dimensions, args.threshold)
     print(f"{len(episodes)} episodes, {figures['frames']} frames, {figures['chunks']} chunks\n\n{table(figures)}")
     if args.out is not None:
-        write_folder(args.out, episodes, dimensions, {**vars(args), "out": str(args.out)} | figures, args.overwrite)
+        labels = action_labels(dataset, policy.pipeline.robot)
+        write_folder(args.out, episodes, labels, {**vars(args), "out": str(args.out)} | figures, args.overwrite)
         print(f"\n{args.out}: replay.json, {len(episodes)} plots")
 
 

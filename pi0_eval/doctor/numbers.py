@@ -5,14 +5,13 @@ Axes: F frames, T action horizon, S state dim, A action dim, all of the robot; n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pi0.assets import Assets
 from pi0.robots.normalize import NormStats
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, gripper_dims
 from pi0.robots.transforms import bool_mask
 from pi0_eval.doctor.findings import LIKELY, POSSIBLE, VERY_LIKELY, Finding
 from pi0_eval.doctor.recordings import Recording
@@ -27,13 +26,6 @@ SPEED = 1.7  # times as fast
 PADDED, VERY_PADDED = 0.25, 0.5  # share of trained actions
 IDLE = 0.5  # share of frames
 TINY = 1e-9
-
-
-def gripper_dims(names: Sequence[str], robot: Robot, size: int) -> list[int]:
-    """The dimensions of grippers: by their names, else those that are absolute among relative ones, else the last."""
-    named = [i for i, name in enumerate(names) if re.search(r"grip|finger|claw|jaw", name.lower())]
-    absolute = [i for i, relative in enumerate(bool_mask(*robot.delta_dims)) if not relative]
-    return named or [i for i in absolute if i < size] or [size - 1]
 
 
 def labels(key: str, names: Sequence[str], size: int) -> list[str]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from pi0.policy.policy import Policy
 from pi0.robots.pipeline import Pipeline
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, gripper_dims
 from pi0_eval.doctor.findings import LIKELY, POSSIBLE, VERY_LIKELY, Finding
-from pi0_eval.doctor.numbers import gripper_dims, relative_mask
+from pi0_eval.doctor.numbers import relative_mask
 from pi0_eval.doctor.recordings import Recording
 
 IGNORED = 0.02  # of the predictions' own spread: actions that change less do not depend on an input
