@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def one_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, vocabular
         elif name in vocabulary:
             tensor = vocabulary[name]
         elif name == "vision.position_embedding" and layer:  # has been added to what is fed
-            tensor = dataclasses.replace(tensor, read=partial(zeros, tensor))
+            tensor = dataclasses.replace(tensor, read=np.zeros(tensor.shape, tensor.dtype).__getitem__)
         ours[name] = tensor
     return with_model(dataclasses.replace(checkpoint, ours=ours), config)
 
@@ -158,11 +158,6 @@ def rows_of(tensor: Tensor, rows: np.ndarray) -> Tensor:
         return np.concatenate(found)[index]
 
     return Tensor((len(rows), *tensor.shape[1:]), tensor.dtype, read)
-
-
-def zeros(tensor: Tensor, index: Any) -> np.ndarray:
-    """A part of a tensor with zeros in its place."""
-    return np.zeros(tensor.shape, tensor.dtype)[index]
 
 
 # ---- one side in one dtype
