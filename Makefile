@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean
+# make demo | test | lint | format | docs | clean
 #
 # PYTHON    the interpreter that .venv is made with, 3.11 or newer      make test PYTHON=python3.12
 # PIP_ARGS  more arguments for pip, for instance to get PyTorch without CUDA on Linux:
@@ -10,7 +10,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test lint format clean .venv
+.PHONY: help demo test lint format docs clean .venv
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -30,6 +30,12 @@ format: .venv
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: .venv
+	@$(BIN)/python -c 'import sphinx_book_theme, myst_parser' 2>/dev/null || \
+	    $(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt $(PIP_ARGS)
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
 .venv: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -41,5 +47,5 @@ format: .venv
 	@touch $@
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build docs/_build docs/reference *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,7 @@ COMMANDS = {
     "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
     "replay": "compare a policy's actions with recorded ones, open loop",
     "rollout": "measure success rates of a policy in simulation, closed loop",
+    "doctor": "find out why a policy does not move the robot as it should",
     "collect": "record demonstrations of a scripted expert in simulation",
     "serve": "serve a policy to robots, over openpi's websocket protocol",
     "bench": "measure sampling against the machine's roofline",

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pi0 import masks
+from pi0.look import COLORS as _COLORS
+from pi0.look import DASHES, RECORDED
 from pi0.plugins import require_extra
-
-_COLORS = ("#4c72b0", "#dd8452", "#55a868")
 
 
 def plot_loss(metrics_file: Path, target: Path) -> None:
@@ -39,10 +39,10 @@ def plot_actions(
     dims = recorded.shape[1]
     figure, axes = _subplots(dims, 1, figsize=(9, 1.8 * dims), sharex=True, squeeze=False)
     for d, axis in enumerate(axes[:, 0]):
-        axis.plot(recorded[:, d], color="black", label="recorded")
+        axis.plot(recorded[:, d], color=RECORDED, label="recorded")
         for i, (name, actions) in enumerate(predicted.items()):
-            style = "-" if i == 0 else "--"
-            axis.plot(actions[:, d], style, color=_COLORS[i % len(_COLORS)], label=name, alpha=0.9)
+            style = DASHES[(i + 1) % len(DASHES)]  # told apart in black and white too
+            axis.plot(actions[:, d], style, color=_COLORS[i % len(_COLORS)], label=name)
         axis.set_ylabel(names[d])
         axis.grid(alpha=0.3)
     axes[0, 0].legend(loc="upper right", ncols=1 + len(predicted))
@@ -73,6 +73,7 @@ def plot_distributions(panels: Mapping[str, tuple[np.ndarray, np.ndarray, float,
             axis.axvline(quantile, color=_COLORS[1], linestyle="--")
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
+    figure.supxlabel("bars: share of all values, in the model's units; dashed: 1 % and 99 % quantiles", fontsize=9)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     _save(figure, target)

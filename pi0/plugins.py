@@ -19,7 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("av", "pyarrow", "array_record", "google_crc32c", "simplejpeg"), "data"),
     **dict.fromkeys(("msgpack", "websockets"), "client"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
-    **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray"},
+    **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray", "rerun": "rerun"},
     **{"metaworld": "sim-metaworld", "libero": "sim-libero", "gym_aloha": "sim-aloha"},
     **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }

@@ -16,15 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from pi0.command import add_checkpoint, add_dataset, add_preset, add_robot, exit_on_error, make_parser, output_path
+from pi0.command import (
+    add_checkpoint,
+    add_dataset,
+    add_preset,
+    add_robot,
+    exit_on_error,
+    local_output_path,
+    make_parser,
+    output_path,
+)
 from pi0.config import DTYPES
 from pi0.datasets.base import Dataset
 from pi0.datasets.registry import find_format, open_dataset
 from pi0.datasets.statistics import frame_numbers
+from pi0.look import dimension_labels
+from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
 from pi0.robots.robot import Robot
 from pi0.robots.transforms import DeltaActions
 from pi0.storage import new_folder, require_replaceable
+from pi0_eval.viewer import write_rerun
 
 NOISE = "policy.noise"  # a column of recordings of a server: what each chunk was sampled from, flat
 FILES: dict[str, Any] = {"marker": ("replay.json",), "files": ("episode_*.png",)}  # of the folder it writes
@@ -141,6 +153,13 @@ def action_names(dataset: Dataset, robot: Robot) -> list[str]:
     return names if len(names) == robot.action_dim else [f"action[{i}]" for i in range(robot.action_dim)]
 
 
+def action_labels(dataset: Dataset, robot: Robot) -> list[str]:
+    """`action_names` with the units that the dataset's features say, for plots."""
+    names = action_names(dataset, robot)
+    features = [dataset.features[key] for key in robot.action_keys(dataset.features)]
+    return dimension_labels(names, features[0].get("units") if len(features) == 1 else None)
+
+
 @exit_on_error("pi0-replay")
 def main(arguments: list[str] | None = None) -> None:
     """The command `pi0-replay`."""
@@ -164,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="default torch")
     parser.add_argument("--out", type=output_path, metavar="FOLDER", help="a new folder for figures and plots")
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
+    parser.add_argument("--rerun", type=local_output_path, metavar="FILE", help="an .rrd file for the Rerun viewer")
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint names none (default PaliGemma's)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--device", help="of PyTorch (default cpu)")
@@ -176,14 +196,21 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.out is not None:  # fail before the work, not after it
         require_replaceable(args.out, args.overwrite, **FILES)
+    if args.rerun is not None:
+        require_extra("rerun", "rerun")
     policy = load_policy(args)
     dataset = open_recordings(args, policy.pipeline.robot)
     episodes = replay(policy, dataset, every=args.every, draws=args.draws, batch_size=args.batch_size)
     dimensions = action_names(dataset, policy.pipeline.robot)
     figures = compare_actions(episodes, dimensions, args.threshold)
     print(f"{len(episodes)} episodes, {figures['frames']} frames, {figures['chunks']} chunks\n\n{table(figures)}")
+    if args.rerun is not None:
+        write_rerun(args.rerun, dataset, policy.pipeline.robot, episodes, dimensions)
+        print(f"\n{args.rerun}: pip install rerun-sdk, then rerun {args.rerun}")
     if args.out is not None:
-        write_folder(args.out, episodes, dimensions, {**vars(args), "out": str(args.out)} | figures, args.overwrite)
+        labels = action_labels(dataset, policy.pipeline.robot)
+        settings = {**vars(args), "out": str(args.out), "rerun": None if args.rerun is None else str(args.rerun)}
+        write_folder(args.out, episodes, labels, settings | figures, args.overwrite)
         print(f"\n{args.out}: replay.json, {len(episodes)} plots")
 
 

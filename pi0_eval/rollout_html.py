@@ -10,25 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pi0 import __version__
+from pi0.look import GREEN, ORANGE, STYLE
 from pi0_eval.outcomes import Episode
 
 MOST_VIDEO = 64 << 20  # bytes of videos that are put into the file; others are linked to
-COLORS = {"success": "#1b6e2e", "failure": "#c9a227", "error": "#9c1c2e"}
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h2 { margin-top: 2.2rem; }
-code { overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; }
-th, td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
+COLORS = {"success": GREEN, "failure": ORANGE, "error": "#7a1f00"}
+OWN = """
 .bar { position: relative; width: 16rem; height: .9rem; background: #eee; }
-.bar i { position: absolute; top: .3rem; height: .3rem; background: #8fb98f; }
-.bar b { position: absolute; top: 0; width: 3px; height: .9rem; background: #1b6e2e; }
+.bar i { position: absolute; top: .3rem; height: .3rem; background: #9fd8c6; }
+.bar b { position: absolute; top: 0; width: 3px; height: .9rem; background: #006b4e; }
 .cells span { display: inline-block; width: .9rem; height: .9rem; margin: 1px; }
-figure { display: inline-block; margin: 0 1rem 1rem 0; }
-video { max-width: 36rem; }
-pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; }
+video { max-width: min(36rem, 100%); }
 """
 
 
@@ -39,7 +31,9 @@ def to_html(
     policy = ", ".join(f"{key} {value}" for key, value in settings["policy"].items())
     parts = [
         "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>Rollout</title><style>{STYLE}</style></head><body>',
+        '<html lang="en"><head><meta charset="utf-8"><title>Rollout</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{STYLE}{OWN}</style></head><body>",
         f"<h1>Rollout</h1><p><code>{escape(policy)}</code></p>",
         "<table><tr><th>task</th><th>episodes</th><th>success</th><th>95 % interval (Wilson)</th><th></th>"
         "<th>mean steps</th><th>errors</th></tr>",

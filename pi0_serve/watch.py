@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import collections
 import dataclasses
 import functools
-import io
 import json
 import logging
 import time
@@ -14,11 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pi0.look import data_address
 from pi0.policy.policy import Policy
-from pi0.robots.normalize import NormStats
 from pi0.robots.transforms import DeltaActions
 from pi0_serve.engine import Answer, Engine
 
@@ -128,29 +125,15 @@ class Watch:
         if robot.answer is None:
             return shown | {"images": {}, "chunk": [], "warnings": []}
         policy, observation = self.engines[robot.model].policy, robot.answer.observation
-        seen = {key: png(image[0]) for key, image in observation.images.items() if observation.image_masks[key][0]}
+        names = {target: name for name, target in policy.pipeline.robot.cameras.items()}
+        present = [key for key in observation.images if observation.image_masks[key][0]]
+        seen = {names.get(key, key): data_address(observation.images[key][0]) for key in present}
         return shown | {
             "images": seen,
             "chunk": chunk_and_bounds(policy, robot.answer),
             "subtask": robot.answer.outputs.get("subtask", ""),
             "warnings": warnings(policy, observation.state[0]),
         }
-
-
-def png(image: np.ndarray) -> str:
-    """An image, uint8 [H, W, 3] or float in [-1, 1], as the address of a PNG."""
-    if image.dtype != np.uint8:
-        image = np.clip((image + 1) * 127.5, 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def bounds(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
-    """The range [D] in which most of the training data was: q01 to q99, or within three standard deviations."""
-    if stats.q01 is not None and stats.q99 is not None:
-        return stats.q01, stats.q99
-    return stats.mean - 3 * stats.std, stats.mean + 3 * stats.std
 
 
 def chunk_and_bounds(policy: Policy, answer: Answer) -> list[dict[str, Any]]:
@@ -163,7 +146,7 @@ def chunk_and_bounds(policy: Policy, answer: Answer) -> list[dict[str, Any]]:
     }
     if robot.delta_mask is not None:
         data = DeltaActions(robot.delta_mask)(data)
-    low, high = bounds(stats["actions"])
+    low, high = stats["actions"].bounds()
     dims = range(min(data["actions"].shape[-1], len(low)))  # norm stats may be those of a padded model
     values = np.round(data["actions"], 5).T.tolist()
     return [{"values": values[i], "low": float(low[i]), "high": float(high[i])} for i in dims]
@@ -179,7 +162,7 @@ def warnings(policy: Policy, state: np.ndarray) -> list[str]:
     """The dimensions of a normalized, padded state [S] that lie outside of what training saw."""
     stats = policy.pipeline.normalize.stats["state"]
     size = min(policy.pipeline.robot.state_dim or len(state), len(state), len(stats.mean))
-    low, high = bounds(stats)
+    low, high = stats.bounds()
     room = MARGIN * np.maximum(high - low, 1e-6)
     values = model_state(policy, state)
     return [

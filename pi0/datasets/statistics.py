@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from pi0.plugins import require_extra
 from pi0.reading import naming
 from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.robots.registry import make_robot
-from pi0.robots.robot import Robot
+from pi0.robots.robot import Robot, gripper_dims
 from pi0.robots.transforms import DeltaActions
 from pi0.storage import below, new_file
 
@@ -30,6 +30,11 @@ BLOCK = 2**21  # numbers processed at a time
 NEARLY_CONSTANT = 1e-4  # a spread, in the data's units, below which normalization amplifies noise
 OUTLIER = 2.0  # distance outside of [q01, q99] in units of q99 - q01
 CLIPPED = 0.02  # share of values at one end
+WARNINGS = {  # kinds of harm, and what to think of
+    "constant": "normalization makes a small change of these huge; widen their stats by hand, or leave them out",
+    "outliers": "they widen a range that a mode with minimum and maximum uses; look at these frames",
+    "clipped": "were they clipped when they were recorded?",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,53 +178,70 @@ def _blocks(dataset: Dataset, robot: Robot) -> list[range]:
 
 
 def _numbers(dataset: Dataset, robot: Robot, block: range) -> dict[str, np.ndarray]:
-    rows, action_keys = np.asarray(block), robot.action_keys(dataset.features)
+    data = absolute_numbers(dataset, robot, np.asarray(block))
+    return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+
+
+def absolute_numbers(dataset: Dataset, robot: Robot, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """As `frame_numbers`, of the frames `rows` [N], with actions before the delta transform. Raises ValueError."""
+    action_keys = robot.action_keys(dataset.features)
     last = dataset.starts[np.searchsorted(dataset.starts, rows, side="right")] - 1
     chunks = np.minimum(rows[:, None] + np.arange(dataset.action_horizon), last[:, None])
     keys = (*robot.state_keys(dataset.features), *action_keys)
     with naming(dataset.root):
-        data = robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
-    return data if robot.delta_mask is None else DeltaActions(robot.delta_mask)(data)
+        return robot.numbers({key: dataset.table(key)[chunks if key in action_keys else rows] for key in keys})
 
 
-def report(stats: Mapping[str, RunningStats]) -> str:
-    """A table of all dimensions, and warnings of those that would harm training."""
-    lines, warnings = [], []
+def report(
+    stats: Mapping[str, RunningStats],
+    names: Mapping[str, Sequence[str]] | None = None,
+    grippers: Mapping[str, Sequence[int]] | None = None,
+) -> str:
+    """A table of all dimensions, and a warning of each kind of harm to training, with the dimensions that have it.
+
+    `names` are those of the dimensions, by key. `grippers` are dimensions that are open or closed most of the time, as
+    they should be: they are not reported for it.
+    """
+    lines, warnings = [], dict[str, list[str]]()
     for key, running in stats.items():
         norm = running.norm_stats()
         assert norm.q01 is not None and norm.q99 is not None
+        own = (names or {}).get(key, ())
+        named = list(own) if len(own) == len(norm.mean) else [str(dim) for dim in range(len(norm.mean))]
         columns = {"mean": norm.mean, "std": norm.std, "min": running.min, "q01": norm.q01, "q99": norm.q99}
         columns["max"] = running.max
-        lines += [f"{key}, {running.count} vectors", "dim" + "".join(f"{name:>12}" for name in columns)]
-        for dim in range(len(norm.mean)):
-            lines += [f"{dim:>3}" + "".join(f"{column[dim]:>12.4g}" for column in columns.values())]
-            warnings += [f"warning: {key}[{dim}] {text}" for text in dimension_warnings(running, dim)]
+        width = max(3, *map(len, named))
+        lines += [f"{key}, {running.count} vectors", "dim".rjust(width) + "".join(f"{name:>12}" for name in columns)]
+        for dim, name in enumerate(named):
+            lines += [name.rjust(width) + "".join(f"{column[dim]:>12.4g}" for column in columns.values())]
+            label = f"{key} {name}" if own else f"{key}[{dim}]"
+            for kind, text in dimension_warnings(running, dim).items():
+                if kind != "clipped" or dim not in (grippers or {}).get(key, ()):
+                    warnings.setdefault(kind, []).append(f"{label} {text}")
         lines += [""]
-    return "\n".join([*lines, *(warnings or ["no dimension is nearly constant, clipped or has outliers"])])
+    found = [f"warning: {'; '.join(texts)}: {WARNINGS[kind]}" for kind, texts in sorted(warnings.items())]
+    return "\n".join([*lines, *(found or ["no dimension is nearly constant, clipped or has outliers"])])
 
 
-def dimension_warnings(stats: RunningStats, dim: int) -> list[str]:
-    """The warnings about one dimension."""
+def dimension_warnings(stats: RunningStats, dim: int) -> dict[str, str]:
+    """What is wrong with one dimension, by kind (a key of WARNINGS)."""
     norm = stats.norm_stats()
     assert norm.q01 is not None and norm.q99 is not None
     std, low, high = norm.std[dim], norm.q01[dim], norm.q99[dim]
     bin_width = (stats.max[dim] - stats.min[dim]) / (BINS // 2)  # equal values look this far apart
     if min(std, high - low) < NEARLY_CONSTANT or high - low <= bin_width:
-        return [
-            f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g}): normalization makes a small change of it "
-            "huge; widen its stats by hand, or leave it out"
-        ]
-    counts, found = stats.counts[dim][stats.counts[dim] > 0], []
+        return {"constant": f"is nearly constant (std {std:.2g}, q99 - q01 {high - low:.2g})"}
+    counts, found = stats.counts[dim][stats.counts[dim] > 0], dict[str, list[str]]()
     for name, value, quantile, end in (
         ("min", stats.min[dim], low, counts[0]),
         ("max", stats.max[dim], high, counts[-1]),
     ):
         ranges, share = abs(value - quantile) / (high - low), end / stats.count
         if ranges > OUTLIER:
-            found.append(f"has outliers: its {name} {value:.4g} lies {ranges:.1f} times q99 - q01 outside of those")
+            found.setdefault("outliers", []).append(f"{name} {value:.4g} lies {ranges:.1f} times q99 - q01 outside")
         if share > CLIPPED:
-            found.append(f"is {name} ({value:.4g}) in {share:.0%} of all: clipped when recorded? (or open and closed)")
-    return found
+            found.setdefault("clipped", []).append(f"is {name} ({value:.4g}) in {share:.0%}")
+    return {kind: " and ".join(texts) for kind, texts in found.items()}
 
 
 @exit_on_error("pi0-stats")
@@ -253,11 +275,18 @@ def main(arguments: list[str] | None = None) -> None:
     robot, options = make_robot(args.robot), {"action_horizon": args.action_horizon, "cameras": []}
     dataset = open_dataset(args.dataset, robot, format=args.format, **options)
     stats = dataset_statistics(dataset, robot, workers=args.workers, engine=args.engine)
-    print(report(stats))
+    keys = {"state": robot.state_keys(dataset.features), "actions": robot.action_keys(dataset.features)}
+    names = {key: [n for column in columns for n in dataset.dimension_names(column)] for key, columns in keys.items()}
+    grippers = {key: gripper_dims(names[key], robot, len(running.mean)) for key, running in stats.items()}
+    print(report(stats, names, grippers))
     norm_stats = {key: running.norm_stats() for key, running in stats.items()}
     save_norm_stats(folder / "norm_stats.json", norm_stats)
     panels = {
-        f"{key}[{dim}]": (*running.histogram(dim), running.quantile(0.01)[dim], running.quantile(0.99)[dim])
+        f"{key} {names[key][dim]}" if names[key] else f"{key}[{dim}]": (
+            *running.histogram(dim),
+            running.quantile(0.01)[dim],
+            running.quantile(0.99)[dim],
+        )
         for key, running in stats.items()
         for dim in range(len(running.mean))
     }

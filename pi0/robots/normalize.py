@@ -140,6 +140,12 @@ class NormStats:
             raise ValueError(f"mode 'quantile01' divides by q99 - q01, which is 0 in dimensions {constant}")
         return low, high - low, 0.0
 
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The range [D] in which most of the data was: q01 to q99, or within three standard deviations."""
+        if self.q01 is not None and self.q99 is not None:
+            return self.q01, self.q99
+        return self.mean - 3 * self.std, self.mean + 3 * self.std
+
     def present(self) -> dict[str, np.ndarray]:
         """The statistics that are not None, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}

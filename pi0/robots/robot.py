@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -240,6 +241,13 @@ def _text(prompt: Any) -> Any:
     with contextlib.suppress(UnicodeDecodeError):  # refused as no text
         return prompt.decode("utf-8") if isinstance(prompt, bytes) else prompt
     return prompt
+
+
+def gripper_dims(names: Sequence[str], robot: Robot, size: int) -> list[int]:
+    """The dimensions of grippers: by their names, else those that are absolute among relative ones, else the last."""
+    named = [i for i, name in enumerate(names) if re.search(r"grip|finger|claw|jaw", name.lower())]
+    absolute = [i for i, relative in enumerate(bool_mask(*robot.delta_dims)) if not relative]
+    return named or [i for i in absolute if i < size] or [size - 1]
 
 
 def default_cameras(**cameras: str) -> Any:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,7 @@ def token_loss(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str, An
 
 
 def feed_prefix(model: Any, fed: dict[str, Any]) -> None:
+    """Have a model return the prefix that is fed, instead of computing it."""
     replace(model, "embed_prefix", lambda observation, stages=None: (fed["prefix"], fed["valid"]))
 
 
@@ -133,7 +134,7 @@ def one_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, vocabular
         elif name in vocabulary:
             tensor = vocabulary[name]
         elif name == "vision.position_embedding" and layer:  # has been added to what is fed
-            tensor = dataclasses.replace(tensor, read=partial(zeros, tensor))
+            tensor = dataclasses.replace(tensor, read=np.zeros(tensor.shape, tensor.dtype).__getitem__)
         ours[name] = tensor
     return with_model(dataclasses.replace(checkpoint, ours=ours), config)
 
@@ -157,10 +158,6 @@ def rows_of(tensor: Tensor, rows: np.ndarray) -> Tensor:
         return np.concatenate(found)[index]
 
     return Tensor((len(rows), *tensor.shape[1:]), tensor.dtype, read)
-
-
-def zeros(tensor: Tensor, index: Any) -> np.ndarray:
-    return np.zeros(tensor.shape, tensor.dtype)[index]
 
 
 # ---- one side in one dtype
@@ -267,6 +264,7 @@ class Run:
 
 
 def with_model(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint with another model config."""
     return dataclasses.replace(checkpoint, assets=dataclasses.replace(checkpoint.assets, model=config))
 
 
@@ -296,6 +294,7 @@ def run_jax(
     side: Side,
     step: Step | None,
 ) -> dict[str, Any]:
+    """A function of a model of `params`, computed in JAX as the side says; results are NumPy arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -324,6 +323,7 @@ def run_torch(
     side: Side,
     step: Step | None,
 ) -> dict[str, Any]:
+    """A function of a model of `params`, computed in PyTorch as the side says; results are NumPy arrays."""
     import torch
 
     from pi0_torch.loading import find_device, partial_model, to_device, to_numpy, to_torch
@@ -407,6 +407,7 @@ def left_out(config: ModelConfig, subtasks: bool) -> tuple[str, ...]:
 
 
 def vision_stages(outputs: dict[str, Any], run: Run, name: str, last: bool) -> dict[str, np.ndarray]:
+    """What a layer of the vision tower is compared by; the last one, by the tokens that follow too."""
     stages = {name: outputs["layer"]}
     if last:
         valid = predicting(run)
@@ -436,6 +437,7 @@ def predicting(run: Run) -> np.ndarray:
 
 
 def valid_text(run: Run, length: int) -> np.ndarray:
+    """The tokens of the prompt that are none of padding, bool [B, `length`]."""
     return predicting(run)[:, -length:]
 
 

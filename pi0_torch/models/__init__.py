@@ -1,0 +1,1 @@
+"""The models, which mirror those of `pi0_jax.models`."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pi0.sample import METAWORLD
 from pi0.tokenizers.text import BUNDLED, TextTokenizer
 from pi0.variants import get_variant
 from pi0_eval.replay import Replayed, action_names, compare_actions, main, recorded_actions, replay, table
+from pi0_eval.viewer import write_rerun
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write
 
 DATASET = LeRobotDataset(METAWORLD, action_horizon=5, episodes=[11, 3])
@@ -146,3 +149,21 @@ def test_errors_are_one_line(arguments: list[str], said: str, checkpoint, tmp_pa
         main([places.get(a, a) for a in arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and said in error and error.startswith("pi0-replay: ") and error.count("\n") == 1
+
+
+def test_a_file_for_the_rerun_viewer(tmp_path):
+    """All frames of two episodes, with images and actions; without the package, the extra is named."""
+    pytest.importorskip("rerun")
+    episodes = replay(Rote(), DATASET, batch_size=50)
+    robot = make_robot("metaworld")
+    write_rerun(tmp_path / "episodes.rrd", DATASET, robot, episodes, action_names(DATASET, robot))
+    content = (tmp_path / "episodes.rrd").read_bytes()
+    assert content[:3] == b"RRF" and len(content) > 100_000
+
+
+def test_rerun_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pi0\[rerun\]"):
+        write_rerun(tmp_path / "a.rrd", DATASET, make_robot("metaworld"), [], [])
+    assert not list(tmp_path.iterdir())

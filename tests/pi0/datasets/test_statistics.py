@@ -125,11 +125,14 @@ def test_warnings():
     x[:, 3] = np.clip(x[:, 3], -1.5, 5)
     x[:, 4] = np.where(np.arange(5000) == 3, 1.0, 0.0)  # a range, but none between the quantiles
     stats = RunningStats.of(x)
-    found = [" ".join(dimension_warnings(stats, dim)) for dim in range(5)]
+    found = [" ".join(dimension_warnings(stats, dim).values()) for dim in range(5)]
     assert found[0] == "" and "nearly constant" in found[1] and "nearly constant" in found[4]
     assert "max 40 lies" in found[2] and "clipped" not in found[2]
-    assert "is min (-1.5) in 6%" in found[3] and "outliers" not in found[3]
-    assert report({"state": stats}).count("warning: state[") == 4
+    assert "is min (-1.5) in 6%" in found[3]
+    assert "lies" not in found[3]
+    text = report({"state": stats})
+    assert text.count("warning: ") == 3 and "state[1] is nearly constant" in text and "; state[4] is nearly" in text
+    assert "clipped" not in report({"state": stats}, grippers={"state": [3]})
     assert "no dimension" in report({"state": RunningStats.of(x[:, :1])})
 
 
@@ -142,7 +145,9 @@ def test_histogram_for_a_picture():
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]):
     arguments = ["bundled://metaworld_v30", "--robot", "metaworld", "--action-horizon", "10", "--asset-id", "lab/arm"]
     main([*arguments, "--out", str(tmp_path / "assets")])
-    assert "warning: actions[3] is min (-1)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("warning:") == 1 and "actions dy is min (-1) in 11%" in printed
+    assert "gripper is" not in printed  # open and closed, as it should be
     folder = tmp_path / "assets" / "lab" / "arm"
     assert {f.name for f in folder.iterdir()} == {"norm_stats.json", "norm_stats.png"}
     loaded = fetch_norm_stats(tmp_path, "lab/arm")  # as a checkpoint's

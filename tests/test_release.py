@@ -1,0 +1,62 @@
+"""A release: versions agree, and the wheel has all that an installation needs, away from this repository."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pi0
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import pathlib, sys
+sys.path.insert(0, {target!r})
+import pi0, pi0.command, configs.metaworld_demo
+from pi0.datasets.registry import open_dataset
+from pi0.robots.registry import make_robot
+from pi0.experiments import read_config
+from pi0_eval.doctor.command import main
+import pi0_serve.server
+dataset = open_dataset("bundled://metaworld_v30", make_robot("metaworld"), episodes=[3])
+assert dataset[0]["observation.images.corner"].shape == (128, 128, 3)
+assert read_config("metaworld_demo").steps == 300
+assert (pathlib.Path(pi0_serve.server.__file__).parent / "page.html").exists()
+ours = [m for n, m in sys.modules.items() if n.split(".")[0] in ("pi0", "pi0_eval", "pi0_serve", "convert", "configs")]
+assert all(pathlib.Path(m.__file__).is_relative_to({target!r}) for m in ours), [m.__file__ for m in ours]
+assert all((pathlib.Path(pi0.__file__).parents[1] / p / "py.typed").exists() for p in ("pi0", "pi0_jax", "pi0_torch"))
+"""
+
+
+def test_versions_agree():
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == pi0.__version__
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.network  # pip fetches setuptools
+def test_the_wheel_works_in_an_empty_folder(tmp_path: Path):
+    """Built from a copy of what is tracked, so that no other file of the checkout is packed by chance."""
+    source, target, empty = tmp_path / "source", tmp_path / "target", tmp_path / "empty"
+    source.mkdir()
+    empty.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        if name and not name.startswith("tests/") and (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--wheel-dir", tmp_path, source]
+    subprocess.run([*pip, *build], check=True, cwd=empty)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/"))]
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True, cwd=empty)
+    script = SCRIPT.format(target=str(target))
+    result = subprocess.run([sys.executable, "-c", script], cwd=empty, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not list(empty.iterdir())
