@@ -23,6 +23,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
 import ml_dtypes
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ SIDES = (
 )
 STEPS = {"tiny": (3, 3), "deep": (2, 10)}  # rows, and Euler steps or tokens, of a size
 TRAINED = 8  # steps of AdamW
+CLEARED = 25  # pairs after which compiled programs leave memory: each sampler has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +220,7 @@ def results(count: int, kinds: tuple[str, ...], out: Path | None) -> Iterator[di
     done = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
     done = [line for line in done if line["number"] < count and line["kind"] in kinds]
     yield from done
-    left = {*range(count)} - {line["number"] for line in done}
+    left, ran = {*range(count)} - {line["number"] for line in done}, 0
     # Those that share a compiled program one after the other.
     for pair in sorted(
         map(Pair.of, left), key=lambda pair: (pair.size, pair.kind, pair.dtype, pair.number), reverse=True
@@ -226,6 +228,8 @@ def results(count: int, kinds: tuple[str, ...], out: Path | None) -> Iterator[di
         if pair.kind not in kinds:
             continue
         line = run(pair)
+        if (ran := ran + 1) % CLEARED == 0:
+            jax.clear_caches()
         if out:
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
