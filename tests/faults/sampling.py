@@ -157,8 +157,8 @@ def jax_samplers(variant: str) -> Iterator[Mutation]:
     integrate, rms = jax_sampler.FusedModel.integrate, jax_sampler.rms_norm
     bias_of, read_logits = jax_sampler.mask_bias, jax_sampler.FusedModel.read_logits
 
-    def each(name: str, one: tuple[Any, str, Any]) -> Mutation:
-        first = ("first logits",) if variant in ("tiny_pi0_fast", RECIPE) else ("actions",)
+    def each(name: str, one: tuple[Any, str, Any], late: bool = False) -> Mutation:
+        first = ("first logits",) if variant in ("tiny_pi0_fast", RECIPE) and not late else ("actions",)
         return Mutation(name, variant, first, "jax", patches=(one,), sampler=True)
 
     yield each("padding is attended to", (jax_sampler, "mask_bias", lambda m: bias_of(jnp.ones_like(m))))
@@ -167,7 +167,7 @@ def jax_samplers(variant: str) -> Iterator[Mutation]:
         yield each("logits of the token before", (jax_sampler.FusedModel, "read_logits", shift))
     else:
         seen = with_arguments(integrate, seen=jnp.ones_like)
-        yield each("integration attends to padding", (jax_sampler.FusedModel, "integrate", seen))
+        yield each("integration attends to padding", (jax_sampler.FusedModel, "integrate", seen), late=True)
         low = lambda x, n: rms(x.astype(jnp.float32).astype(x.dtype), n)  # noqa: E731
         yield each("RMS norm in float32", (jax_sampler, "rms_norm", low))
 
