@@ -20,9 +20,10 @@ CHECKS = {  # what --skip names, with the causes that each looks for
     "steps": ("steps",),
     "precision": ("precision",),
     "jumps": ("jumps",),
+    "fit": ("untrained",),
     "latency": ("latency",),
 }
-NEEDS_POLICY = ("inputs", "steps", "precision", "jumps", "latency")
+NEEDS_POLICY = ("inputs", "steps", "precision", "jumps", "fit", "latency")
 
 
 def diagnose(
@@ -108,6 +109,9 @@ def _ask(
         found, facts = [*found, finding], facts | {"joints of chunks": text}
     elif "jumps" not in skip:
         unjudged.append("joints of chunks: the episodes are shorter than two chunks")
+    if "fit" not in skip and probes.recording.actions is not None:
+        finding, text = probes.fit()
+        found, facts = [*found, finding], facts | {"open-loop error": text}
     if "latency" not in skip:
         finding, text = probes.latency(seen.fps, replan or assets.model.action_horizon)
         found, facts = [*found, finding], facts | {"latency": text}
