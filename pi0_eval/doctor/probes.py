@@ -279,7 +279,7 @@ class Probes:
         found = f"The squared error of predicted actions is {text}; always predicting the mean action has 1."
         return (Finding("untrained", LIKELY, found) if error > LEARNED else None), text
 
-    def latency(self, fps: float, replan: int) -> tuple[Finding | None, str]:
+    def latency(self, fps: float | None, replan: int) -> tuple[Finding | None, str]:
         """The shortest of a few times that a chunk takes, beside the control period and the chunk."""
         self.predictor.predict(self.frames[:1])
         times = []
@@ -287,7 +287,10 @@ class Probes:
             start = self.predictor.clock()
             self.predictor.predict(self.frames[:1])
             times.append(self.predictor.clock() - start)
-        best, period = min(times), 1 / fps
+        best = min(times)
+        if fps is None:
+            return None, f"{1e3 * best:.0f} ms a chunk here"
+        period = 1 / fps
         fact = f"{1e3 * best:.0f} ms a chunk here, {1e3 * period:.0f} ms a control period"
         if best < period:
             return None, fact
