@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pi0.datasets.base import Dataset
 from pi0.plugins import require_extra
 from pi0.robots.robot import Robot
 from pi0.storage import new_file
 
-if TYPE_CHECKING:
-    from pi0_eval.replay import Replayed
 
-
-def write_rerun(file: Path, dataset: Dataset, robot: Robot, episodes: Sequence[Replayed], names: Sequence[str]) -> None:
+def write_rerun(file: Path, dataset: Dataset, robot: Robot, episodes: Sequence[Any], names: Sequence[str]) -> None:
     """Write `file`, whole or not at all: images, states, and recorded and predicted actions of every frame.
 
-    Actions are `action/NAME/recorded` and `action/NAME/predicted`, of `names` [A] and in the robot's units, on the
-    timelines `frame` (over all episodes) and `time` in seconds of an episode; images are `camera/NAME`, as JPEG.
+    `episodes` are of `pi0_eval.replay.replay`, all of the dataset's. Actions are `action/NAME/recorded` and
+    `action/NAME/predicted`, of `names` [A] and in the robot's units, on the timelines `frame` (over all episodes) and
+    `time` in seconds of an episode; images are `camera/NAME`, as JPEG.
     Raises MissingExtraError.
     """
     require_extra("rerun", "rerun")

@@ -62,7 +62,8 @@ def examine(args: argparse.Namespace) -> Diagnosis:
         known = None
     parts = [f"{args.checkpoint} ({assets.model.family.title}, {type(robot).__name__}"]
     parts += [f", on {args.server})" if args.server else f", {framework or 'no framework'})"]
-    parts += [f" with {seen.name}, {seen.frames} frames at {seen.fps:g} per second"]
+    rate = "requests" if seen.fps is None else f"frames at {seen.fps:g} per second"
+    parts += [f" with {seen.name}, {seen.frames} {rate}"]
     parts += [f"; training {known.name}, {known.frames} frames" if known is not None else ""]
     found = diagnose(assets, pipeline, seen, known, predictor, replan=replan, skip=args.skip, subject="".join(parts))
     return Diagnosis(

@@ -20,9 +20,10 @@ CHECKS = {  # what --skip names, with the causes that each looks for
     "steps": ("steps",),
     "precision": ("precision",),
     "jumps": ("jumps",),
+    "fit": ("untrained",),
     "latency": ("latency",),
 }
-NEEDS_POLICY = ("inputs", "steps", "precision", "jumps", "latency")
+NEEDS_POLICY = ("inputs", "steps", "precision", "jumps", "fit", "latency")
 
 
 def diagnose(
@@ -60,7 +61,10 @@ def diagnose(
         unjudged += ["whether prompts were in training: no --training"] if known is None else []
     if "numbers" not in skip:
         found += check_numbers(assets, robot, seen, known)
-        unjudged += ["rate of control against training's: no --training"] if known is None else []
+        if known is None:
+            unjudged.append("rate of control against training's: no --training")
+        elif seen.fps is None:
+            unjudged.append("rate of control: the frames are a server's requests")
         if (known or seen).actions is None:
             unjudged.append("norm stats of actions, relative or absolute, padding: no recorded actions")
     if predictor is None:
@@ -103,13 +107,17 @@ def _ask(
     if "precision" not in skip and predictor.dtype not in (None, "float32"):
         finding, text = probes.precision()
         found, facts = [*found, finding], facts | {"float32": f"changes the actions by {text} of their spread"}
-    if "jumps" not in skip and len(probes.recording.later) >= 4:
+    if "jumps" not in skip and len(probes.recording.later) >= 4 and probes.recording.fps is not None:
         finding, text = probes.jumps()
         found, facts = [*found, finding], facts | {"joints of chunks": text}
     elif "jumps" not in skip:
-        unjudged.append("joints of chunks: the episodes are shorter than two chunks")
+        unjudged.append("joints of chunks: no two frames of an episode are as far apart as two chunks")
+    if "fit" not in skip and probes.recording.actions is not None:
+        finding, text = probes.fit()
+        found, facts = [*found, finding], facts | {"open-loop error": text}
     if "latency" not in skip:
-        finding, text = probes.latency(seen.fps, replan or assets.model.action_horizon)
+        fps = seen.fps or (known.fps if known is not None else None)
+        finding, text = probes.latency(fps, replan or assets.model.action_horizon)
         found, facts = [*found, finding], facts | {"latency": text}
     return [finding for finding in found if finding is not None], facts, unjudged
 

@@ -105,6 +105,10 @@ CAUSES: dict[str, tuple[str, str]] = {
         "chunks jump where one follows the other",
         "Join chunks with real-time chunking (pi0-serve --rtc), execute more of each chunk, or train longer.",
     ),
+    "untrained": (
+        "the policy does not predict the recorded actions",
+        "Train longer; check the loss, that base_checkpoint was given, and what is frozen.",
+    ),
     "latency": (
         "an action chunk takes longer than the robot has",
         "Use a GPU, bfloat16, compile=True, fewer Euler steps, or a server; request the next chunk while the last one "
@@ -113,7 +117,7 @@ CAUSES: dict[str, tuple[str, str]] = {
 }
 LEVELS = ("very likely", "likely", "possible")
 VERY_LIKELY, LIKELY, POSSIBLE = range(3)
-PROBES = ("ignores_images", "ignores_state", "ignores_prompt", "jumps")  # symptoms of much else
+PROBES = ("ignores_images", "ignores_state", "ignores_prompt", "jumps", "untrained")  # symptoms of much else
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

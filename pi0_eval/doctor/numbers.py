@@ -195,7 +195,7 @@ def check_rate(assets: Assets, seen: Recording, known: Recording | None) -> list
     if trained is not None and trained != assets.model.action_horizon:
         text = f"The horizon is {assets.model.action_horizon} actions, in training it was {trained}."
         found.append(Finding("horizon", VERY_LIKELY, text))
-    if known is None:
+    if known is None or known.fps is None or seen.fps is None:
         return found
     if abs(seen.fps / known.fps - 1) > 0.1:
         text = f"{seen.fps:g} frames per second, in training {known.fps:g}: every action is held "

@@ -24,6 +24,7 @@ STEPS, FEW_STEPS = 0.15, 0.4  # of the same: what more Euler steps may change, a
 ROUNDING = 0.1  # of the same: what float32 may change
 JUMP = 6.0  # times the change from one action to the next within a chunk
 FAR, NEAR = 1.0, 0.4  # standard deviations of the state from which, and up to which, a first action is
+LEARNED = 0.7  # of the recorded actions' variance: the squared error from which on little was learned
 REPEATS = 5
 
 
@@ -232,7 +233,10 @@ class Probes:
             state.append(numbers["state"])
             actions.append(numbers["actions"][0])
         predicted = np.abs(np.stack(actions)[:, dims] - np.stack(state)[:, dims]).mean(axis=0) / scale
-        if np.median(recorded) > NEAR or np.median(predicted) < FAR:
+        # Were it the other kind of action, it would be near; that of a policy that learned nothing is not.
+        shift = np.stack(state)[:, dims] * (-1 if self.robot.delta else 1)
+        other = np.abs(np.stack(actions)[:, dims] + shift - np.stack(state)[:, dims]).mean(axis=0) / scale
+        if np.median(recorded) > NEAR or np.median(predicted) < FAR or np.median(other) > np.median(predicted) / 3:
             return None
         text = (
             f"The first action of a chunk is {np.median(predicted):.1f} standard deviations away from the state; where "
@@ -266,7 +270,16 @@ class Probes:
         numbers = self.robot.numbers({k: frame[k] for k in (*self.robot.state_keys(frame), *keys)})
         return self.robot.from_model(numbers)["action"]
 
-    def latency(self, fps: float, replan: int) -> tuple[Finding | None, str]:
+    def fit(self) -> tuple[Finding | None, str]:
+        """The squared error of the actions beside recorded ones, in units of the recorded ones' variance."""
+        recorded = self._model(np.stack([self._recorded(frame) for frame in self.recording.samples]))
+        length = recorded.shape[1]
+        error = float(np.square(self.model[:, :length] - recorded).mean() / max(recorded.var(axis=(0, 1)).mean(), 1e-6))
+        text = f"{error:.2f} of the recorded actions' variance"
+        found = f"The squared error of predicted actions is {text}; always predicting the mean action has 1."
+        return (Finding("untrained", LIKELY, found) if error > LEARNED else None), text
+
+    def latency(self, fps: float | None, replan: int) -> tuple[Finding | None, str]:
         """The shortest of a few times that a chunk takes, beside the control period and the chunk."""
         self.predictor.predict(self.frames[:1])
         times = []
@@ -274,7 +287,10 @@ class Probes:
             start = self.predictor.clock()
             self.predictor.predict(self.frames[:1])
             times.append(self.predictor.clock() - start)
-        best, period = min(times), 1 / fps
+        best = min(times)
+        if fps is None:
+            return None, f"{1e3 * best:.0f} ms a chunk here"
+        period = 1 / fps
         fact = f"{1e3 * best:.0f} ms a chunk here, {1e3 * period:.0f} ms a control period"
         if best < period:
             return None, fact

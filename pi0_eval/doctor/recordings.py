@@ -18,6 +18,7 @@ from pi0_eval.environments.environment import Environment
 
 MAX_FRAMES = 20_000  # of which numbers are compared: more tell no more
 SAMPLES = 32  # frames with images
+SERVED = "policy.actions"  # a column of what `pi0-serve --record` wrote
 
 Predict = Callable[[Sequence[dict[str, Any]]], np.ndarray]  # frames to actions [N, T, A] in the robot's units
 
@@ -27,7 +28,8 @@ class Recording:
     """Frames in a robot's keys, and their numbers in the model's units.
 
     Attributes:
-        fps: of the frames.
+        fps: of the frames; None for those of `pi0-serve --record`, which are requests, and whose actions are the
+            policy's own.
         state: [F, S], of at most MAX_FRAMES frames.
         actions: [F, T, A], absolute chunks; None where none were recorded.
         starts: the first frame of each episode, and the number of all frames.
@@ -39,7 +41,7 @@ class Recording:
     """
 
     name: str
-    fps: float
+    fps: float | None
     state: np.ndarray
     actions: np.ndarray | None
     starts: np.ndarray
@@ -62,7 +64,7 @@ def of_dataset(dataset: Dataset, robot: Robot, ahead: int, samples: int = SAMPLE
     """The recording of a dataset, with samples evenly spaced. Raises ValueError where it is not the robot's."""
     count = len(dataset)
     rows = np.unique(np.linspace(0, count - 1, min(count, MAX_FRAMES)).astype(int))
-    data = absolute_numbers(dataset, robot, rows)
+    data, served = absolute_numbers(dataset, robot, rows), SERVED in dataset.features
     inside = np.setdiff1d(rows, dataset.starts[1:] - 1)  # with a next frame in its episode
     following = absolute_numbers(dataset, robot, inside + 1)["state"]
     speed = np.abs(following - data["state"][np.searchsorted(rows, inside)]).mean(axis=0)
@@ -77,9 +79,9 @@ def of_dataset(dataset: Dataset, robot: Robot, ahead: int, samples: int = SAMPLE
     ]
     return Recording(
         name=str(dataset.root),
-        fps=dataset.fps,
+        fps=None if served else dataset.fps,
         state=data["state"],
-        actions=data["actions"],
+        actions=None if served else data["actions"],
         starts=dataset.starts,
         speed=speed,
         samples=[dataset[int(i)] for i in chosen],

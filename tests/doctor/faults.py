@@ -319,6 +319,17 @@ def slow(s: SetUp) -> SetUp:
     return dataclasses.replace(s, policy=Slow(s.policy.model, s.policy.assets, fallback=True), replan=2)
 
 
+def untrained(s: SetUp) -> SetUp:
+    """Velocities that have nothing to do with the data."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(p: dict[str, torch.Tensor]) -> None:
+        for name in ("action_out_proj.weight", "action_time_mlp_out.weight"):
+            p[name].copy_(p[name].std() * torch.randn(p[name].shape, generator=generator))
+
+    return s.with_weights(change)
+
+
 # cause to be named first: fault, policy
 FAULTS: Sequence[tuple[str, Callable[[SetUp], SetUp], str]] = (
     ("stats", stats_units, "velocities"),
@@ -348,5 +359,6 @@ FAULTS: Sequence[tuple[str, Callable[[SetUp], SetUp], str]] = (
     ("ignores_images", blind, "velocities"),
     ("ignores_state", stateless, "velocities"),
     ("jumps", jumpy, "velocities"),
+    ("untrained", untrained, "velocities"),
     ("latency", slow, "velocities"),
 )

@@ -41,6 +41,14 @@ def test_a_working_set_up_without_training_data():
     assert not diagnosis.findings and sum("no --training" in text for text in diagnosis.unjudged) == 3
 
 
+def test_recordings_of_a_server():
+    """Their frames are requests, and their actions the policy's own: neither is held against the training data."""
+    set_up = working("velocities")
+    seen = dataclasses.replace(set_up.seen, fps=None, actions=None)
+    diagnosis = dataclasses.replace(set_up, seen=seen).diagnose()
+    assert not diagnosis.findings and diagnosis.unjudged == ["rate of control: the frames are a server's requests"]
+
+
 @pytest.mark.parametrize(("cause", "fault", "name"), CASES)
 def test_a_fault(cause, fault, name):
     diagnosis = fault(working(name)).diagnose()
