@@ -84,8 +84,6 @@ class BucketLock:
                 now, owner = version(self._file), self._owner()
             if now is None or owner is None:  # it was released meanwhile
                 continue
-            if owner.get("run") == self._me["run"]:  # made by this one: the answer to its request was lost
-                return
             if _is_gone(owner) or (now == seen and time.monotonic() - since > EXPIRY):
                 delete_version(self._file, now)
                 continue
@@ -146,7 +144,10 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock was a process here that is no more, or an earlier run of this one."""
+    """Whether the owner of a lock was a process here that is no more, or this one, which does not know of it.
+
+    That is an earlier run of this process, or this run, where the answer to its request was lost.
+    """
     process = owner.get("process")
     if owner.get("host") != socket.gethostname() or owner.get("namespace") != _namespace() or type(process) is not int:
         return False

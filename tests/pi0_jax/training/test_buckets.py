@@ -141,7 +141,7 @@ def test_a_lock_in_a_bucket(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, cap
         lock(workdir)
     held.check()
     held.close()
-    assert not (workdir / ".lock").exists()
+    assert not (workdir / ".lock").exists() and "locked by" in capsys.readouterr().out
     with bucket.fault(times(1, "lost", "POST", "/upload/")):
         lock(workdir).close()
     assert "locked by" not in capsys.readouterr().out  # by itself
