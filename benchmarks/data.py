@@ -34,8 +34,8 @@ from pi0.datasets.cache import build_cache
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.registry import make_robot
 from pi0.run_config import DataConfig, RunConfig
+from pi0.training.data import AHEAD, Loader, load_data
 from pi0.variants import get_variant
-from pi0_jax.training.data import AHEAD, Loader, load_data
 
 BATCH = 32
 Job = tuple[int, int, float]  # number of samples, video frames decoded for them, and seconds of CPU time

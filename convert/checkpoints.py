@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.checksums import CHECKSUMS, is_sidecar, verify_sidecars
+from convert.checksums import is_sidecar, verify_sidecars
 from convert.detection import detect, infer_config
 from convert.formats.npz import read_npz
 from convert.formats.orbax import read_orbax, write_orbax
@@ -28,18 +28,17 @@ from convert.lerobot import BUFFERS, inert_settings
 from convert.peft import ADAPTER, base_of, merge_adapter
 from convert.sidecars import failed_parity, norm_stats_files, read_assets, read_model, unsaid_fields
 from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
-from pi0.assets import NORM_STATS, Assets, check_asset_id, read_optional
+from pi0.assets import NORM_STATS, Assets, check_asset_id, is_complete, read_optional
 from pi0.config import ModelConfig
 from pi0.families import FAMILIES
 from pi0.fetch import fetch, fetched
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
-from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder, requests
+from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder
 
 logger = logging.getLogger(__name__)
 
-COMMITTED = "commit_success.txt"  # which Orbax writes into a complete checkpoint in a bucket
 PRETRAINED = "pretrained_model"  # the folder of a checkpoint of LeRobot's training
 
 
@@ -368,18 +367,6 @@ def _step_folder(folder: Path, step: int | None) -> Path:
     return theirs if theirs.is_dir() else chosen
 
 
-def is_complete(step: Path) -> bool:
-    """Whether a folder of a run's `checkpoints` is a complete one.
-
-    On a disk each gets its name when it is complete. In a bucket Orbax writes a file when it is; one that was copied
-    there has our checksums.
-    """
-    if is_bucket(step):
-        with requests(f"cannot read {step}"):
-            return any((step / name).exists() for name in (COMMITTED, CHECKSUMS))
-    return step.is_dir()
-
-
 def _is_step(folder: Path) -> bool:
     """Whether a folder is a step of an openpi run, which are named by their step alone."""
     return (folder / "params" / "_METADATA").exists()
@@ -391,11 +378,18 @@ def _trained(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder} has no train_state, which only checkpoints of training runs have; read it with ema"
         )
+    if (file := folder / "train_state" / "state.safetensors").exists():
+        state, weights = read_safetensors(file), read_safetensors(folder / "model.safetensors")
+        trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
+        return _joined(folder, weights, trained)
     state = read_orbax(folder / "train_state")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
     if all(name.endswith("/value") for name in trained):  # openpi's; without a moving average it has none
         trained = {name.removesuffix("/value"): tensor for name, tensor in trained.items()}
-    params = read_orbax(folder / "params")
+    return _joined(folder, read_orbax(folder / "params"), trained)
+
+
+def _joined(folder: Path, params: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(trained.keys() - params.keys())
     if unknown:
         raise CheckpointError(f"{folder}: train_state has parameters that params has not: {', '.join(unknown[:5])}")

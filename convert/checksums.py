@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convert.tensors import CheckpointError
+from pi0.assets import CHECKSUMS
 from pi0.reading import read_json
 from pi0.storage import File, below, delete, digest, is_bucket, list_files, requests, write_text
 
-CHECKSUMS = "checksums.json"
 MD5 = "md5:"  # begins an MD5 in the table; others are BLAKE2b
 WEIGHTS = ("params", "train_state")  # folders of arrays; all other files are sidecars, but for weights by suffix
 

@@ -18,6 +18,7 @@ from convert.checksums import CHECKSUMS, is_sidecar, sign
 from convert.layouts.layout import Layout
 from convert.layouts.registry import WRITABLE, find_layout
 from convert.lora import merge_lora
+from convert.runs import convert_run
 from convert.sidecars import PARITY
 from convert.tensors import CheckpointError, Index, Tensor, pieces, same_bytes
 from pi0.command import add_checkpoint, add_head_dims, add_preset, exit_on_error, make_parser, output_path
@@ -32,6 +33,7 @@ DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml
 # What a folder that is replaced has at least one file of, and what else it may have.
 MARKER = ("model.safetensors", "model.safetensors.index.json", "params")
 FILES = ("model-*.safetensors", "config.json", "assets", "policy_p*processor*", CHECKSUMS, PARITY)
+OF_RUNS = ("source", "target", "to", "step", "overwrite", "with_training_state")  # options of converting a run
 VERIFIED_SIZE = 1_000_000_000  # parameters up to which conversions are verified by default
 
 
@@ -214,6 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         "  pi0-convert exported back --to openpi_jax                          and back, byte for byte\n"
         "  pi0-convert pi05_droid exported --to pi0_torch --preset pi05_droid   with what openpi's config says of it\n"
         "  pi0-convert exported theirs --to my_package.layouts:LAYOUT         a layout of your own\n"
+        "  pi0-convert runs/demo runs/in_torch --to pi0_torch --with-training-state   to go on training in PyTorch\n"
         "  pi0-convert pt_224.npz start --to pi0_jax --model pi0 --fresh 0    PaliGemma and a new action expert",
     )
     add_checkpoint(parser, "source")
@@ -239,12 +242,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--fresh", type=int, metavar="SEED", help="initialize an action expert or LoRA that the source does not have"
     )
+    parser.add_argument(
+        "--with-training-state",
+        action="store_true",
+        help="convert a training run to the other framework, with optimizer and step, for pi0-train to go on with",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="read back and compare (default: up to 1 B parameters)"
     )
     args = parser.parse_args(arguments)
-    options = {name: value for name, value in vars(args).items() if name not in ("source", "target", "model")}
+    if args.with_training_state:
+        others = {name: value for name, value in vars(args).items() if name not in OF_RUNS}
+        given = [name for name, value in others.items() if value != parser.get_default(name)]
+        if given:
+            raise ValueError(f"--with-training-state takes no {', '.join(given)}: a run goes on as it is")
+        result = convert_run(args.source, args.target, to=args.to, step=args.step, overwrite=args.overwrite, log=print)
+        print(f"{args.target}: a run after step {result.assets.step}, which pi0-train goes on with, layout {args.to}")
+        return
+    apart = ("source", "target", "model", "with_training_state")
+    options = {name: value for name, value in vars(args).items() if name not in apart}
     config = None if args.model is None else read_variant(args.model)
     result = convert(args.source, args.target, config=config, **options, log=print)
     count = sum(math.prod(t.shape) for t in result.ours.values())

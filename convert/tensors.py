@@ -77,7 +77,7 @@ def pieces(tensor: Tensor) -> list[tuple[slice, ...]]:
 def contiguous(array: np.ndarray, side: int = 64) -> np.ndarray:
     """The array in C order. Transposed matrices are copied in tiles of `side` that fit the cache, unlike in NumPy."""
     if array.flags.c_contiguous or array.ndim < 2 or array.size < PIECE >> 8 or array.strides[-1] == array.itemsize:
-        return np.ascontiguousarray(array)
+        return np.ascontiguousarray(array).reshape(array.shape)  # which makes a number an array of one
     out = np.empty(array.shape, array.dtype)
     bits = np.dtype(f"u{array.itemsize}")  # NumPy copies bfloat16 with one call per value
     source, target = array.view(bits), out.view(bits)

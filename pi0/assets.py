@@ -19,7 +19,7 @@ from pi0.config import ModelConfig, from_dict
 from pi0.fetch import fetch
 from pi0.reading import read_json
 from pi0.robots.normalize import NormStats, load_norm_stats, save_norm_stats
-from pi0.storage import below, write_text
+from pi0.storage import below, is_bucket, requests, write_text
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
 
@@ -27,6 +27,8 @@ FORMAT = "pi0"
 FAST_FOLDER = "assets/fast_tokenizer"
 TEXT_FILE = "assets/tokenizer.model"
 NORM_STATS = "norm_stats.json"
+CHECKSUMS = "checksums.json"  # of all files of a checkpoint, written when it is complete
+COMMITTED = "commit_success.txt"  # which Orbax writes into a complete checkpoint in a bucket
 RESERVED = ("config.json", "fast_tokenizer", "tokenizer.model")  # names in assets/ that no asset id may have
 
 
@@ -132,6 +134,18 @@ def _resolved(folder: Path, reference: dict[str, Any] | None, field: str) -> dic
         raise ValueError(
             f"{field}.source: {error}. A checkpoint's tokenizer is an address, or in its folder: copy the file there"
         ) from error
+
+
+def is_complete(step: Path) -> bool:
+    """Whether a folder of a run's `checkpoints` is a complete one.
+
+    On a disk each gets its name when it is complete. In a bucket Orbax writes a file when it is; one that was copied
+    there has our checksums.
+    """
+    if is_bucket(step):
+        with requests(f"cannot read {step}"):
+            return any((step / name).exists() for name in (COMMITTED, CHECKSUMS))
+    return step.is_dir()
 
 
 def check_asset_id(asset_id: str) -> str:

@@ -20,7 +20,7 @@ from pi0.plugins import missing_extra
 from pi0.storage import as_path, local_path
 
 COMMANDS = {
-    "train": "train a model in JAX, as an experiment's config says",
+    "train": "train a model in JAX or PyTorch, as an experiment's config says",
     "plan": "estimate memory and time of a training step on chips that need not be there",
     "convert": "convert a checkpoint to another layout",
     "inspect": "describe a checkpoint without reading its weights",

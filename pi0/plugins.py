@@ -15,7 +15,8 @@ class MissingExtraError(ImportError):
 
 # The extra that installs a package, by the package's name.
 EXTRAS = {
-    **dict.fromkeys(("absl", "flax", "grain", "jax", "ml_collections", "optax", "orbax", "tensorboardX"), "jax"),
+    **dict.fromkeys(("flax", "jax", "optax", "orbax"), "jax"),
+    **dict.fromkeys(("absl", "grain", "ml_collections", "tensorboardX"), "train"),
     **dict.fromkeys(("av", "pyarrow", "array_record", "google_crc32c", "simplejpeg"), "data"),
     **dict.fromkeys(("msgpack", "websockets"), "client"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),

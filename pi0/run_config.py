@@ -230,6 +230,9 @@ class RunConfig:
         rtc: the delays of real-time chunking that the model is trained for; None: none.
         freeze: a regular expression, searched in parameter names; "lora": all of the experts but LoRA; "": nothing.
         frozen_dtype: the dtype of frozen parameters.
+        param_dtype: the dtype of trained parameters, their moments and average. float32 keeps master weights, whatever
+            dtype the model computes in; bfloat16 loses updates that are smaller than its rounding, and is here to
+            compare with.
         ema_decay: of the moving average of the parameters; None: no moving average.
         batch_size: rows of a step, over all devices.
         accumulate: micro-batches of a step, computed one after the other.
@@ -256,6 +259,7 @@ class RunConfig:
     rtc: RTCTraining | None = None
     freeze: str = ""
     frozen_dtype: str = "float32"
+    param_dtype: str = "float32"
     ema_decay: float | None = 0.99
     batch_size: int = 32
     accumulate: int = 1
@@ -289,7 +293,8 @@ class RunConfig:
             0 <= self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be less than the {self.steps} steps",
         )
-        object.__setattr__(self, "frozen_dtype", canonical_dtype(self.frozen_dtype, "frozen_dtype"))
+        for name in ("frozen_dtype", "param_dtype"):
+            object.__setattr__(self, name, canonical_dtype(getattr(self, name), name))
         decay = self.ema_decay
         _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be from 0 to below 1, or None")
         self._check_recipe()

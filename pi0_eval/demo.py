@@ -22,11 +22,11 @@ from pi0.plugins import require_extra
 from pi0.policy.policy import Policy
 from pi0.run_config import RunConfig
 from pi0.storage import delete, write_text
+from pi0.training.preemption import Preempted
 from pi0_eval.parity.compare import compare
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.replay import action_names, replay
-from pi0_jax.training.preemption import Preempted
 
 DRAWS = 8  # of noise: the error of a single one can be 1.5 times the mean
 FAST_VOCABULARY = 640  # the model's 1280 less the bundled tokenizer's 512 pieces and the 128 skipped tokens

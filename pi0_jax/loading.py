@@ -12,7 +12,7 @@ from flax import nnx
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.config import PROOF_DTYPE, ConfigError, ModelConfig, canonical_dtype
-from pi0.parameters import compare_shapes
+from pi0.parameters import compare_shapes, flatten, unflatten
 from pi0_jax.models.pi0 import Pi0
 from pi0_jax.models.pi0_fast import Pi0Fast
 from pi0_jax.models.pi05 import Pi05
@@ -96,24 +96,3 @@ def merge(config: ModelConfig, params: dict[str, Any]) -> Model:
 def parameters_of(model: Model) -> dict[str, jax.Array]:
     """A model's parameters (or a gradient's) by our dotted names."""
     return flatten(nnx.to_pure_dict(nnx.state(model)))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one dict with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, leaf = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return tree

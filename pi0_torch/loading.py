@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from convert.checkpoints import Checkpoint, open_checkpoint
+from convert.layouts.registry import LAYOUTS
 from convert.tensors import Tensor
 from pi0.config import ModelConfig, canonical_dtype
 from pi0.observation import Observation
@@ -120,13 +121,27 @@ def parameters_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
 
 def to_device(observation: Observation, device: str | torch.device = "cpu") -> Observation:
     """A NumPy observation as PyTorch tensors on `device`."""
+    return map_tensors(lambda value: torch.as_tensor(value).to(device), observation)
 
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
-        return None if value is None else torch.as_tensor(value).to(device)
 
-    return Observation(**{f.name: move(getattr(observation, f.name)) for f in dataclasses.fields(observation)})
+def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function` of every array or tensor of nested observations, dicts and tuples; None stays."""
+    if tree is None:
+        return None
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **fields)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        items = [map_tensors(function, value) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    return function(tree)
+
+
+def our_names(config: ModelConfig) -> dict[str, str]:
+    """The name in `pi0.parameters` of each of the model's parameters; those of all layers are one there."""
+    return LAYOUTS["pi0_torch"].origins(config)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {"pi0": 1, "convert": 2, "pi0_jax": 3, "pi0_torch": 3, "pi0_eval": 4, "pi0_serve": 4}
 BESIDE = {"configs": {"pi0", "configs"}}  # and what they may import
-FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "torch"}
+FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}
 MAX_LINES = 450
 
 

@@ -72,7 +72,7 @@ def data(job: dict[str, Any]) -> Callable[[], Any]:
     """A batch of training: images of the model's size, state, actions, text; as `root`, `format` and `cache` say."""
     from pi0.robots.registry import make_robot
     from pi0.run_config import DataConfig, RunConfig
-    from pi0_jax.training.data import Loader, load_data
+    from pi0.training.data import Loader, load_data
 
     config = ModelConfig.from_dict(job["config"])
     config = dataclasses.replace(config, image_keys=tuple(make_robot(job["robot"]).cameras.values()))

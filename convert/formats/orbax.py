@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -213,14 +213,17 @@ def write_orbax(
     tensors: Mapping[str, Tensor],
     root: tuple[str, ...] = (),
     chunks: Mapping[str, tuple[int, ...]] | None = None,
+    empty: Sequence[str] = (),
 ) -> None:
     """Write an Orbax PyTree checkpoint; names are key paths joined with slashes, below `root`.
 
-    Arrays are stored in one chunk, large ones in slices of the first axis, or in `chunks` of the given shapes, which
-    needs tensors that support any index.
+    A key of digits is a place in a sequence, of which places without arrays are listed in `empty`. Arrays are stored in
+    one chunk, large ones in slices of the first axis, or in `chunks` of the given shapes, which needs tensors that
+    support any index.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context, tree = ts.Context(CONTEXT), {}
+    context = ts.Context(CONTEXT)
+    tree: dict[tuple[str, ...], dict[str, object]] = {}
     for name, tensor in tensors.items():
         path, parts = (*root, *name.split("/")), pieces(tensor)
         chunk = (parts[0][0].stop, *tensor.shape[1:]) if parts[0] else tensor.shape
@@ -236,12 +239,17 @@ def write_orbax(
         ).result()
         for part in parts:
             array[part].write(contiguous(tensor.read(part))).result()
-        tree[str(path)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in path],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        tree[path] = {"value_type": "np.ndarray", "skip_deserialize": False}
+    tree |= {(*root, *name.split("/")): {"value_type": "None", "skip_deserialize": True} for name in empty}
+    entries = {
+        str(path): {
+            "key_metadata": [{"key": key, "key_type": 1 if key.isdigit() else 2} for key in path],
+            "value_metadata": value,
         }
+        for path, value in (sorted(tree.items()) if empty else tree.items())  # sequences in order
+    }
     metadata = {
-        "tree_metadata": tree,
+        "tree_metadata": entries,
         "use_zarr3": False,
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,

@@ -120,6 +120,18 @@ class Layout:
         """All tensors of this layout with their shapes, in a fixed order. Nothing is allocated."""
         return _shapes(self._rules_of(config), config)
 
+    def origins(self, config: ModelConfig) -> dict[str, str]:
+        """All tensors of this layout with the name of our parameter that each is, or is a part of.
+
+        For layouts whose tensors are each of one parameter.
+        """
+        sizes = axis_sizes(config)
+        return {
+            name: rule.ours
+            for rule in self._rules_of(config)
+            for name in _names(rule, sizes[scope_of(rule.ours)]["l"] if "{l}" in rule.theirs else 1)
+        }
+
     def _rules_of(self, config: ModelConfig) -> list[Rule]:
         return self.rules_for(config.kind, lora_of(config), config.tied_output)
 

@@ -57,20 +57,22 @@ class Batches:
     """The batch of any step, a pure function of the step: no state but the step is saved.
 
     Step s has the frames at positions s·B to (s + 1)·B of `order`, each with one of its instructions, through the
-    pipeline of its dataset, and randomly augmented by `augment_images` where there is an `augment_seed`.
+    pipeline of its dataset, and randomly augmented by `augment_images` where there is an `augment_seed`. `draw` gives
+    what is drawn for the examples at positions (`pi0.training.draws`).
     """
 
     order: Order
     pipelines: Sequence[Pipeline]  # one for each dataset
     batch_size: int
     augment_seed: int | None = None
+    draw: Callable[[np.ndarray], Any] | None = None
 
     def __len__(self) -> int:
         """The number of steps of about one pass over all frames."""
         return -(-len(self.order) // self.batch_size)
 
     def read(self, step: int, rows: np.ndarray | None = None, count: bool = False) -> dict[str, np.ndarray]:
-        """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or those of one host.
+        """The model's inputs in flat keys, `actions` and what is drawn, [R, ...]: all rows, or those of one host.
 
         With `count` also `truncated` bool [R], where a prompt with its state and targets was cut. Raises DataError for
         damaged recordings. It is `fetch`, which may wait for a bucket, and then `decode`, which keeps a processor busy.
@@ -106,7 +108,8 @@ class Batches:
                     one, other = (f"{x.dtype} {list(x.shape)}" for x in (array[0], found[key]))
                     raise ValueError(f"{key} is {one} in one row of a batch and {other} in another")
                 array[n] = found[key]
-        return arrays
+        drawn = self.draw(first + rows)._asdict() if self.draw is not None and count else {}
+        return arrays | {name: values for name, values in drawn.items() if values is not None}
 
     def frames(self, step: int) -> list[tuple[int, int]]:
         """The dataset and its frame for each row of a batch."""

@@ -17,13 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0.config import ModelConfig
 from pi0.observation import Observation
+from pi0.policy.rtc import RTCTraining
 from pi0.run_config import RunConfig
+from pi0.training.draws import Drawn, Draws
 from pi0_jax.loading import make_model, merge
 from pi0_jax.planning import hlo
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
@@ -139,8 +142,10 @@ def devices_of(topology: str) -> list[Any]:
         raise ValueError(f"no compiler for {topology}: {str(error).splitlines()[0]}. pip install libtpu?") from error
 
 
-def abstract_batch(model: ModelConfig, batch_size: int, *inputs: str) -> tuple[Observation, jax.ShapeDtypeStruct]:
-    """The shapes of an observation, with the fields `inputs` of training, and of actions (or noise)."""
+def abstract_batch(
+    model: ModelConfig, batch_size: int, *inputs: str, rtc: RTCTraining | None = None
+) -> tuple[Observation, jax.ShapeDtypeStruct, Drawn]:
+    """The shapes of an observation, with the fields `inputs` of training, of actions, and of what is drawn."""
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
@@ -160,7 +165,8 @@ def abstract_batch(model: ModelConfig, batch_size: int, *inputs: str) -> tuple[O
         tokenized_prompt_mask=rows(jnp.bool, tokens),
         **{name: training[name] for name in inputs},
     )
-    return observation, rows(jnp.float32, model.action_horizon, model.action_dim)
+    drawn = jax.tree.map(lambda x: rows(x.dtype, *x.shape[1:]), Draws(model, 0, rtc)(np.zeros(1, int)))
+    return observation, rows(jnp.float32, model.action_horizon, model.action_dim), drawn
 
 
 def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> Any:
@@ -176,7 +182,10 @@ def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:
     model = config.model
     mesh = make_mesh(config.mesh, devices_of(topology))
     trained = not sampling and (model.family.action_tokens or config.recipe is not None)
-    batch: Any = abstract_batch(model, config.batch_size, *(model.family.training_inputs if trained else ()))
+    inputs = model.family.training_inputs if trained else ()
+    batch: Any = abstract_batch(model, config.batch_size, *inputs, rtc=config.rtc)
+    if sampling:
+        batch = batch[:2]
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
     if sampling:
         init = functools.partial(_inference_params, model)
@@ -194,10 +203,9 @@ def plan(config: RunConfig, topology: str, *, sampling: bool = False) -> Plan:
         if sampling:
             lowered = jax.jit(functools.partial(sample, model)).lower(state, batch)
         else:
-            key = _with_sharding(jax.eval_shape(jax.random.key, 0), everywhere)
             step = functools.partial(train_step, config, optimizer)
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-            lowered = jitted.lower(state, batch, key)
+            lowered = jitted.lower(state, batch)
     parts = {"parameters": state} if sampling else {k: v for k, v in state.items() if v}
     names = {"params": "parameters", "ema": "moving average", "opt_state": "optimizer"}
     held = {names.get(name, name): _bytes_per_device(part) for name, part in parts.items()}

@@ -30,10 +30,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from convert.checkpoints import COMMITTED, is_complete
-from convert.checksums import CHECKSUMS, WEIGHTS, find_changes, read_checksums, sign
+from convert.checksums import WEIGHTS, find_changes, read_checksums, sign
 from convert.formats.orbax import read_orbax
-from pi0.assets import Assets
+from pi0.assets import CHECKSUMS, COMMITTED, Assets, is_complete
 from pi0.storage import as_path, move, requests, resolved, upload
 
 logger = logging.getLogger(__name__)

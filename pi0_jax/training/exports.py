@@ -20,15 +20,15 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from convert.checkpoints import is_complete
 from convert.sidecars import PARITY, failed_parity
+from pi0.assets import is_complete
 from pi0.reading import read_json
 from pi0.run_config import RunConfig
 from pi0.storage import delete, write_text
+from pi0.training.metrics import Metrics
+from pi0.training.workdir import completed
 from pi0_jax.training.checkpoints import Checkpoints
-from pi0_jax.training.metrics import Metrics
 from pi0_jax.training.prove import GRACE
-from pi0_jax.training.workdir import completed
 
 PROGRAM = (sys.executable, "-m", "pi0_jax.training.prove")
 POLL = 0.1  # seconds

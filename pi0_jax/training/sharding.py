@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,15 @@ def barrier(name: str) -> None:
     waits half a minute only.
     """
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
+
+
+def agree_to_stop() -> Callable[[int, bool], bool] | None:
+    """Whether all processes are to stop after a step, as JAX's coordination service says; None for a single process."""
+    if jax.process_count() == 1:
+        return None
+    from jax.experimental import multihost_utils
+
+    return lambda step, signalled: multihost_utils.reached_preemption_sync_point(step)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,24 @@ import optax
 from flax import nnx
 
 from convert.checkpoints import open_checkpoint
-from pi0 import numerics
-from pi0.datasets.batches import Batches
 from pi0.datasets.identity import contents_of
-from pi0.observation import Observation
 from pi0.plugins import require_extra
-from pi0.policy.rtc import RTCTraining
 from pi0.run_config import RecipeConfig, RunConfig
-from pi0.storage import as_path, write_text
+from pi0.storage import as_path
+from pi0.training.data import Batch, Loader, load_data
+from pi0.training.metrics import Metrics, Window, require_finite
+from pi0.training.preemption import Preempted, Preemption
+from pi0.training.trainable import table
+from pi0.training.validation import action_dims, show_cameras, validate
+from pi0.training.workdir import RunFolder, check_workdir
 from pi0_jax.loading import Model, flatten, make_model, merge, unflatten
 from pi0_jax.planning import hlo
 from pi0_jax.training.checkpoints import Checkpoints
-from pi0_jax.training.data import Loader, load_data
 from pi0_jax.training.exports import Exports
-from pi0_jax.training.metrics import Metrics, Trace, Window, device_metrics
+from pi0_jax.training.metrics import Trace, device_metrics
 from pi0_jax.training.optimizer import accumulate, make_optimizer, make_schedule, update_ema
-from pi0_jax.training.preemption import Preempted, Preemption
 from pi0_jax.training.sharding import (
+    agree_to_stop,
     barrier,
     check_batch,
     check_remat,
@@ -41,11 +41,9 @@ from pi0_jax.training.sharding import (
     make_mesh,
     state_shardings,
 )
-from pi0_jax.training.trainable import join, kernels, split, table
-from pi0_jax.training.validation import action_dims, action_metrics, show_cameras, validate
-from pi0_jax.training.workdir import RunFolder, check_workdir
+from pi0_jax.training.trainable import join, kernels, shapes, split
+from pi0_jax.training.validation import action_metrics, local_part
 
-FINITE = {"loss": "loss", "grad_norm": "gradient", "param_norm": "norm of the parameters"}
 State = dict[str, Any]  # params (that train), frozen, ema (or None), opt_state: plain nested dicts of arrays
 
 
@@ -68,15 +66,15 @@ def train(
         require_extra("wandb", "wandb")
     if config.export_every:
         require_extra("torch", "torch")
-    check_workdir(workdir, config, overwrite)
+    check_workdir(workdir, config, overwrite, framework="jax")
 
     # mesh
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     check_remat(config.model.runtime.remat, mesh)
     init = functools.partial(init_state, config, optimizer)
-    shapes = jax.eval_shape(init)
-    shardings = state_shardings(shapes, config.model, config.sharding, mesh)
+    wanted = jax.eval_shape(init)
+    shardings = state_shardings(wanted, config.model, config.sharding, mesh)
     lead = jax.process_index() == 0
 
     # data
@@ -92,19 +90,19 @@ def train(
 
     kept = (config.keep_every, config.export_every)
     with (
-        RunFolder(workdir, config, overwrite, contents) as folder,
+        RunFolder(workdir, config, overwrite, contents, index=jax.process_index(), barrier=barrier) as folder,
         closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best, kept)) as checkpoints,
     ):
         # state
         abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted, shardings
         )
         start, state = checkpoints.restore_newest(abstract)
         if not start:
             base = read_base(config, join(shardings["params"], shardings["frozen"]))
             state = jax.jit(init, out_shardings=shardings)(base)
         if lead:
-            print(table(abstract["params"], abstract["frozen"]))
+            print(table(shapes(abstract["params"]), shapes(abstract["frozen"])))
 
         # step
         step_fn = jax.jit(
@@ -114,7 +112,6 @@ def train(
         action_fn = None
         if not config.model.family.action_tokens and config.recipe is None:  # text is evaluated by pi0-eval-offline
             action_fn = jax.jit(functools.partial(action_metrics, config.model, action_dims(assets)))
-        key = jax.random.key(config.seed)
 
         # loop
         last: dict[str, float] = {}
@@ -128,19 +125,19 @@ def train(
             ) as metrics,
             Exports(workdir, config, checkpoints, metrics, silent=not lead) as exports,
             Trace(workdir / "profile" if profile else None, start) as trace,
-            Preemption() as preempted,
+            Preemption(agree_to_stop(), catch=jax.process_count() == 1) as preempted,
         ):
             window = Window(batches, config.batch_size)
             done = start
             for step in range(start, config.steps):
                 batch = next(batches)
                 if step == start:
-                    compiled = step_fn.lower(state, batch, key).compile()
+                    compiled = step_fn.lower(state, batch).compile()
                     barrier("compiled")
                     flops = hlo.count(compiled.as_text() or "").flops if device_metrics(1, 1) else 0.0
-                    show_cameras(metrics, batch[0], step)
+                    show_cameras(metrics, {name: local_part(x) for name, x in batch[0].images.items()}, step)
                 trace.before(step)
-                state, scalars = compiled(state, batch, jax.random.fold_in(key, step))
+                state, scalars = compiled(state, batch)
                 trace.after(step, scalars)
                 window.rows.append(scalars)
                 metrics.advance()
@@ -149,9 +146,10 @@ def train(
                 log = step == start or done % config.log_every == 0 or done == config.steps
                 save = done % config.save_every == 0 or done == config.steps or stop
                 if log or save:
-                    require_finite(window.rows, done, workdir, training)
+                    require_finite(jax.device_get(window.rows), done, workdir, training, lead)
                 if log:
-                    means = window.means(flops) | {"learning_rate": float(schedule(step))}
+                    means = window.means(functools.partial(device_metrics, flops))
+                    means |= {"learning_rate": float(schedule(step))}
                     metrics.write(done, means)
                     last |= means
                     metrics.publish()
@@ -159,7 +157,10 @@ def train(
                 validated: dict[str, float] = {}
                 if held_out and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
                     with window.paused():
-                        validated = validate(inference_params(state), held_out, loss_fn, action_fn, metrics, done)
+                        params = inference_params(state)
+                        loss = functools.partial(loss_fn, params)
+                        actions = functools.partial(action_fn, params) if action_fn else None
+                        validated = validate(held_out, loss, actions, local_part, metrics, done)
                         metrics.write(done, validated)
                     last |= validated
                 if save:
@@ -179,36 +180,16 @@ def train(
     return last
 
 
-def require_finite(rows: list[dict[str, jax.Array]], done: int, workdir: Path, training: Batches) -> None:
-    """Raise FloatingPointError unless loss, gradient norm and parameter norm of the steps up to `done` are finite.
-
-    `rows` are the scalars of these steps. The frames of the first bad step's batch are written to `non_finite.json`.
-    """
-    finite = {name: np.isfinite(jax.device_get([row[name] for row in rows])) for name in FINITE}
-    if all(x.all() for x in finite.values()):
-        return
-    what = min((name for name, x in finite.items() if not x.all()), key=lambda name: int(np.argmin(finite[name])))
-    step = done - len(rows) + int(np.argmin(finite[what]))
-    frames = [{"dataset": dataset, "frame": frame} for dataset, frame in training.frames(step)]
-    if jax.process_index() == 0:
-        write_text(workdir / "non_finite.json", json.dumps({"step": step, "frames": frames}, indent=2) + "\n")
-    raise FloatingPointError(
-        f"the {FINITE[what]} of step {step + 1} is not finite, and nothing was saved after it; its frames are in "
-        f"{workdir / 'non_finite.json'}. Look at them and at the norm stats (pi0-stats warns of dimensions that hardly "
-        "vary), or lower optimizer.peak_lr"
-    )
-
-
 def init_state(config: RunConfig, optimizer: optax.GradientTransformation, base: dict[str, Any] | None = None) -> State:
     """The initial state from the parameters `base`, or from fresh ones.
 
-    Parameters that are trained are float32, frozen ones `config.frozen_dtype`. The moving average and the optimizer's
-    state are of the trained ones alone.
+    Parameters that are trained are `config.param_dtype`, frozen ones `config.frozen_dtype`. The moving average and the
+    optimizer's state are of the trained ones alone.
     """
     if base is None:
         base = nnx.to_pure_dict(nnx.state(make_model(config.model, rngs=nnx.Rngs(config.seed))))
     params, frozen = split(base, config.freeze_pattern)
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    params = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
     frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return {"params": params, "frozen": frozen, "ema": ema, "opt_state": optimizer.init(params)}
@@ -246,37 +227,19 @@ def inference_params(state: State) -> Any:
     return join(state["params"] if state["ema"] is None else state["ema"], state["frozen"])
 
 
-def noise_and_time(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gaussian noise [B, T, A] and flow time [B] = Beta(1.5, 1)·0.999 + 0.001 (openpi `Pi0.compute_loss`)."""
-    noise_key, time_key = jax.random.split(key)
-    time = jax.random.beta(time_key, *numerics.TIME_BETA, actions.shape[:1])
-    return jax.random.normal(noise_key, actions.shape), time * numerics.TIME_SCALE + numerics.TIME_OFFSET
-
-
-def delays(key: jax.Array, batch_size: int, rtc: RTCTraining | None) -> jax.Array | None:
-    """The delay of each example [B], for real-time chunking; None where none is trained.
-
-    Noise and times are as without delays: they are drawn from `key` split in two, the delays from a third part.
-    """
-    if rtc is None or not rtc.max_delay:
-        return None
-    probabilities = jnp.asarray(rtc.probabilities())
-    return jax.random.choice(jax.random.fold_in(key, 2), rtc.max_delay + 1, (batch_size,), p=probabilities)
-
-
 def mean_loss(
     model: Model,
-    batch: tuple[Observation, jax.Array],
-    drawn: tuple[jax.Array, jax.Array, jax.Array | None],
+    batch: Batch,
     recipe: RecipeConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean loss of a batch, given the noise [B, T, A], flow times [B] and delays [B] `drawn`; and a recipe's parts.
+    """The mean loss of a batch, and a recipe's parts.
 
     The loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without it
     adds nothing.
     """
-    noise, time, delay = drawn
-    parts = {name: loss.mean() for name, loss in model.loss_parts(*batch, noise, time, recipe, delay).items()}
+    observation, actions, (noise, time, delay) = batch
+    losses = model.loss_parts(observation, actions, noise, time, recipe, delay)
+    parts = {name: loss.mean() for name, loss in losses.items()}
     if recipe is None:
         return jnp.stack(list(parts.values())).sum(), {}
     loss = jnp.stack([recipe.weights[name] * part for name, part in parts.items()]).sum()
@@ -287,8 +250,7 @@ def train_step(
     config: RunConfig,
     optimizer: optax.GradientTransformation,
     state: State,
-    batch: tuple[Observation, jax.Array],
-    key: jax.Array,
+    batch: Batch,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update; returns the new state and its scalars.
 
@@ -296,13 +258,11 @@ def train_step(
     that of kernels and LoRA alone, frozen ones too, without embeddings, norms and biases.
     """
 
-    def loss_of(params: Any, rows: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return mean_loss(merge(config.model, join(params, state["frozen"])), *rows, config.recipe)
+    def loss_of(params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mean_loss(merge(config.model, join(params, state["frozen"])), rows, config.recipe)
 
-    drawn = (*noise_and_time(key, batch[1]), delays(key, len(batch[1]), config.rtc))
-    rows = (batch, drawn)  # drawn for the whole batch: it may be cut in any way
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, parts), grads = accumulate(value_and_grad, state["params"], rows, config.accumulate)
+    (loss, parts), grads = accumulate(value_and_grad, state["params"], batch, config.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     decay = config.ema_decay
@@ -312,7 +272,6 @@ def train_step(
     return {"params": params, "frozen": state["frozen"], "ema": ema, "opt_state": opt_state}, scalars
 
 
-def validation_loss(config: RunConfig, params: Any, batch: tuple[Observation, jax.Array]) -> jax.Array:
-    """The mean loss of a batch, with the same noise and times at every evaluation, and no delays."""
-    noise, time = noise_and_time(jax.random.key(0), batch[1])
-    return mean_loss(merge(config.model, params), batch, (noise, time, None), config.recipe)[0]
+def validation_loss(config: RunConfig, params: Any, batch: Batch) -> jax.Array:
+    """The mean loss of a batch."""
+    return mean_loss(merge(config.model, params), batch, config.recipe)[0]

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
 import jax.numpy as jnp
 
+from pi0.training.trainable import frozen_names, is_kernel
 from pi0_jax.loading import flatten, unflatten
-
-NO_KERNEL = re.compile(r"(^|[._])(bias|scale|embedding)$")
 
 
 def split(params: dict[str, Any], pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested parameters as (trained, frozen): `pattern` is found in the dotted names of frozen ones; "" freezes none.
-
-    Raises ValueError for a pattern that is found in all or in none.
-    """
+    """Nested parameters as (trained, frozen); see `frozen_names`, also for what it raises."""
     flat = flatten(params)
-    frozen = {name for name in flat if pattern and re.search(pattern, name)}
-    if len(frozen) == len(flat):
-        raise ValueError(f"the pattern {pattern!r} freezes every parameter")
-    if pattern and not frozen:
-        raise ValueError(f"the pattern {pattern!r} freezes no parameter; names are like {next(iter(flat))}")
+    frozen = frozen_names(flat, pattern)
     trained = {name: value for name, value in flat.items() if name not in frozen}
-    return unflatten(trained), unflatten({name: flat[name] for name in frozen})
+    return unflatten(trained), unflatten({name: x for name, x in flat.items() if name in frozen})
 
 
 def join(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
@@ -34,21 +24,10 @@ def join(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernels(params: dict[str, Any]) -> dict[str, Any]:
-    """The kernels and low-rank updates of nested parameters by dotted names, as float32.
-
-    Without biases, scales of norms and embeddings (openpi `scripts/train.py`, `kernel_params`).
-    """
-    kept = {name: x for name, x in flatten(params).items() if not NO_KERNEL.search(name)}
-    return {name: x.astype(jnp.float32) for name, x in kept.items()}
+    """The kernels and low-rank updates of nested parameters by dotted names, as float32; see `is_kernel`."""
+    return {name: x.astype(jnp.float32) for name, x in flatten(params).items() if is_kernel(name)}
 
 
-def table(trained: dict[str, Any], frozen: dict[str, Any]) -> str:
-    """How many parameters of each part are trained and frozen, as text."""
-    counts: dict[str, list[int]] = {}
-    for column, params in enumerate((trained, frozen)):
-        for name, leaf in flatten(params).items():
-            part = f"{name.split('.')[0]}, LoRA" if ".lora." in name else name.split(".")[0]
-            counts.setdefault(part, [0, 0])[column] += math.prod(leaf.shape)
-    rows = [*sorted(counts.items()), ("all", [sum(c[i] for c in counts.values()) for i in (0, 1)])]
-    lines = [f"{'':<24} {'trained':>15} {'frozen':>15}"]
-    return "\n".join(lines + [f"{part:<24} {a:>15,} {b:>15,}" for part, (a, b) in rows])
+def shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of nested parameters by dotted names."""
+    return {name: tuple(x.shape) for name, x in flatten(params).items()}

@@ -7,9 +7,9 @@ dim, M mlp, L layers, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config.width, adaptive=adaptive, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype)
 
+    def around(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function` of `args`, which computes with this layer: where parameters are sharded, these are gathered."""
+        return function(*args)
+
 
 def make_norm(width: int, *, adaptive: bool, dtype: str) -> RMSNorm | AdaptiveRMSNorm:
     """The norm of an expert: adaptive where a condition is given to it."""
@@ -282,7 +286,10 @@ def joint_forward(
     outputs, new_cache = [], []
     for i, blocks in enumerate(zip(*(e.layers for e in experts), strict=True)):
         cached = None if cache is None else cache[i]
-        xs, keys_values = layer(blocks, xs, rotations, mask, conditions, cached, slot, insulated)
+        run = layer
+        for block in blocks:
+            run = partial(block.around, run)
+        xs, keys_values = run(blocks, xs, rotations, mask, conditions, cached, slot, insulated)
         outputs.append(xs)
         new_cache.append(keys_values)
     if stages is not None:

@@ -23,7 +23,7 @@ from pi0.variants import get_variant
 pytest.importorskip("ml_collections")
 import pi0_jax
 from configs import debug, openpi
-from pi0_jax.training.data import load_data
+from pi0.training.data import load_data
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
 from pi0_jax.training.train import train
 from tests.pi0_eval.parity.test_compare import random_checkpoint, write

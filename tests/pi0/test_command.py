@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 GS = "gs://bucket/out"
 WRITING = {
-    "pi0_jax.training.command": ["--config", "debug", "--workdir", GS],
+    "pi0.training.command": ["--config", "debug", "--workdir", GS],
     "convert.conversion": ["tests/golden/pi0/checkpoint", GS, "--to", "pi0_torch"],
     "pi0_eval.replay": ["x", "bundled://metaworld_v30", "--out", GS],
     "pi0_eval.scores": ["x", "--json", GS],
@@ -83,7 +83,7 @@ PARITY = "pi0_eval.parity.command"
 @pytest.mark.parametrize(
     ("module", "arguments", "blocked", "extra"),
     [
-        ("pi0_jax.training.command", ["--config", "debug", "--workdir", "{}"], JAX, "jax"),
+        ("pi0.training.command", ["--config", "debug", "--workdir", "{}"], JAX, "jax"),
         ("pi0_jax.planning.command", ["--config", "debug", "--topology", "gpu:1x80"], JAX, "jax"),
         ("pi0_eval.demo", ["--workdir", "{}"], JAX, "jax"),
         ("pi0_eval.demo", ["--workdir", "{}"], ("torch",), "torch"),
@@ -167,7 +167,7 @@ load_command("train")(["--config", "debug", "--workdir", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize("module", ["pi0_jax.training.command", "ml_collections", "jax"])
+@pytest.mark.parametrize("module", ["pi0.training.command", "ml_collections", "jax"])
 def test_an_interrupt_while_importing_is_one_line(module: str, tmp_path: Path):
     script = f"NAME = {module!r}" + INTERRUPTED
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
@@ -177,5 +177,5 @@ def test_an_interrupt_while_importing_is_one_line(module: str, tmp_path: Path):
 
 def test_help_of_training_imports_no_jax():
     blocked = "jax", "jaxlib", "flax", "torch"
-    result = run("pi0_jax.training.command", ["--help"], blocked)
+    result = run("pi0.training.command", ["--help"], blocked)
     assert result.returncode == 0 and "--workdir" in result.stdout, result.stderr

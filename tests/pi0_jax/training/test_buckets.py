@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import pi0_jax.training.lock
+import pi0.training.lock
 from convert.checkpoints import open_checkpoint
 from convert.checksums import CHECKSUMS
 from pi0.storage import as_path, delete, delete_version, list_files, version, write_text
+from pi0.training.lock import EXPIRY, lock
+from pi0.training.workdir import completed
 from pi0_jax.training.checkpoints import damage
-from pi0_jax.training.lock import EXPIRY, lock
 from pi0_jax.training.train import train
-from pi0_jax.training.workdir import completed
 from tests.bucket import Bucket, times
 from tests.pi0_jax.training.test_train import small_config
 
@@ -133,8 +133,8 @@ def test_a_run_goes_on_under_faults(fault: str, bucket: Bucket, tmp_path: Path) 
 
 
 def test_a_lock_in_a_bucket(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(pi0_jax.training.lock, "RENEW", 0.2)
-    monkeypatch.setattr(pi0_jax.training.lock, "EXPIRY", 2.0)
+    monkeypatch.setattr(pi0.training.lock, "RENEW", 0.2)
+    monkeypatch.setattr(pi0.training.lock, "EXPIRY", 2.0)
     workdir = as_path(bucket.address)
     held = lock(workdir)
     with pytest.raises(ValueError, match=r"in use by another run \(process \d+ on .*\); wait"):

@@ -14,10 +14,10 @@ import pytest
 from convert.checkpoints import open_checkpoint
 from convert.inspection import inspect
 from pi0.storage import as_path, list_files
+from pi0.training.metrics import Metrics
 from pi0_jax.training import exports
 from pi0_jax.training.checkpoints import Checkpoints, damage
 from pi0_jax.training.exports import Exports
-from pi0_jax.training.metrics import Metrics
 from pi0_jax.training.train import train
 from tests.bucket import Bucket
 from tests.pi0_jax.training.test_train import small_config

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.training.metrics import PROFILED, Trace, Window
+from pi0.training.metrics import PROFILED, Window
+from pi0_jax.training.metrics import Trace
 
 
 class Waited:

@@ -13,6 +13,7 @@ from configs.metaworld_demo import get_config
 from pi0.config import ATTENTIONS, REMATS, ConfigError
 from pi0.observation import Observation
 from pi0.run_config import OptimizerConfig, RunConfig
+from pi0.training.draws import Drawn, Draws
 from pi0.variants import get_variant
 from pi0_jax.loading import flatten, merge
 from pi0_jax.planning.plan import plan
@@ -23,7 +24,7 @@ CONFIG = RunConfig.from_dict(get_config("tiny").to_dict())
 MODEL = CONFIG.model
 
 
-def batch_of(size: int) -> tuple[Observation, np.ndarray]:
+def batch_of(size: int) -> tuple[Observation, np.ndarray, Drawn]:
     rng = np.random.default_rng(0)
     data = {f"image/{k}": rng.integers(0, 256, (size, *MODEL.image_resolution, 3), np.uint8) for k in MODEL.image_keys}
     data |= {
@@ -32,7 +33,7 @@ def batch_of(size: int) -> tuple[Observation, np.ndarray]:
         "tokenized_prompt_mask": rng.random((size, MODEL.max_token_len)) < 0.7,
     }
     actions = rng.standard_normal((size, MODEL.action_horizon, MODEL.action_dim)).astype(np.float32)
-    return Observation.from_dict(data, MODEL), actions
+    return Observation.from_dict(data, MODEL), actions, Draws(MODEL, 0)(np.arange(size))
 
 
 def update(count: int):
@@ -43,7 +44,7 @@ def update(count: int):
     config, optimizer = dataclasses.replace(CONFIG, accumulate=count), optax.sgd(1e-2)
     state = jax.jit(functools.partial(init_state, config, optimizer))()
     step = jax.jit(functools.partial(train_step, config, optimizer))
-    state, scalars = step(state, batch_of(32), jax.random.key(1))
+    state, scalars = step(state, batch_of(32))
     return scalars, flatten(state["params"])
 
 
@@ -97,7 +98,7 @@ def test_moments_that_cannot_be_kept_are_refused(changes, said: str):
 def loss_of_model():
     """The loss and its gradient of a batch for a model with the runtime options given, compiled with some of XLA's."""
     config = MODEL.with_runtime(remat="none")
-    observation, actions = batch_of(4)
+    observation, actions, _ = batch_of(4)
     noise, time = np.ones_like(actions), np.full(4, 0.3, np.float32)
     init = functools.partial(init_state, dataclasses.replace(CONFIG, model=config), optax.sgd(1.0))
     params = jax.jit(init)()["params"]

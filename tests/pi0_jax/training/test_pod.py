@@ -16,7 +16,7 @@ import pytest
 from convert.checkpoints import open_checkpoint
 from pi0.datasets.cache import main as make_records
 from pi0.storage import as_path, list_files
-from pi0_jax.training.workdir import completed
+from pi0.training.workdir import completed
 from tests.bucket import Bucket, free_port
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +63,7 @@ class Pod:
         environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(host), "TMPDIR": str(host / "tmp")}
         environment["MPLCONFIGDIR"] = str(host / "tmp" / "matplotlib")  # its list of fonts is no file of ours
         environment |= {"PI0_CACHE": str(host / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-        command = [sys.executable, "-c", "from pi0_jax.training.command import main; main()", *arguments]
+        command = [sys.executable, "-c", "from pi0.training.command import main; main()", *arguments]
         return subprocess.Popen(
             command, cwd=host, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -121,7 +121,7 @@ def start(workdir: Path, mesh: tuple[int, int, int], devices: int, *flags: str) 
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
-    script = "from pi0_jax.training.command import main; main()"
+    script = "from pi0.training.command import main; main()"
     command = [sys.executable, "-c", script, "--config", "tests/pi0_jax/training/short_run.py"]
     command += ["--workdir", str(workdir), *sizes, *flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

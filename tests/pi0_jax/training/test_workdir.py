@@ -17,10 +17,10 @@ from etils import epath
 
 from pi0.assets import Assets
 from pi0.datasets.identity import contents_of
+from pi0.training.lock import lock
+from pi0.training.workdir import RunFolder, check_workdir, recorded_config
 from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
-from pi0_jax.training.lock import lock
 from pi0_jax.training.train import train
-from pi0_jax.training.workdir import RunFolder, check_workdir, recorded_config
 from tests.bucket import free_port
 from tests.pi0_jax.training.test_train import small_config
 
@@ -60,7 +60,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_process_that_was_killed(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from pi0_jax.training.lock import lock; "
+    script = "import sys, time; from pathlib import Path; from pi0.training.lock import lock; "
     script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(100)"
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
@@ -205,7 +205,7 @@ def test_diverged_parameters_are_not_saved(tmp_path: Path) -> None:
     train(small_config(steps=2, eval_every=0, save_every=1), tmp_path)
     config = diverging(steps=9, log_every=100, save_every=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pi0_jax.training.workdir.FREE", ("steps", "log_every", "save_every", "eval_every", "optimizer"))
+        patch.setattr("pi0.training.workdir.FREE", ("steps", "log_every", "save_every", "eval_every", "optimizer"))
         with pytest.raises(FloatingPointError, match=r"step \d is not finite, and nothing was saved"):
             train(config, tmp_path)
     steps = sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir() if f.name.isdigit())

@@ -1,4 +1,7 @@
-"""The data of a run: datasets, norm stats and assets of its config, and batches on the devices, by Grain."""
+"""The data of a run: datasets, norm stats and assets of its config, and batches on the devices, by Grain.
+
+Grain loads neither framework.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
-import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.assets import Assets, fetch_norm_stats
 from pi0.config import ModelConfig
 from pi0.datasets.annotations import AnnotatedDataset, Questions
@@ -36,8 +38,9 @@ from pi0.robots.robot import Robot
 from pi0.run_config import DataConfig, RunConfig
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
+from pi0.training.draws import Drawn, Draws
 
-Batch = tuple[Observation, Any]  # the model's inputs, and normalized actions [B, T, A]
+Batch = tuple[Observation, Any, Drawn]  # the model's inputs, normalized actions [B, T, A], and what is drawn
 
 AHEAD = 2  # prefetched batches: in each worker process, and on the devices
 SHARED = 2**16  # bytes from which on an array is passed on by a worker process in shared memory
@@ -77,7 +80,8 @@ class Loader(Iterator[Batch]):
         def finish(data: dict[str, np.ndarray]) -> Batch:
             actions = check_actions(data.pop("actions"), model, len(rows))
             self.read, self.truncated = self.read + len(rows), self.truncated + int(data.pop("truncated").sum())
-            return place((Observation.from_dict(data, model), actions))
+            drawn = Drawn(*(data.pop(name, None) for name in Drawn._fields))
+            return place((Observation.from_dict(data, model), actions, drawn))
 
         def begin_worker(*_: int) -> None:
             end_with_parent()
@@ -91,7 +95,7 @@ class Loader(Iterator[Batch]):
         decode = functools.partial(batches.decode, rows=rows, count=True, empty=shared if workers else np.empty)
         read = steps.to_iter_dataset(grain.ReadOptions(FETCHED, FETCHED)).map(decode)
         read = grain.experimental.WithOptionsIterDataset(read, grain.experimental.DatasetOptions(min_shm_size=SHARED))
-        # Grain spawns: forking a process that runs JAX may deadlock.
+        # Grain spawns: forking a process that runs threads, as JAX and PyTorch do, may deadlock.
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         placed = read.mp_prefetch(processes, begin_worker).map(finish)
         self._batches: Any = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD))
@@ -117,7 +121,7 @@ class Loader(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self._batches.close()
         self._batches = iter(())  # Grain's iterators complain when they outlive their modules
-        gc.collect()  # JAX holds copied arrays until then, and a process that ends would leave shared memory behind
+        gc.collect()  # copied arrays are held until then, and a process that ends would leave shared memory behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +196,8 @@ def load_data(config: RunConfig) -> tuple[Assets, Batches, Batches | None]:
     training = Mixture([r.training for r in recordings], weights, config.seed, config.shuffle)
     if config.batch_size > len(training):
         raise ValueError(f"batch_size is {config.batch_size}; with {len(training)} frames it must be 1 to that many")
-    batches = Batches(training, pipelines, config.batch_size, config.seed if config.data.augment else None)
+    draws, augment = Draws(config.model, config.seed, config.rtc), config.seed if config.data.augment else None
+    batches = Batches(training, pipelines, config.batch_size, augment, draws)
     for dataset, pipeline in zip(training.datasets, pipelines, strict=True):  # raise for an unfit one now
         first = {key: value[None] for key, value in pipeline(dataset[0]).items() if key != "actions"}
         Observation.from_dict(first, config.model)
@@ -200,7 +205,9 @@ def load_data(config: RunConfig) -> tuple[Assets, Batches, Batches | None]:
     if not held_out:
         return assets[0], batches, None
     datasets, own = zip(*held_out, strict=True)
-    return assets[0], batches, Batches(InOrder(datasets, config.batch_size), own, config.batch_size)
+    passes = Batches(InOrder(datasets, config.batch_size), own, config.batch_size)
+    every_pass = Draws(config.model, seed=0, period=len(passes) * config.batch_size)  # the same, and no delays
+    return assets[0], batches, dataclasses.replace(passes, draw=every_pass)
 
 
 def find_norm_stats(recordings: Sequence[Recordings]) -> dict[str, dict[str, NormStats]]:

@@ -1,8 +1,9 @@
-"""Stopping a run before its machine is taken away: by SIGTERM, and on many hosts by JAX's coordination service."""
+"""Stopping a run before its machine is taken away: by SIGTERM, all of its processes after the same step."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -15,21 +16,20 @@ class Preempted(Exception):
 class Preemption:
     """A context manager that catches SIGTERM; called after each step, it returns whether to stop there.
 
-    With several processes, all of them stop at the same step, whichever was signalled.
+    Of several processes, `agree` says so: given the step and whether this process was signalled, it returns the same in
+    all of them. Without `catch`, something else catches the signal, of which `agree` knows.
     """
 
-    def __init__(self) -> None:
-        import jax  # not above: the command line imports this file before it needs JAX
-
-        self._signalled, self._alone = False, jax.process_count() == 1
+    def __init__(self, agree: Callable[[int, bool], bool] | None = None, *, catch: bool = True) -> None:
+        self._signalled, self._agree, self._catch = False, agree, catch
 
     def __enter__(self) -> Preemption:
-        if self._alone:  # otherwise JAX's coordination service catches it
+        if self._catch:
             self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._alone:
+        if self._catch:
             signal.signal(signal.SIGTERM, self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -37,13 +37,9 @@ class Preemption:
 
     @property
     def signalled(self) -> bool:
-        """Whether this process got the signal; of a run of several, JAX's coordination service gets it."""
+        """Whether this process got the signal."""
         return self._signalled
 
     def __call__(self, step: int) -> bool:
         """Whether the run is to stop after `step`."""
-        if self._alone:
-            return self._signalled
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled if self._agree is None else self._agree(step, self._signalled)

@@ -1,28 +1,23 @@
 """The folder of a run: used by one run at a time, resumed by the same config, replaced once the new run can go on.
 
 config.json, data.json, metrics.jsonl, tensorboard/, images/, profile/, wandb/, checkpoints/, exports/, and
-.lock         of the process that trains in it (pi0_jax.training.lock)
+.lock         of the process that trains in it (pi0.training.lock)
 .replaced/    with --overwrite, the files of the run before, until the new one has its first checkpoint
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from convert.checkpoints import COMMITTED, is_complete
-from convert.checksums import CHECKSUMS
-from pi0.assets import Assets, AssetsError
+from pi0.assets import CHECKSUMS, COMMITTED, Assets, AssetsError, is_complete
+from pi0.parameters import flatten
 from pi0.reading import read_json
 from pi0.run_config import RunConfig
 from pi0.storage import delete, is_bucket, is_folder, move, requests, resolved, write_text
-from pi0_jax.loading import flatten
-from pi0_jax.training.lock import NAME, BucketLock, FileLock, lock
-from pi0_jax.training.sharding import barrier
+from pi0.training.lock import NAME, BucketLock, FileLock, lock
 
 FILES = (
     *("config.json", "data.json", "metrics.jsonl", "tensorboard", "images", "profile", "wandb", "checkpoints"),
@@ -39,12 +34,17 @@ FREE_OF_SOURCE = ("root", "cache", "workers")  # in the tables of data.mixture
 
 
 def check_workdir(
-    workdir: Path, config: RunConfig, overwrite: bool = False, contents: Sequence[str] | None = None
+    workdir: Path,
+    config: RunConfig,
+    overwrite: bool = False,
+    contents: Sequence[str] | None = None,
+    framework: str | None = None,
 ) -> None:
     """Raise ValueError where a run of `config` can neither begin in `workdir` nor, with `overwrite`, replace its run.
 
     That is a folder of something else, and without `overwrite` one with checkpoints of a config that differs in a field
-    which changes the result, or of datasets with other `contents` (None: they are not known yet).
+    which changes the result, of datasets with other `contents` (None: they are not known yet), or of another
+    `framework` (None: either).
     """
     if is_bucket(workdir) and not str(workdir).startswith("gs://"):
         raise ValueError(
@@ -60,6 +60,12 @@ def check_workdir(
     before = recorded_config(workdir)
     if before is None or overwrite:
         return
+    wrote = framework_of(completed(workdir)[-1])
+    if framework not in (None, wrote):
+        raise ValueError(
+            f"{workdir} has a run in {wrote}, and this one is in {framework}. To go on with it, convert it first: "
+            f"pi0-convert {workdir} NEW --to pi0_{framework} --with-training-state, and train with --workdir NEW"
+        )
     was, now = _fixed(before), _fixed(config)
     changed = [n for n in sorted(was.keys() | now.keys()) if was.get(n) != now.get(n)]
     recorded = recorded_contents(workdir)
@@ -133,6 +139,12 @@ def recorded_config(workdir: Path) -> RunConfig | None:
         raise ValueError(f"{file}: {error}") from error
 
 
+def framework_of(step: Path) -> str:
+    """The framework that wrote a checkpoint of a run: torch or jax."""
+    with requests(f"cannot read {step}"):
+        return "torch" if (step / "model.safetensors").exists() else "jax"
+
+
 def completed(workdir: Path) -> list[Path]:
     """The folders of the complete checkpoints, the oldest first."""
     with requests(f"cannot list {workdir}"):
@@ -143,21 +155,32 @@ def completed(workdir: Path) -> list[Path]:
 class RunFolder:
     """A context manager of a run's folder: locks it, moves a run that is replaced aside, and writes `config.json`.
 
-    `contents` identify the datasets (`pi0.datasets.identity`). Where the new run ends in an error before its first
+    `contents` identify the datasets (`pi0.datasets.identity`), `index` is the number of this process of the run, whose
+    processes wait for each other in `barrier`. Where the new run ends in an error before its first
     checkpoint, the old one is put back. Process 0 of a run does all of this, once all others have looked at the folder,
     and they wait for it. Raises ValueError as `check_workdir`, while another run uses the folder, and where this folder
     is not the same for all processes.
     """
 
-    def __init__(self, workdir: Path, config: RunConfig, overwrite: bool = False, contents: Sequence[str] = ()):
+    def __init__(
+        self,
+        workdir: Path,
+        config: RunConfig,
+        overwrite: bool = False,
+        contents: Sequence[str] = (),
+        *,
+        index: int = 0,
+        barrier: Callable[[str], object] = lambda name: None,
+    ):
+        self._index, self._barrier = index, barrier
         self._workdir, self._config, self._overwrite = workdir, config, overwrite
         self._contents = list(contents)
         self._aside = workdir / ".replaced"
         self._lock: FileLock | BucketLock | None = None
 
     def __enter__(self) -> RunFolder:
-        barrier("run folder checked")
-        if jax.process_index() == 0:
+        self._barrier("run folder checked")
+        if self._index == 0:
             if not is_bucket(self._workdir):
                 self._workdir.mkdir(parents=True, exist_ok=True)
             with requests(f"cannot lock {self._workdir}"):
@@ -168,10 +191,10 @@ class RunFolder:
             except BaseException as error:
                 self.__exit__(type(error), error)
                 raise
-        barrier("run folder")
+        self._barrier("run folder")
         if not (self._workdir / NAME).exists():
             raise ValueError(
-                f"{self._workdir} of process {jax.process_index()} is not that of process 0: give a --workdir that all "
+                f"{self._workdir} of process {self._index} is not that of process 0: give a --workdir that all "
                 "processes see, such as gs://bucket/path"
             )
         return self

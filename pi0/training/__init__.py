@@ -1,0 +1,1 @@
+"""What training in JAX and in PyTorch share: data, noise, the folder of a run, its metrics. Knows neither."""
