@@ -18,7 +18,7 @@ from convert.runs import convert_run
 from convert.training_state import FRAMEWORKS, in_layout, read_state
 from pi0.parameters import LayoutError
 from pi0.run_config import OptimizerConfig, RunConfig
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 # The schedule is that of the whole run, however many steps of it one framework does. Eps is above rounding: Adam makes
 # steps of a gradient that is rounding alone (key biases), and these differ.

@@ -55,7 +55,8 @@ class Checkpoints:
         self._lead = process_index() == 0
         self._thread = ThreadPoolExecutor(1)
         self._writing_one: Future[None] | None = None
-        if self._lead and folder.is_dir():
+        if self._lead and not is_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob(".*"):  # of a process that was killed
                 delete(partial)
 

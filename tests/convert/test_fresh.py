@@ -162,7 +162,7 @@ def test_damaged_npz_files_are_refused(tmp_path):
 def test_training_starts_from_a_base(tmp_path):
     """The parameters before the first step are the base's, and frozen ones stay, in bfloat16."""
     from pi0_jax.training.train import train
-    from tests.pi0_jax.training.test_train import small_config
+    from tests.small_run import small_config
 
     base = write(random_checkpoint(), tmp_path / "base", "openpi_jax")
     start = {"base_checkpoint": str(base), "freeze": r"^(vision|paligemma)\.", "frozen_dtype": "bfloat16"}

@@ -19,7 +19,7 @@ from pi0.training.workdir import completed
 from pi0_jax.training.checkpoints import damage
 from pi0_jax.training.train import train
 from tests.bucket import Bucket, times
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 
 @pytest.fixture(autouse=True)

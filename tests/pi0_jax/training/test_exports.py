@@ -20,7 +20,7 @@ from pi0_jax.training.checkpoints import Checkpoints, damage
 from pi0_jax.training.exports import Exports
 from pi0_jax.training.train import train
 from tests.bucket import Bucket
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 # The program, with a conversion that makes one kernel of step 4 a thousandth larger.
 FAULTY = """

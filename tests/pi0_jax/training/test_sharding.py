@@ -29,7 +29,7 @@ from pi0_jax.training.sharding import (
 )
 from pi0_jax.training.train import train
 from tests.bucket import free_port
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[3]
 RULES = SHARDING

@@ -27,16 +27,7 @@ from pi0_jax.loading import parameters_of, unflatten
 from pi0_jax.training.optimizer import make_optimizer, make_schedule
 from pi0_jax.training.train import train, train_step
 from tests.pi0_eval.parity.test_compare import random_parameters
-
-
-def small_config(**changes) -> RunConfig:
-    """A few steps of a tiny model on the bundled recordings; tables in `changes` are merged."""
-    config = get_config("tiny")
-    config.data.validation_episodes = list(range(2, 16))
-    config.optimizer.warmup_steps = 1
-    config.update({"batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 4, "save_every": 2})
-    config.update(changes)
-    return RunConfig.from_dict(config.to_dict())
+from tests.small_run import small_config
 
 
 @pytest.fixture(scope="module")

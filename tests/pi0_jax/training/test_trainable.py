@@ -20,7 +20,7 @@ from pi0_jax.loading import abstract_model, flatten, parameters_of, unflatten
 from pi0_jax.training.optimizer import make_schedule
 from pi0_jax.training.train import train
 from pi0_jax.training.trainable import join, kernels, split
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 LORA = get_variant("tiny_lora")
 

@@ -22,7 +22,7 @@ from pi0.training.workdir import RunFolder, check_workdir, recorded_config
 from pi0_jax.training.checkpoints import CHECKSUMS, Checkpoints, damage
 from pi0_jax.training.train import train
 from tests.bucket import free_port
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -143,15 +143,15 @@ HOST = """
 import sys
 from pathlib import Path
 import jax
-from pi0_jax.training.sharding import start_processes
-from pi0_jax.training.workdir import RunFolder, recorded_config
+from pi0.training.workdir import RunFolder, recorded_config
+from pi0_jax.training.sharding import barrier, start_processes
 coordinator, index, run = sys.argv[1:]
 start_processes(coordinator, 2, int(index))
 config = recorded_config(Path(run))
 jax.devices()  # otherwise JAX waits for the other process when it is first used
 print("started", flush=True)
 sys.stdin.readline()
-with RunFolder(Path(run), config, overwrite=True):
+with RunFolder(Path(run), config, overwrite=True, index=jax.process_index(), barrier=barrier):
     print("begun", flush=True)
     sys.stdin.readline()
 """

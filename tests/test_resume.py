@@ -1,6 +1,6 @@
 """Runs that are killed, in processes of their own, and go on: every parameter of the end is that of a run left alone.
 
-One parent imports everything and forks the runs, before JAX has started a thread.
+One parent of each framework imports everything and forks the runs, before a thread has started.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ import pytest
 from convert.checkpoints import open_checkpoint
 
 STEPS = 30
+IMPORTS = {
+    "jax": "import jax, optax, orbax.checkpoint\nfrom pi0_jax.training.train import Preempted, train",
+    "torch": "import torch\nfrom pi0_torch.training.train import Preempted, train\ntorch.set_num_threads(1)",
+}
+PARTIAL = {"jax": "*tmp*", "torch": ".[0-9]*"}  # a checkpoint that is being written
 RUN = f"""
 import json, os, signal, sys, threading, time
-import jax, optax, orbax.checkpoint, pi0_jax.training.train, pi0_jax.training.metrics
-from tests.pi0_jax.training.test_train import small_config
+from tests.small_run import small_config
 
 def run(workdir):
     changes = {{"keep_checkpoints": 3, "batch_size": 2}}
     config = small_config(steps={STEPS}, save_every=3, eval_every=0, log_every=1000, **changes)
-    pi0_jax.training.train.train(config, workdir)
+    train(config, workdir)
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -40,7 +44,7 @@ for line in sys.stdin:
         try:
             run(order["workdir"])
             code = 0
-        except pi0_jax.training.train.Preempted as stop:
+        except Preempted as stop:
             code = stop.exit_code
         except BaseException:
             import traceback
@@ -56,11 +60,11 @@ for line in sys.stdin:
 class Runs:
     """Starts training processes, one at a time."""
 
-    def __init__(self, folder: Path):
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "JAX_PLATFORMS": "cpu"}
+    def __init__(self, folder: Path, framework: str):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.log = folder / "log"
-        self._parent = subprocess.Popen([sys.executable, "-c", RUN], env=environment, **pipes)
+        self.log, self.partial = folder / "log", PARTIAL[framework]
+        self._parent = subprocess.Popen([sys.executable, "-c", IMPORTS[framework] + RUN], env=environment, **pipes)
 
     def start(self, workdir: Path) -> int:
         """The process id of a run that has begun."""
@@ -77,9 +81,9 @@ class Runs:
         self._parent.wait()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("log"))
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def runs(tmp_path_factory, request):
+    runs = Runs(tmp_path_factory.mktemp("log"), request.param)
     yield runs
     runs.close()
 
@@ -98,7 +102,7 @@ def whole(runs, tmp_path_factory) -> tuple[dict[str, bytes], float, Path]:
 
 def parameters(workdir: Path) -> dict[str, bytes]:
     """Those that were trained and their moving average, of the last step."""
-    assert json.loads((workdir / "checkpoints" / str(STEPS) / "assets" / "config.json").read_text())["step"] == STEPS
+    assert open_checkpoint(workdir, step=STEPS).assets.step == STEPS
     sets = {ema: open_checkpoint(workdir, step=STEPS, ema=ema).ours for ema in (True, False)}
     return {f"{ema} {name}": tensor.read(()).tobytes() for ema, ours in sets.items() for name, tensor in ours.items()}
 
@@ -116,7 +120,7 @@ def test_killed_at_any_moment(kills: int, runs, whole, tmp_path):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, seconds / 2))
         os.kill(process, signal.SIGKILL)
-        writing += any("tmp" in folder.name for folder in steps.glob("*"))
+        writing += any(steps.glob(runs.partial))
         assert runs.wait() in (0, -signal.SIGKILL)
     runs.start(tmp_path)
     assert runs.wait() == 0, runs.log.read_text()
@@ -126,11 +130,11 @@ def test_killed_at_any_moment(kills: int, runs, whole, tmp_path):
 def test_killed_while_a_checkpoint_is_written(runs, whole, tmp_path):
     process = runs.start(tmp_path)
     deadline = time.perf_counter() + 120
-    while not list((tmp_path / "checkpoints").glob("*tmp*")) and time.perf_counter() < deadline:
+    while not list((tmp_path / "checkpoints").glob(runs.partial)) and time.perf_counter() < deadline:
         time.sleep(0.001)
     os.kill(process, signal.SIGKILL)
     assert runs.wait() == -signal.SIGKILL
-    assert list((tmp_path / "checkpoints").glob("*tmp*")), "the checkpoint was complete before the signal came"
+    assert list((tmp_path / "checkpoints").glob(runs.partial)), "the checkpoint was complete before the signal came"
     runs.start(tmp_path)
     assert runs.wait() == 0, runs.log.read_text()
     assert parameters(tmp_path) == whole[0]
