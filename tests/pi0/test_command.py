@@ -83,8 +83,10 @@ PARITY = "pi0_eval.parity.command"
 @pytest.mark.parametrize(
     ("module", "arguments", "blocked", "extra"),
     [
-        ("pi0.training.command", ["--config", "debug", "--workdir", "{}"], JAX, "jax"),
-        ("pi0_jax.planning.command", ["--config", "debug", "--topology", "gpu:1x80"], JAX, "jax"),
+        ("pi0.training.command", ["--config", "debug", "--workdir", "{}"], JAX, "train"),
+        ("pi0.training.command", ["--config", "debug", "--workdir", "{}", "--framework", "jax"], ("jax",), "jax"),
+        ("pi0.training.command", ["--config", "debug", "--workdir", "{}", "--framework", "torch"], ("torch",), "torch"),
+        ("pi0_jax.planning.command", ["--config", "debug", "--topology", "gpu:1x80"], ("jax",), "jax"),
         ("pi0_eval.demo", ["--workdir", "{}"], JAX, "jax"),
         ("pi0_eval.demo", ["--workdir", "{}"], ("torch",), "torch"),
         (PARITY, [EXPORT, EXPORT, "--framework-b", "jax"], JAX, "jax"),

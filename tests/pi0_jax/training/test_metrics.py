@@ -26,12 +26,12 @@ def test_a_window_counts_its_steps_and_not_what_it_is_paused_for(monkeypatch: py
         now[0] += 7
     now[0] += 2
     loader.waited = 0.5
-    means = window.means(flops=0)
+    means = window.means(lambda steps_per_second: {})
     assert means == {"loss": 2, "samples_per_second": 4, "data_wait": 0.25}
     window.restart()
     now[0] += 1
     window.rows.append({"loss": jnp.float32(np.nan)})
-    assert np.isnan(window.means(flops=0)["loss"])
+    assert np.isnan(window.means(lambda steps_per_second: {})["loss"])
 
 
 def test_a_window_reports_examples_whose_text_is_cut(caplog: pytest.LogCaptureFixture):
@@ -40,13 +40,13 @@ def test_a_window_reports_examples_whose_text_is_cut(caplog: pytest.LogCaptureFi
     for _ in range(2):
         window.rows.append({"loss": jnp.float32(1)})
         loader.read, loader.truncated = loader.read + 8, loader.truncated + 2
-        assert window.means(flops=0)["truncated_prompts"] == 0.25
+        assert window.means(lambda steps_per_second: {})["truncated_prompts"] == 0.25
         window.restart()
     (record,) = caplog.records  # once
     assert "the text of 25.0 % of the examples is cut" in record.message
     window.rows.append({"loss": jnp.float32(1)})
     loader.read += 8
-    assert "truncated_prompts" not in window.means(flops=0)
+    assert "truncated_prompts" not in window.means(lambda steps_per_second: {})
 
 
 @pytest.mark.parametrize("last", [PROFILED.stop + 1, PROFILED.start + 1])
