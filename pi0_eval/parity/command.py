@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from pi0_eval.parity.explain import explain
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.report import Report, matrix_table
 from pi0_eval.parity.sides import FRAMEWORKS, Side, SideError
+from pi0_eval.parity.training import TrainingReport, compare_training
 
 SILENCE = 3.0  # seconds without a line before the last one is repeated
 
@@ -35,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         "  pi0-parity exported exported --framework-b jax          one checkpoint in both frameworks\n"
         "  pi0-parity A B --dtype bfloat16 --json parity.json      rounding errors in bfloat16, for CI\n\n"
         "  pi0-parity A B --side-b torch:sampler:flex              any other way to compute B\n"
-        "  pi0-parity A B --matrix                                 all ways that this machine has\n\n"
+        "  pi0-parity A B --matrix                                 all ways that this machine has\n"
+        "  pi0-parity A B --train-steps 10                         train both, and compare after each step\n\n"
         "Both run in float64, where they are one function or not (1e-12), and in the compute dtype, where they may be\n"
         "apart by what their own distances from float64 allow.",
     )
@@ -52,6 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--sliced", action="store_true", help="layer by layer, for models that do not fit in memory in float64"
     )
     parser.add_argument("--explain", action="store_true", help="of a failure, name the first operation that parts")
+    parser.add_argument(
+        "--train-steps",
+        type=_positive,
+        metavar="N",
+        help="train both for N steps in float32, as A was trained, and compare loss, gradient norm, every parameter, "
+        "moment and moving average after each",
+    )
     parser.add_argument("--inputs", type=Path, help="npz file with an observation's keys, actions, noise, time")
     parser.add_argument(
         "--quick", action="store_true", help="2 steps and no gradients: for a first look, or every push"
@@ -71,6 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--sliced holds one layer's weights; --matrix and --explain need all of them: leave one out")
     if args.matrix and args.html:
         raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
+    if args.train_steps is not None:
+        others = ("side_a", "side_b", "matrix", "sliced", "explain", "inputs", "quick", "steps", "no_gradients")
+        given = [n for n in (*others, "dtype", "html", "junit", "badge") if getattr(args, n) != parser.get_default(n)]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--train-steps takes no {names}; it trains plain models in float32, on random batches")
+        sys.exit(0 if compare_runs(args).passed else 1)
     for file in filter(None, (args.json, args.html, args.junit, args.badge)):  # fail before the work, not after it
         file.parent.mkdir(parents=True, exist_ok=True)
     with Progress(f"comparing {args.a} and {args.b}") as progress:
@@ -88,6 +105,28 @@ def main(arguments: list[str] | None = None) -> None:
         if file:
             write_text(file, form(reports).rstrip() + "\n")
     sys.exit(0 if all(report.passed for report in reports.values()) else 1)
+
+
+def _positive(text: str) -> int:
+    """The type of a number of steps."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def compare_runs(args: argparse.Namespace) -> TrainingReport:
+    """Train both for a few steps, and print the comparison."""
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    frameworks = {"framework_a": args.framework_a, "framework_b": args.framework_b}
+    with Progress(f"training {args.a} and {args.b}") as progress:
+        report = compare_training(
+            args.a, args.b, args.train_steps, batch=args.batch, seed=args.seed, progress=progress, **frameworks
+        )
+    print(report.table())
+    if args.json:
+        write_text(args.json, json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
 
 
 def explanation(args: argparse.Namespace, report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from convert.tensors import Tensor
 from pi0.run_config import DataConfig, OptimizerConfig, RecipeConfig, RunConfig
 from pi0.variants import get_variant
+from pi0_eval.parity.command import main
 from pi0_eval.parity.training import (
     Step,
     compare_steps,
@@ -53,3 +55,37 @@ def test_twenty_steps(kind: str):
     print(report.table())
     assert report.passed and len(report.rows) == 20, report.table()
     assert {"loss", "grad_norm", "mu", "nu", "params", "ema"} == report.rows[0].keys()
+
+
+def test_the_first_that_parts_is_named():
+    """In the order of computation; noise of rounding is not compared, and what is missing is an error."""
+    one, other = (steps[1] for steps in trained("pi0"))
+    changed = {name: dict(part) for name, part in other.tensors.items()}
+    changed["nu"]["state_proj.kernel"] = changed["nu"]["state_proj.kernel"] * 2
+    changed["params"]["vision.head.kernel"] = changed["params"]["vision.head.kernel"] * (1 + 1e-4)
+    report = compare_steps("A", "B", iter([one, one]), iter([other, Step(other.scalars, changed)]))
+    assert not report.passed and report.first.step == 2 and report.first.name == "nu/state_proj.kernel"
+    assert "FAILED: after step 2, nu/state_proj.kernel is apart by 1.00e+00; 1e-05 is allowed" in report.table()
+    noisy = {name: dict(part) for name, part in other.tensors.items()}
+    noisy["params"]["vision.layers.attention.key.bias"] = np.ones(1, np.float32)
+    assert compare_steps("A", "B", iter([one]), iter([Step(other.scalars, noisy)])).passed
+    del noisy["params"]["vision.layers.attention.key.bias"]
+    with pytest.raises(ValueError, match="params is of different parameters"):
+        compare_steps("A", "B", iter([one]), iter([Step(other.scalars, noisy)]))
+    nan = Step({**other.scalars, "loss": float("nan")}, other.tensors)
+    assert compare_steps("A", "B", iter([one]), iter([nan])).first.name == "loss"
+
+
+def test_the_command(tmp_path, capsys):
+    """Both in PyTorch, which compiles nothing; and checkpoints that are apart."""
+    export = "tests/written_before/export"
+    arguments = ["--framework-b", "torch", "--train-steps", "2", "--json", str(tmp_path / "report.json")]
+    with pytest.raises(SystemExit) as stop:
+        main([export, export, *arguments])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert stop.value.code == 0 and report["passed"] and len(report["steps"]) == 2
+    assert "PASSED: after 2 steps" in capsys.readouterr().out
+    for options, said in ((["--sliced"], "takes no --sliced"), (["--dtype", "bfloat16"], "takes no --dtype")):
+        with pytest.raises(SystemExit) as stop:
+            main([export, export, *arguments, *options])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
