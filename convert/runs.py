@@ -13,10 +13,11 @@ from convert.layouts.layout import Layout
 from convert.layouts.registry import find_layout
 from convert.tensors import CheckpointError, Tensor, pieces, same_bytes
 from convert.training_state import FRAMEWORKS, TrainingState, read_state, run_of, write_state
-from pi0.storage import as_path, new_folder
+from pi0.assets import CHECKSUMS
+from pi0.storage import SCHEMES, as_path, below, new_folder
 from pi0.training.workdir import FILES
 
-MARKER = ("checkpoints",)
+MARKER = ("checkpoints", f"checkpoints/*/{CHECKSUMS}")  # the latter is uploaded last
 KEPT = ("data.json", "metrics.jsonl")  # files of a run's folder that a converted one has too
 
 
@@ -39,6 +40,8 @@ def convert_run(
     layout = find_layout(to)
     if layout.name not in FRAMEWORKS:
         raise ValueError(f"--with-training-state converts to {' or '.join(FRAMEWORKS)}; {layout.name} has no training")
+    if str(source).partition("://")[0] in SCHEMES:
+        raise ValueError(f"{source} is in a bucket; copy the run to this machine to convert it with its training state")
     checkpoint = open_checkpoint(source, step=step)
     if checkpoint.layout.name not in FRAMEWORKS:
         raise CheckpointError(f"{source} has the layout {checkpoint.layout.name}, which is none of our runs'")
@@ -60,7 +63,7 @@ def convert_run(
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         for name in KEPT:
             if (run / name).exists():
-                shutil.copyfile(run / name, folder / name)
+                shutil.copyfile(below(run, name), folder / name)  # a stranger's may be a link
         verify(checkpoint, state, made, layout)
     return open_checkpoint(target)
 

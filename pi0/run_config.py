@@ -194,12 +194,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The number of devices along each mesh axis (`pi0_jax.training.sharding`); one may be -1: all that remain.
+    """The number of devices, in PyTorch of processes, along each mesh axis; one may be -1: all that remain.
 
     Attributes:
         data: devices with their own rows of the batch.
         fsdp: devices with their own rows of the batch and their own part of parameters and optimizer state.
-        tensor: devices with their own attention heads and part of the MLPs.
+        tensor: devices with their own attention heads and part of the MLPs; in JAX.
     """
 
     data: int = -1
@@ -237,15 +237,15 @@ class RunConfig:
         batch_size: rows of a step, over all devices.
         accumulate: micro-batches of a step, computed one after the other.
         mesh: the device mesh.
-        sharding: a mesh axis for each axis of the parameters (`pi0_jax.training.sharding`).
+        sharding: a mesh axis for each axis of the parameters (`pi0_jax.training.sharding`); in JAX.
         steps: training steps.
         log_every, save_every: steps between lines of the log, and between checkpoints.
         eval_every: steps between validations; 0: none.
         keep_checkpoints: how many of the newest checkpoints stay.
         keep_best: whether the one of the lowest validation loss stays too, of those with a validation at their step.
         keep_every: those of every so many steps stay too; 0: none.
-        export_every: steps between checkpoints that are exported to PyTorch and compared with the export, as the last
-            one is; they stay too; 0: none.
+        export_every: steps between checkpoints of JAX that are exported to PyTorch and compared with the export, as the
+            last one is; they stay too; 0: none.
         wandb: the project in W&B; "": none.
     """
 

@@ -86,6 +86,8 @@ def test_what_cannot_be_converted_is_refused(in_torch, tmp_path, capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no train_state: it is no checkpoint of a training run"):
         convert_run("tests/written_before/export", tmp_path / "x", to="pi0_jax")
+    with pytest.raises(ValueError, match="in a bucket; copy the run to this machine"):
+        convert_run("gs://bucket/run", tmp_path / "x", to="pi0_jax")
     assert not list(tmp_path.iterdir())
     checkpoint = open_checkpoint(in_torch)
     trained = read_state(checkpoint).groups["params"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -151,10 +152,11 @@ def test_metrics_of_sampled_actions_are_those_of_jax():
 
 
 @pytest.mark.slow
-def test_a_compiled_run(run, tmp_path):
-    """Its loss is that of the plain one but for rounding; it goes through many places that cannot be compiled."""
-    metrics = train(small_config(), tmp_path, device="cpu", compile=True)
-    np.testing.assert_allclose(metrics["loss"], run[0]["loss"], rtol=1e-3)
+def test_a_compiled_run(run, tmp_path, monkeypatch):
+    """Its graphs, which are run as they are: compiled code is PyTorch's. The loss is that of the plain run."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    metrics = train(small_config(eval_every=0), tmp_path, device="cpu", compile=True)
+    np.testing.assert_allclose(metrics["loss"], run[0]["loss"], rtol=1e-5)
 
 
 def test_the_command(tmp_path, capsys):
