@@ -35,7 +35,7 @@ from pi0.fetch import fetch, fetched
 from pi0.parameters import LayoutError
 from pi0.presets import FIELDS, get_preset
 from pi0.reading import naming
-from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder
+from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder, requests
 
 logger = logging.getLogger(__name__)
 
