@@ -86,7 +86,13 @@ ONLY_TORCH |= {"_tensors", "_finite", "Root", "Root.__init__", "Root.forward", "
 ONLY_TORCH |= {"repeatable", "fill", "count_flops", "find_mesh_device", "process_index", "process_count"}
 ONLY_TORCH |= {"check_config", "shard", "whole", "mean_over_processes", "sharded_norm"}
 ONLY_JAX |= {f"Assets{name}" for name in ("Handler", "Handler.save", "Handler.restore", "Save", "Restore")}
-ONLY_JAX |= {"Checkpoints.wait_until_signed", "Checkpoints._sign_when_complete", "_all_finite", "in_bfloat16"}
+ONLY_JAX |= {
+    "_validation_loss",
+    "Checkpoints.wait_until_signed",
+    "Checkpoints._sign_when_complete",
+    "_all_finite",
+    "in_bfloat16",
+}
 ONLY_JAX |= {"keep_compiled", "check_remat", "partition_specs", "_partition_spec", "state_shardings", "global_batch"}
 JAX_FILES_ONLY = {"exports.py", "prove.py"}  # runs in JAX are exported to PyTorch and compared with that
 
