@@ -30,6 +30,7 @@ import av
 import jax
 import numpy as np
 
+import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from pi0.datasets.cache import build_cache
 from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.registry import make_robot

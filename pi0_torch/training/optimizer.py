@@ -156,4 +156,4 @@ def global_norm(tensors: Params) -> Tensor:
     """The square root of the sum of all squares, float32 []."""
     if not tensors:
         return torch.zeros(())
-    return torch.stack([x.float() for x in torch._foreach_norm([*tensors.values()])]).norm()
+    return torch.stack(torch._foreach_norm([*tensors.values()], 2, torch.float32)).norm()

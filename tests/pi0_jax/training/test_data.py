@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import pi0_jax.models  # noqa: F401  # registers Observation in JAX
 from configs.metaworld_demo import get_config
 from pi0.assets import AssetsError
 from pi0.config import ModelConfig

@@ -91,3 +91,9 @@ def test_moving_average():
     ema, params = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 2.0])}
     update_ema(ema, params, 0.75)
     assert ema["a"].tolist() == [1.5, 2.0]
+
+
+def test_norms_are_summed_in_float32():
+    """Of bfloat16 parameters too: to 1e-6, where bfloat16 would round to 4e-3."""
+    tensors = {"a": torch.full((10_000,), 1.0, dtype=torch.bfloat16), "b": torch.tensor([3.0])}
+    np.testing.assert_allclose(global_norm(tensors), 10_009**0.5, rtol=1e-6)
