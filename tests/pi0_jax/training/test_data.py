@@ -138,7 +138,7 @@ def test_validation_holds_episodes_out():
 
 def test_one_camera():
     robot = {"name": "metaworld", "cameras": {"corner": "base_0_rgb"}}
-    observation, _ = load(load_data(small_config(robot=robot))[1], 1)[0]
+    observation, _, _ = load(load_data(small_config(robot=robot))[1], 1)[0]
     assert observation.image_masks["base_0_rgb"].all() and not observation.image_masks["left_wrist_0_rgb"].any()
 
 
