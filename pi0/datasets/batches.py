@@ -72,10 +72,11 @@ class Batches:
         return -(-len(self.order) // self.batch_size)
 
     def read(self, step: int, rows: np.ndarray | None = None, count: bool = False) -> dict[str, np.ndarray]:
-        """The model's inputs in flat keys, `actions` and what is drawn, [R, ...]: all rows, or those of one host.
+        """The model's inputs in flat keys and `actions`, [R, ...]: all rows of a batch, or those of one host.
 
-        With `count` also `truncated` bool [R], where a prompt with its state and targets was cut. Raises DataError for
-        damaged recordings. It is `fetch`, which may wait for a bucket, and then `decode`, which keeps a processor busy.
+        With `count` also what is drawn, and `truncated` bool [R], where a prompt with its state and targets was cut.
+        Raises DataError for damaged recordings. It is `fetch`, which may wait for a bucket, and then `decode`, which
+        keeps a processor busy.
         """
         rows = np.arange(self.batch_size) if rows is None else rows
         return self.decode(self.fetch(step, rows), rows, count)
