@@ -38,9 +38,7 @@ from pi0.robots.robot import Robot
 from pi0.run_config import DataConfig, RunConfig
 from pi0.tokenizers.fast import FASTTokenizer
 from pi0.tokenizers.text import TextTokenizer
-from pi0.training.draws import Drawn, Draws
-
-Batch = tuple[Observation, Any, Drawn]  # the model's inputs, normalized actions [B, T, A], and what is drawn
+from pi0.training.draws import Batch, Drawn, Draws
 
 AHEAD = 2  # prefetched batches: in each worker process, and on the devices
 SHARED = 2**16  # bytes from which on an array is passed on by a worker process in shared memory

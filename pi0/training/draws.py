@@ -13,6 +13,7 @@ import numpy as np
 
 from pi0 import numerics
 from pi0.config import ModelConfig
+from pi0.observation import Observation
 from pi0.policy.rtc import RTCTraining
 
 STREAM = 4  # of the seed; 0 to 3 are those of the mixture, augmentation and instructions
@@ -27,6 +28,9 @@ class Drawn(NamedTuple):
     noise: Any = None
     time: Any = None
     delay: Any = None
+
+
+Batch = tuple[Observation, Any, Drawn]  # the model's inputs, normalized actions [B, T, A], and what is drawn
 
 
 @dataclasses.dataclass(frozen=True)

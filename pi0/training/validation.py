@@ -10,7 +10,8 @@ import numpy as np
 from pi0.assets import Assets
 from pi0.config import ModelConfig
 from pi0.plots import plot_actions, plot_cameras
-from pi0.training.data import Batch, Loader
+from pi0.training.data import Loader
+from pi0.training.draws import Batch
 from pi0.training.metrics import Metrics
 
 WITHIN = 0.1  # tolerance of `action_within`, in normalized units

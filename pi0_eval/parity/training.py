@@ -20,8 +20,7 @@ from convert.tensors import Tensor
 from convert.training_state import in_layout
 from pi0.config import ModelConfig
 from pi0.run_config import DataConfig, RecipeConfig, RunConfig
-from pi0.training.data import Batch
-from pi0.training.draws import Draws
+from pi0.training.draws import Batch, Draws
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
 

@@ -18,7 +18,8 @@ from pi0.datasets.identity import contents_of
 from pi0.plugins import require_extra
 from pi0.run_config import RecipeConfig, RunConfig
 from pi0.storage import as_path
-from pi0.training.data import Batch, Loader, load_data
+from pi0.training.data import Loader, load_data
+from pi0.training.draws import Batch
 from pi0.training.metrics import Metrics, Window, require_finite
 from pi0.training.preemption import Preempted, Preemption
 from pi0.training.trainable import table

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.training.data import Batch
+from pi0.training.draws import Batch
 from pi0.training.validation import WITHIN, action_draws
 from pi0_torch.loading import Model, to_numpy
 from pi0_torch.training.sharding import local_rows, mean_over_processes, process_count

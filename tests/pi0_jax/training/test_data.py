@@ -25,7 +25,8 @@ from pi0.datasets.lerobot import LeRobotDataset
 from pi0.robots.normalize import NormStats, save_norm_stats
 from pi0.run_config import RunConfig
 from pi0.storage import as_path, delete, move
-from pi0.training.data import Batch, Loader, load_data
+from pi0.training.data import Loader, load_data
+from pi0.training.draws import Batch
 from pi0.variants import get_variant
 from tests.bucket import Bucket
 from tests.pi0.datasets.test_check import V21_DATA, encoded
