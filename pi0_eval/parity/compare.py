@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,10 @@ def judge(
     exact_a: Results, exact_b: Results, a: Results, b: Results, dtype_a: str = "float32", dtype_b: str = "float32"
 ) -> list[Row]:
     """A row for every stage that both sides have: two results in float64, and the same two in their dtypes."""
-    proof, apart = errors(exact_a, exact_b, "float64"), errors(a, b, dtype_a)
+    four = exact_a, exact_b, a, b
+    proof, apart = errors(exact_a, exact_b, "float64"), errors(a, b, dtype_a, four)
     # A parameter without gradient but for rounding is left out of a row by the same rule in all four.
-    own_a, own_b = errors(exact_a, a, dtype_a), errors(exact_b, b, dtype_b)
+    own_a, own_b = errors(exact_a, a, dtype_a, four), errors(exact_b, b, dtype_b, four)
     rows = []
     for stage, error in proof.items():
         allowed = budget(stage, own_a, own_b, a, dtype_a, dtype_b)
@@ -189,10 +190,11 @@ def budget(
     return FACTOR * math.hypot(error_a, error_b) + PROOF
 
 
-def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, float]:
+def errors(a: Results, b: Results, dtype: str = "float32", among: Sequence[Results] = ()) -> dict[str, float]:
     """Relative L2 error of B against A of every stage that both have: layers, then gradients, then actions or tokens.
 
-    `dtype`: the wider rounding of the two, which says below what a gradient is noise.
+    `dtype`: the wider rounding of the two, which says below what a gradient is noise. `among`: results that are judged
+    together, of which what follows from a text is compared where it is the same in all (default: in A and B).
     """
     common = [stage for stage in a.stages if stage in b.stages]
     result = {stage: _error(a.stages[stage], b.stages[stage]) for stage in common if stage not in SAMPLED}
@@ -202,10 +204,18 @@ def errors(a: Results, b: Results, dtype: str = "float32") -> dict[str, float]:
         each = _gradient_errors(a.gradients, b.gradients, GRADIENT_NOISE[dtype])
         result["gradients, all"] = _norm(differences) / norm
         result["gradients, worst parameter"] = float(np.max(list(each.values())))
-    return result | {stage: _sampled_error(stage, a.stages, b.stages) for stage in SAMPLED if stage in common}
+    all_stages = [one.stages for one in among or (a, b)]
+    return result | {
+        stage: _sampled_error(stage, a.stages, b.stages, all_stages) for stage in SAMPLED if stage in common
+    }
 
 
-def _sampled_error(stage: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+def _sampled_error(
+    stage: str,
+    a: Mapping[str, np.ndarray],
+    b: Mapping[str, np.ndarray],
+    among: Sequence[Mapping[str, np.ndarray]],
+) -> float:
     """Of tokens the fraction that differs; of other stages the relative L2 error, where the tokens before are the same.
 
     From a near tie on, which rounding may decide either way, two texts have nothing to do with each other.
@@ -215,7 +225,7 @@ def _sampled_error(stage: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.n
         return float((x != y).mean())
     for text, logits in TEXTS.items():
         if text in a and stage in (logits, "actions"):
-            differs = a[text] != b[text]
+            differs = np.any([a[text] != one[text] for one in among], axis=0)
             seen = np.cumsum(differs, axis=1) - differs == 0 if stage == logits else ~differs.any(axis=1)
             x, y = x[seen], y[seen]
     return _error(x, y)

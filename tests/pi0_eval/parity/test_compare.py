@@ -156,6 +156,24 @@ def test_subtasks(tmp_path):
     assert [row.stage for row in report.rows] == ["first logits", "subtask", "actions"]
 
 
+def test_actions_after_another_subtask_have_no_error():
+    """Both sides in bfloat16 write another subtask than in float64, which says nothing of the actions after it."""
+    rng = np.random.default_rng(0)
+
+    def results(token: int, actions: np.ndarray) -> Results:
+        texts = np.array([[5, 7], [5, token]])
+        return Results({"subtask logits": rng.normal(size=(2, 2, 9)) * 0, "subtask": texts, "actions": actions}, {})
+
+    exact = rng.normal(size=(2, 300, 4))
+    a, b = exact * (1 + 1e-3), exact * (1 - 1e-3)
+    b[1] += 0.01
+    rows = {
+        r.stage: r for r in judge(results(7, exact), results(7, exact), results(8, a), results(8, b), *["bfloat16"] * 2)
+    }
+    assert rows["actions"].passed and rows["actions"].apart == pytest.approx(2e-3, rel=0.01)  # of the first row
+    assert not judge(results(7, exact), results(7, exact), results(7, a), results(7, b), *["bfloat16"] * 2)[-1].passed
+
+
 def test_other_tokens_are_seen(fast_pair, tmp_path):
     """One token's embedding a little longer: it is the likeliest now, which the loss may not see."""
     checkpoint = random_checkpoint(get_variant("tiny_pi0_fast"))
