@@ -298,6 +298,7 @@ def make_uvicorn(
         ssl_certfile=certificate,
         ssl_keyfile=certificate_key,
         access_log=False,
+        log_config=None,  # logging is the program's own: uvicorn's config closes the handlers of other libraries
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,
