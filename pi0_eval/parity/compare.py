@@ -83,7 +83,7 @@ def compare(
     Raises ParityError for different models, SideError for a side that there is not, or not in slices.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
-    config = _common_config(*checkpoints)
+    config = common_config(*checkpoints)
     inputs = Inputs.of(inputs, config, batch, seed, all(c.assets.subtasks for c in checkpoints))
     sides = []
     for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
@@ -253,7 +253,7 @@ def _norm(x: ArrayLike) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
 
-def _common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
+def common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     """The common model config, with the runtime of A. Raises ParityError for different models."""
     ours = a.assets.model
     theirs = dataclasses.replace(b.assets.model, runtime=ours.runtime)

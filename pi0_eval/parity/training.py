@@ -21,6 +21,7 @@ from convert.training_state import in_layout
 from pi0.config import ModelConfig
 from pi0.run_config import DataConfig, RecipeConfig, RunConfig
 from pi0.training.draws import Batch, Draws
+from pi0_eval.parity.compare import common_config, framework_of
 from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
 
@@ -100,14 +101,12 @@ def compare_training(
     ParityError for different models.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
-    models = [checkpoint.assets.model for checkpoint in checkpoints]
-    if models[0].with_runtime(**dataclasses.asdict(models[1].runtime)) != models[1]:
-        raise ParityError(f"{a} and {b} are checkpoints of different models")
+    common_config(*checkpoints)
     config = run_config(checkpoints[0]) if config is None else config
     batches = random_batches(config, steps, batch, seed)
     sides = []
     for checkpoint, framework in zip(checkpoints, (framework_a, framework_b), strict=True):
-        framework = framework or {"safetensors": "torch"}.get(checkpoint.layout.format, "jax")
+        framework = framework or framework_of(checkpoint)
         sides.append((framework, RUNS[framework](config, checkpoint.ours, batches)))
     named = [f"{checkpoint.folder} ({name})" for checkpoint, (name, _) in zip(checkpoints, sides, strict=True)]
     return compare_steps(named[0], named[1], sides[0][1], sides[1][1], progress)
