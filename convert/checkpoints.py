@@ -40,6 +40,9 @@ from pi0.storage import SCHEMES, as_path, below, is_bucket, is_folder, requests
 logger = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained_model"  # the folder of a checkpoint of LeRobot's training
+WEIGHTS_FILE = "model.safetensors"
+TRAIN_STATE = "train_state"  # the folder of what training resumes from, in a checkpoint of a run
+STATE_FILE = f"{TRAIN_STATE}/state.safetensors"  # of a run in PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _read_tensors(source: str | Path, step: int | None, ema: bool, dtype: np.dty
     folder = path
     if not ema:
         return Stored(folder, weights / "train_state", folder, _trained(weights))
-    for name, read in (("model.safetensors", read_safetensors), ("model.safetensors.index.json", read_sharded)):
+    for name, read in ((WEIGHTS_FILE, read_safetensors), ("model.safetensors.index.json", read_sharded)):
         if (file := weights / name).exists():
             try:
                 below(weights, name)
@@ -374,22 +377,17 @@ def _is_step(folder: Path) -> bool:
 
 def _trained(folder: Path) -> dict[str, Tensor]:
     """The trained parameters of a training state, and the frozen ones, which are only in `params`."""
-    if not (folder / "train_state").exists():
+    if not (folder / TRAIN_STATE).exists():
         raise CheckpointError(
             f"{folder} has no train_state, which only checkpoints of training runs have; read it with ema"
         )
-    if (file := folder / "train_state" / "state.safetensors").exists():
-        state, weights = read_safetensors(file), read_safetensors(folder / "model.safetensors")
-        trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
-        return _joined(folder, weights, trained)
-    state = read_orbax(folder / "train_state")
+    if (folder / STATE_FILE).exists():
+        state, params = read_safetensors(folder / STATE_FILE), read_safetensors(folder / WEIGHTS_FILE)
+    else:
+        state, params = read_orbax(folder / TRAIN_STATE), read_orbax(folder / "params")
     trained = {name.removeprefix("params/"): tensor for name, tensor in state.items() if name.startswith("params/")}
     if all(name.endswith("/value") for name in trained):  # openpi's; without a moving average it has none
         trained = {name.removesuffix("/value"): tensor for name, tensor in trained.items()}
-    return _joined(folder, read_orbax(folder / "params"), trained)
-
-
-def _joined(folder: Path, params: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(trained.keys() - params.keys())
     if unknown:
         raise CheckpointError(f"{folder}: train_state has parameters that params has not: {', '.join(unknown[:5])}")
@@ -410,7 +408,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str | Layout)
     assets, dtype = checkpoint.assets, checkpoint.ours["paligemma.embedding"].dtype
     if target.format == "safetensors":
         tensors |= target.unused_tensors(assets.model, dtype)
-        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        write_safetensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     else:
         write_orbax(folder / "params", tensors, target.root)
     if target.write_sidecars is not None:

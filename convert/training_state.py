@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoints import Checkpoint
+from convert.checkpoints import STATE_FILE, TRAIN_STATE, Checkpoint
 from convert.formats.orbax import read_orbax, write_orbax
 from convert.formats.safetensors import read_safetensors, write_safetensors
 from convert.layouts.layout import Layout
@@ -23,8 +23,6 @@ from pi0.config import ModelConfig
 from pi0.parameters import LayoutError
 from pi0.run_config import RunConfig
 
-FOLDER = "train_state"  # of a checkpoint of a run
-WEIGHTS_FILE, STATE_FILE = "model.safetensors", f"{FOLDER}/state.safetensors"  # of a run in PyTorch
 OPTIMIZERS = {"adamw": ("mu", "nu"), "sgd": ("trace",)}  # the optimizer's groups
 # Where optax's chains have them, by the optimizer: the place of its tensors, those of the number of updates, and those
 # of transformations without a state.
@@ -63,19 +61,21 @@ def run_of(checkpoint: Checkpoint) -> RunConfig:
 def read_state(checkpoint: Checkpoint) -> TrainingState:
     """The state in a checkpoint of a run, in its layout, read lazily. Raises CheckpointError where it has none."""
     folder, names = checkpoint.folder, ("params", *OPTIMIZERS[run_of(checkpoint).optimizer.name])
-    if not (folder / FOLDER).is_dir():
-        raise CheckpointError(f"{folder} has no {FOLDER}: it is no checkpoint of a training run, or without its state")
+    if not (folder / TRAIN_STATE).is_dir():
+        raise CheckpointError(
+            f"{folder} has no {TRAIN_STATE}: it is no checkpoint of a training run, or without its state"
+        )
     if checkpoint.layout.format == "safetensors":
         tensors = read_safetensors(folder / STATE_FILE)
         groups, counts = {name: group(tensors, name) for name in names}, ["count"]
     else:
-        tensors = read_orbax(folder / FOLDER)
+        tensors = read_orbax(folder / TRAIN_STATE)
         place, where, _ = CHAINS[run_of(checkpoint).optimizer.name]
         groups = {name: group(tensors, name if name == "params" else f"{place}/{name}") for name in names}
         counts = [f"{one}/count" for one in where]
     missing = [name for name in counts if name not in tensors] + [name for name in names if not groups[name]]
     if missing:
-        raise CheckpointError(f"{folder / FOLDER} lacks {', '.join(missing)}")
+        raise CheckpointError(f"{folder / TRAIN_STATE} lacks {', '.join(missing)}")
     return TrainingState(int(np.asarray(tensors[counts[0]].read(())).reshape(-1)[0]), groups)
 
 
@@ -96,7 +96,7 @@ def write_state(folder: Path, state: TrainingState, average: Mapping[str, Tensor
     for name, part in groups.items():
         prefix = name if name in ("params", "ema") else f"{place}/{name}"
         tensors |= {f"{prefix}/{key}": tensor for key, tensor in part.items()}
-    write_orbax(folder / FOLDER, tensors, empty=[*empty, *(["ema"] if average is None else [])])
+    write_orbax(folder / TRAIN_STATE, tensors, empty=[*empty, *(["ema"] if average is None else [])])
 
 
 def in_layout(config: ModelConfig, tensors: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:

@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 
 import convert.tensors
+from convert.checkpoints import STATE_FILE, WEIGHTS_FILE
 from convert.checksums import find_changes, read_checksums, sign
 from convert.formats.safetensors import read_safetensors, write_safetensors
-from convert.training_state import STATE_FILE, WEIGHTS_FILE, group
+from convert.training_state import group
 from pi0.assets import CHECKSUMS, Assets
 from pi0.reading import read_json
 from pi0.storage import delete, is_bucket, move, new_folder, requests
