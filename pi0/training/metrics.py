@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -206,3 +206,47 @@ def require_finite(rows: list[dict[str, Any]], done: int, workdir: Path, trainin
         f"{workdir / 'non_finite.json'}. Look at them and at the norm stats (pi0-stats warns of dimensions that hardly "
         "vary), or lower optimizer.peak_lr"
     )
+
+
+class Trace:
+    """A profile of this process's steps `PROFILED` in `folder`, for TensorBoard or Perfetto; None: no profile.
+
+    A framework says how one begins, how it ends, and how to wait for the results of a step.
+    """
+
+    def __init__(self, folder: Path | None, start: int):
+        self._folder, self._start, self._running = folder, start, False
+
+    def begin(self, folder: Path) -> None:
+        """Start to profile into a folder."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Stop, and write the profile."""
+        raise NotImplementedError
+
+    def wait(self, results: Any) -> None:
+        """Wait until the results of a step are computed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def before(self, step: int) -> None:
+        """Call before each step."""
+        if self._folder is not None and step == self._start + PROFILED.start:
+            self._mirror = Mirror(self._folder)
+            self.begin(self._mirror.folder)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Call after each step, with its results."""
+        if self._running and step == self._start + PROFILED.stop - 1:
+            self.wait(results)
+            self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            self.end()
+            self._mirror.__exit__()
+            self._running = False

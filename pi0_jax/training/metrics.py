@@ -7,37 +7,24 @@ from typing import Any
 
 import jax
 
-from pi0.training.metrics import PROFILED, utilization
-from pi0.training.mirror import Mirror
+from pi0.training import metrics
+from pi0.training.metrics import utilization
 
 
-class Trace:
-    """A profile of this process's steps `PROFILED` in `folder`, for TensorBoard or Perfetto; None: no profile."""
+class Trace(metrics.Trace):
+    """A profile by `jax.profiler`."""
 
-    def __init__(self, folder: Path | None, start: int):
-        self._folder, self._start, self._running = folder, start, False
+    def begin(self, folder: Path) -> None:
+        """Start to profile into a folder."""
+        jax.profiler.start_trace(folder)
 
-    def __enter__(self) -> Trace:
-        return self
+    def end(self) -> None:
+        """Stop, and write the profile."""
+        jax.profiler.stop_trace()
 
-    def before(self, step: int) -> None:
-        """Call before each step."""
-        if self._folder is not None and step == self._start + PROFILED.start:
-            self._mirror = Mirror(self._folder)
-            jax.profiler.start_trace(self._mirror.folder)
-            self._running = True
-
-    def after(self, step: int, results: Any) -> None:
-        """Call after each step, with its results."""
-        if self._running and step == self._start + PROFILED.stop - 1:
-            jax.block_until_ready(results)
-            self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._mirror.__exit__()
-            self._running = False
+    def wait(self, results: Any) -> None:
+        """Wait until the results of a step are computed."""
+        jax.block_until_ready(results)
 
 
 def device_metrics(flops: float, steps_per_second: float) -> dict[str, float]:

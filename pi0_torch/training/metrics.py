@@ -7,42 +7,28 @@ from typing import Any
 
 import torch
 
-from pi0.training.metrics import PROFILED, utilization
-from pi0.training.mirror import Mirror
+from pi0.training import metrics
+from pi0.training.metrics import utilization
 
 
-class Trace:
-    """A profile of this process's steps `PROFILED` in `folder`, for TensorBoard or Perfetto; None: no profile."""
+class Trace(metrics.Trace):
+    """A profile by `torch.profiler`."""
 
-    def __init__(self, folder: Path | None, start: int):
-        self._folder, self._start, self._running = folder, start, False
+    def begin(self, folder: Path) -> None:
+        """Start to profile into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = torch.profiler.tensorboard_trace_handler(str(folder))
+        self._profile = torch.profiler.profile(on_trace_ready=handler)
+        self._profile.start()
 
-    def __enter__(self) -> Trace:
-        return self
+    def end(self) -> None:
+        """Stop, and write the profile."""
+        self._profile.stop()
 
-    def before(self, step: int) -> None:
-        """Call before each step."""
-        if self._folder is not None and step == self._start + PROFILED.start:
-            self._mirror = Mirror(self._folder)
-            self._mirror.folder.mkdir(parents=True, exist_ok=True)
-            self._profile = torch.profiler.profile(
-                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self._mirror.folder))
-            )
-            self._profile.start()
-            self._running = True
-
-    def after(self, step: int, results: Any) -> None:
-        """Call after each step, with its results."""
-        if self._running and step == self._start + PROFILED.stop - 1:
-            for value in results.values():
-                value.item()  # waits for it
-            self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._running:
-            self._profile.stop()
-            self._mirror.__exit__()
-            self._running = False
+    def wait(self, results: Any) -> None:
+        """Wait until the results of a step are computed."""
+        for value in results.values():
+            value.item()
 
 
 def device_metrics(device: torch.device, flops: float, steps_per_second: float) -> dict[str, float]:
