@@ -27,7 +27,7 @@ from pi0_eval.parity.sides import Side
 
 Inputs4 = tuple[Any, Any, Any, Any]  # observation, actions, noise, time
 Function = Callable[..., dict[str, Any]]  # of a model, its inputs and what is fed to it
-Step = Callable[[np.ndarray, float, int, Any, np.ndarray], np.ndarray]  # `Run.euler_step`
+Step = Callable[[np.ndarray, float, int, Any, np.ndarray, np.ndarray], np.ndarray]  # `Run.euler_step`
 Params = Iterable[tuple[str, np.ndarray]]
 Four = tuple[Results, Results, Results, Results]  # A and B in float64, A and B in their dtypes
 ROWS = 1 << 15  # of the vocabulary at a time: their logits' weights are as large as a layer
@@ -87,8 +87,9 @@ def sampled_layer(model: Any, inputs: Inputs4, fed: dict[str, Any]) -> dict[str,
         embed_suffix = model.embed_suffix
         replace(model, "embed_suffix", lambda *args: (fed["suffix"], embed_suffix(*args)[1]))
     stages: dict[str, Any] = {}
-    steps = model.config.runtime.num_steps
-    x_t = model.euler_step(inputs[0], fed["x_t"], fed["time"], 0.0, steps, fed["cache"], fed["valid"], stages=stages)
+    attended = fed["cache"], fed["positions"], fed["mask"]
+    num_steps = model.config.runtime.num_steps
+    x_t = model.euler_step(inputs[0], fed["x_t"], fed["time"], 0.0, num_steps, *attended, stages=stages)
     return {"layer": stages["layers.0"][0], "x_t": x_t}
 
 
@@ -211,10 +212,12 @@ class Run:
         fed = {"cache": cache, "valid": self.valid}
         return self.compute(sampled_actions, self.checkpoint, fed, names=(), step=self.euler_step)["actions"]
 
-    def euler_step(self, x_t: np.ndarray, time: float, num_steps: int, cache: Any, valid: np.ndarray) -> np.ndarray:
+    def euler_step(
+        self, x_t: np.ndarray, time: float, num_steps: int, cache: Any, positions: np.ndarray, mask: np.ndarray
+    ) -> np.ndarray:
         """x_t after an Euler step, of which each layer is computed by itself."""
         config = self.config.with_runtime(num_steps=num_steps)
-        fed: dict[str, Any] = {"x_t": x_t, "time": np.asarray(time, np.float32), "valid": valid}
+        fed: dict[str, Any] = {"x_t": x_t, "time": np.asarray(time, np.float32), "positions": positions, "mask": mask}
         for layer in range(config.paligemma.depth):
             here = slice(layer, layer + 1)
             fed["cache"] = [x[here] for x in cache] if self.side.framework == "jax" else cache[here]
@@ -257,7 +260,7 @@ class Run:
             for name, tensor in stored.items()
             if name.startswith(names) and not name.startswith(without)
         )
-        fed = mapped(lambda x: x if x.dtype == bool else widened(x, config), fed)
+        fed = mapped(lambda x: x if x.dtype.kind in "bi" else widened(x, config), fed)
         inputs = (observation or self.observation, self.inputs.actions, self.inputs.noise, self.inputs.time)
         with exact_matmuls():
             return (run_jax if jax else run_torch)(function, config, params, inputs, fed, self.side, step)
@@ -307,9 +310,8 @@ def run_jax(
         if step is None:
             return jax.tree.map(np.asarray, jax_slice(function)(model, inputs, fed))
 
-        def replaced(observation: Any, x_t: Any, time: Any, scale: Any, num_steps: int, *seen: Any) -> jax.Array:
-            cache, valid = jax.tree.map(np.asarray, seen[:2])
-            return jnp.asarray(step(np.asarray(x_t), float(time), num_steps, cache, valid))
+        def replaced(observation: Any, x_t: Any, time: Any, scale: Any, num_steps: int, *attended: Any) -> jax.Array:
+            return jnp.asarray(step(np.asarray(x_t), float(time), num_steps, *jax.tree.map(np.asarray, attended[:3])))
 
         return jax.tree.map(np.asarray, function(model, inputs, fed, step=replaced))
 
@@ -333,10 +335,9 @@ def run_torch(
     observation, *arrays = inputs
     here: Any = (to_device(observation, device), *(torch.from_numpy(x).to(device) for x in arrays))
 
-    def replaced(observation: Any, x_t: Any, time: float, scale: float, num_steps: int, *seen: Any) -> torch.Tensor:
+    def replaced(observation: Any, x_t: Any, time: float, scale: float, num_steps: int, *attended: Any) -> torch.Tensor:
         assert step is not None
-        cache, valid = mapped(to_numpy, list(seen[:2]))
-        return to_torch(step(to_numpy(x_t), time, num_steps, cache, valid)).to(device)
+        return to_torch(step(to_numpy(x_t), time, num_steps, *mapped(to_numpy, attended[:3]))).to(device)
 
     with torch.no_grad():
         steps = {} if step is None else {"step": replaced}

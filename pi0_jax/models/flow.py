@@ -230,9 +230,13 @@ class FlowModel(VisionLanguageModel):
     ) -> Float[Array, "B T A"]:
         """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
         num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
+        blocks = self.suffix_blocks(noise.shape[1])
+        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
+        valid = jnp.concatenate([seen, jnp.ones((len(noise), len(blocks)), bool)], axis=1)
+        mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
 
         def step(x_t: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
-            return self.euler_step(observation, x_t, *now, num_steps, cache, seen, rtc, previous), None
+            return self.euler_step(observation, x_t, *now, num_steps, cache, positions, mask, rtc, previous), None
 
         x_t = cast(noise, "action_projections", self.config.runtime.dtype)
         x_t = clamp(x_t, given_actions(rtc, previous), previous)
@@ -247,19 +251,18 @@ class FlowModel(VisionLanguageModel):
         scale: Float[Array, ""],
         num_steps: int,
         cache: Cache,
-        seen: Bool[Array, "B S"],
+        positions: Int[Array, "B Q"],
+        mask: Bool[Array, "B Q K"],
         rtc: RTC | None = None,
         previous: Previous | None = None,
         stages: dict[str, Array] | None = None,
     ) -> Float[Array, "B T A"]:
         """x_t one of `num_steps` steps later than `time`; guidance counts by `scale` (`RTC.scales`).
 
+        The Q tokens of the action expert have `positions`; `mask` says to which of the K tokens, those of `cache` and
+        then their own, each attends.
         `stages`, where given, receives `layers.0` [L, B, S, W], what the layers of the action expert give.
         """
-        horizon, blocks = x_t.shape[1], self.suffix_blocks(x_t.shape[1])
-        positions = seen.sum(axis=1, keepdims=True) + np.arange(len(blocks))
-        valid = jnp.concatenate([seen, jnp.ones((len(x_t), len(blocks)), bool)], axis=1)
-        mask = block_mask(np.concatenate([np.zeros(seen.shape[1], int), blocks]), valid)[:, -len(blocks) :]
         times = jnp.broadcast_to(time, x_t.shape[:1])
         given = given_actions(rtc, previous)
 
@@ -269,7 +272,7 @@ class FlowModel(VisionLanguageModel):
             (out,), _ = joint_forward(
                 (self.action_expert,), (suffix,), (positions,), mask, (condition,), cache, stages=stages
             )
-            return self.read_velocity(out, horizon)
+            return self.read_velocity(out, x_t.shape[1])
 
         x_t = x_t + np.float32(-1 / num_steps) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
         return record("Euler step", clamp(x_t, given, previous))

@@ -233,11 +233,15 @@ class FlowModel(VisionLanguageModel):
     ) -> Float[Tensor, "B T A"]:
         """The Euler steps of `sample_actions`, attending to those S tokens of `cache` that are `seen`."""
         num_steps = self.config.runtime.num_steps if num_steps is None else num_steps
+        blocks = self.suffix_blocks(noise.shape[1]).to(noise.device)
+        positions = seen.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=noise.device)
+        valid = torch.cat([seen, seen.new_ones((len(noise), len(blocks)))], dim=1)
+        mask = block_mask(F.pad(blocks, (seen.shape[1], 0)), valid)[:, -len(blocks) :]
         x_t = cast(noise, "action_projections", self.config.runtime.dtype)
         x_t = clamp(x_t, given_actions(rtc, previous), previous)
         times = numerics.euler_times(num_steps)
         for time, scale in zip(times.tolist(), (rtc or RTC()).scales(times).tolist(), strict=True):
-            x_t = self.euler_step(observation, x_t, time, scale, num_steps, cache, seen, rtc, previous)
+            x_t = self.euler_step(observation, x_t, time, scale, num_steps, cache, positions, mask, rtc, previous)
         return x_t
 
     def euler_step(
@@ -248,19 +252,18 @@ class FlowModel(VisionLanguageModel):
         scale: float,
         num_steps: int,
         cache: Cache,
-        seen: Bool[Tensor, "B S"],
+        positions: Int[Tensor, "B Q"],
+        mask: Bool[Tensor, "B Q K"],
         rtc: RTC | None = None,
         previous: Previous | None = None,
         stages: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "B T A"]:
         """x_t one of `num_steps` steps later than `time`; guidance counts by `scale` (`RTC.scales`).
 
+        The Q tokens of the action expert have `positions`; `mask` says to which of the K tokens, those of `cache` and
+        then their own, each attends.
         `stages`, where given, receives `layers.0` [L, B, S, W], what the layers of the action expert give.
         """
-        horizon, blocks = x_t.shape[1], self.suffix_blocks(x_t.shape[1]).to(x_t.device)
-        positions = seen.sum(dim=1, keepdim=True) + torch.arange(len(blocks), device=x_t.device)
-        valid = torch.cat([seen, seen.new_ones((len(x_t), len(blocks)))], dim=1)
-        mask = block_mask(F.pad(blocks, (seen.shape[1], 0)), valid)[:, -len(blocks) :]
         times = torch.full(x_t.shape[:1], time, dtype=torch.float32, device=x_t.device)
         given = given_actions(rtc, previous)
 
@@ -270,7 +273,7 @@ class FlowModel(VisionLanguageModel):
             (out,), _ = joint_forward(
                 (self.action_expert,), (suffix,), (positions,), mask, (condition,), cache, stages=stages
             )
-            return self.read_velocity(out, horizon)
+            return self.read_velocity(out, x_t.shape[1])
 
         x_t = x_t + float(np.float32(-1 / num_steps)) * guided_velocity(velocity, x_t, time, scale, rtc, previous)
         return record("Euler step", clamp(x_t, given, previous))
