@@ -31,6 +31,23 @@ figcaption { font-size: 13px; color: #444; }
 """
 
 
+def page(title: str, style: str, body: str) -> str:
+    """A self-contained HTML page; `title` and `body` are HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
 def data_address(image: np.ndarray) -> str:
     """An image, uint8 [H, W, 3] or float in [-1, 1], as the address of a PNG within a page."""
     if image.dtype != np.uint8:

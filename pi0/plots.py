@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from pi0 import masks
-from pi0.look import COLORS as _COLORS
-from pi0.look import DASHES, RECORDED
+from pi0.look import COLORS, DASHES, RECORDED
 from pi0.plugins import require_extra
 
 
@@ -22,7 +21,7 @@ def plot_loss(metrics_file: Path, target: Path) -> None:
     """Training and validation loss by step, from `metrics.jsonl`, to a PNG."""
     rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").split("\n") if line]
     figure, axis = _subplots(figsize=(7, 4))
-    for name, color, style in (("loss", _COLORS[0], "-"), ("validation_loss", _COLORS[1], "o-")):
+    for name, color, style in (("loss", COLORS[0], "-"), ("validation_loss", COLORS[1], "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axis.plot(*zip(*points, strict=True), style, color=color, label=name.replace("_", " "))
@@ -42,7 +41,7 @@ def plot_actions(
         axis.plot(recorded[:, d], color=RECORDED, label="recorded")
         for i, (name, actions) in enumerate(predicted.items()):
             style = DASHES[(i + 1) % len(DASHES)]  # told apart in black and white too
-            axis.plot(actions[:, d], style, color=_COLORS[i % len(_COLORS)], label=name)
+            axis.plot(actions[:, d], style, color=COLORS[i % len(COLORS)], label=name)
         axis.set_ylabel(names[d])
         axis.grid(alpha=0.3)
     axes[0, 0].legend(loc="upper right", ncols=1 + len(predicted))
@@ -68,9 +67,9 @@ def plot_distributions(panels: Mapping[str, tuple[np.ndarray, np.ndarray, float,
     rows = -(-len(panels) // 4)
     figure, axes = _subplots(rows, 4, figsize=(12, 2.2 * rows), squeeze=False)
     for axis, (title, (edges, counts, *quantiles)) in zip(axes.flat, panels.items(), strict=False):
-        axis.stairs(counts / counts.sum(), edges, fill=True, color=_COLORS[0])
+        axis.stairs(counts / counts.sum(), edges, fill=True, color=COLORS[0])
         for quantile in quantiles:
-            axis.axvline(quantile, color=_COLORS[1], linestyle="--")
+            axis.axvline(quantile, color=COLORS[1], linestyle="--")
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
     figure.supxlabel("bars: share of all values, in the model's units; dashed: 1 % and 99 % quantiles", fontsize=9)
@@ -90,7 +89,7 @@ def plot_masks(target: Path) -> None:
     figure, axes = _subplots(1, len(stages), figsize=(15, 5.5))
     from matplotlib.colors import ListedColormap
 
-    colors = ListedColormap(["white", *_COLORS[:2]])
+    colors = ListedColormap(["white", *COLORS[:2]])
     for axis, (stage, groups) in zip(axes, stages.items(), strict=True):
         counts = [sizes[group] for group in groups]
         tokens = np.repeat(groups, counts)[None]
@@ -116,8 +115,8 @@ def plot_latency(times: Mapping[str, tuple[float, float]], target: Path) -> None
     figure, axis = _subplots(figsize=(9, 1 + 0.5 * len(times)))
     places = range(len(times) - 1, -1, -1)
     latencies, rooflines = zip(*times.values(), strict=True)
-    axis.barh(places, latencies, color=_COLORS[0], label="median latency")
-    axis.barh(places, rooflines, height=0.4, color=_COLORS[1], label="roofline")
+    axis.barh(places, latencies, color=COLORS[0], label="median latency")
+    axis.barh(places, rooflines, height=0.4, color=COLORS[1], label="roofline")
     for place, latency in zip(places, latencies, strict=True):
         axis.text(latency, place, f" {latency:.1f}", va="center", fontsize=8)
     axis.set_yticks(places, times.keys(), fontsize=8)

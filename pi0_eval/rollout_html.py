@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0 import __version__
-from pi0.look import GREEN, ORANGE, STYLE
+from pi0.look import GREEN, ORANGE, STYLE, page
 from pi0_eval.outcomes import Episode
 
 MOST_VIDEO = 64 << 20  # bytes of videos that are put into the file; others are linked to
@@ -30,10 +30,6 @@ def to_html(
     """Success rates with intervals, every episode's outcome, videos, errors and settings."""
     policy = ", ".join(f"{key} {value}" for key, value in settings["policy"].items())
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><title>Rollout</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}{OWN}</style></head><body>",
         f"<h1>Rollout</h1><p><code>{escape(policy)}</code></p>",
         "<table><tr><th>task</th><th>episodes</th><th>success</th><th>95 % interval (Wilson)</th><th></th>"
         "<th>mean steps</th><th>errors</th></tr>",
@@ -46,7 +42,8 @@ def to_html(
         parts.append(f'<tr><th>{escape(task)}</th><td class="cells">{cells}</td></tr>')
     parts += ["</table>", *_videos(folder, episodes), *_errors(episodes)]
     parts.append(f"<h2>Settings</h2><pre>{escape(json.dumps(settings['plan'], indent=2))}</pre>")
-    return "\n".join([*parts, f"<p>Written by pi0 {escape(__version__)}.</p></body></html>", ""])
+    parts.append(f"<p>Written by pi0 {escape(__version__)}.</p>")
+    return page("Rollout", STYLE + OWN, "\n".join(parts))
 
 
 def _row(row: Mapping[str, Any]) -> str:

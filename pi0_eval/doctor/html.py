@@ -6,7 +6,7 @@ import re
 from html import escape
 
 from pi0 import __version__
-from pi0.look import BLUE, ORANGE, STYLE, data_address
+from pi0.look import BLUE, ORANGE, STYLE, data_address, page
 from pi0_eval.doctor.findings import LEVELS, Diagnosis, Finding
 
 BAR = (260, 12)  # width and height of a range's bar in pixels
@@ -35,25 +35,14 @@ def to_html(diagnosis: Diagnosis) -> str:
         f"<tr><th>nothing wrong</th><td>{escape(', '.join(diagnosis.healthy))}</td></tr>" if diagnosis.healthy else ""
     )
     unjudged = "".join(f"<li>{escape(text)}</li>" for text in diagnosis.unjudged)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: pi0-doctor</title>
-<style>{STYLE}{OWN}</style>
-</head>
-<body>
-<h1>{title}</h1>
+    body = f"""<h1>{title}</h1>
 <p><code>{escape(diagnosis.subject)}</code></p>
 {"".join(_finding(number, finding) for number, finding in enumerate(found, 1))}
 <h2>Figures</h2>
 <div class="wide"><table>{facts}</table></div>
 {f"<h2>Not judged</h2><ul>{unjudged}</ul>" if unjudged else ""}
-<p>Written by pi0 {escape(__version__)}.</p>
-</body>
-</html>
-"""
+<p>Written by pi0 {escape(__version__)}.</p>"""
+    return page(f"{title}: pi0-doctor", STYLE + OWN, body)
 
 
 def _finding(number: int, finding: Finding) -> str:

@@ -12,6 +12,7 @@ from html import escape
 import numpy as np
 
 from pi0 import __version__
+from pi0.look import page
 from pi0_eval.parity.report import Report, Row, numbers
 
 # Colors of cells: class, background, text, legend, by the share of what is allowed. Two independent roundings of the
@@ -75,16 +76,7 @@ def to_html(report: Report) -> str:
     explanation = report.verdict.split(": ", 1)[1] + "."
     facts = (("A", report.a), ("B", report.b), ("computed in", report.dtype), ("written by", f"pi0 {__version__}"))
     rows = "\n".join(f"<tr><th>{escape(name)}</th><td><code>{escape(value)}</code></td></tr>" for name, value in facts)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{verdict}: pi0-parity</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1 class="{verdict.lower()}">{verdict}</h1>
+    body = f"""<h1 class="{verdict.lower()}">{verdict}</h1>
 <p>{escape(explanation)}</p>
 <table class="facts"><tbody>
 {rows}
@@ -97,10 +89,8 @@ Hover over a cell for the exact numbers.</p>
 {_plots(report)}
 <h2>All numbers</h2>
 <p>Relative L2; of tokens, the fraction that differs. The proof is in float64, each error against its own float64.</p>
-{_table(report.rows)}
-</body>
-</html>
-"""
+{_table(report.rows)}"""
+    return page(f"{verdict}: pi0-parity", STYLE, body)
 
 
 def _heat_map(rows: list[Row]) -> str:
