@@ -19,7 +19,7 @@ import logging
 import math
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from convert.checksums import WEIGHTS, find_changes, read_checksums, sign
 from convert.formats.orbax import read_orbax
-from pi0.assets import CHECKSUMS, COMMITTED, Assets, is_complete
-from pi0.storage import as_path, move, requests, resolved, upload
+from pi0.assets import CHECKSUMS, Assets, is_complete
+from pi0.storage import as_path, requests, resolved, upload
+from pi0.training.checkpoints import BEST, put_aside, writing
 
 logger = logging.getLogger(__name__)
-
-BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 
 
 class AssetsHandler(ocp.CheckpointHandler):
@@ -111,7 +110,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        with self._writing():
+        with writing(self._folder, lambda: self.latest_step, ValueError):  # of Orbax
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -131,20 +130,6 @@ class Checkpoints:
         """Wait until a checkpoint that this process saves is complete and signed; not for others."""
         if (thread := self._signing.get(step)) is not None:
             thread.join()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise OSError that says what is left, for what Orbax raises where it cannot write."""
-        try:
-            with requests(f"no access to {self._folder}"):
-                yield
-        except (OSError, ValueError) as error:
-            left = self.latest_step
-            newest = "there is no other one" if left is None else f"the newest one is that of step {left}"
-            raise OSError(
-                f"a checkpoint cannot be written; {newest}, and the run goes on from there when it is started again: "
-                f"{error}"
-            ) from error
 
     def _sign_when_complete(self, step: int) -> None:
         try:
@@ -174,10 +159,7 @@ class Checkpoints:
                     return step, state
                 problem = "it has NaN or infinite values; the run had diverged"
             if jax.process_index() == 0:
-                names = (f"damaged-{step}{i}" for i in ("", *(f"-{n}" for n in range(2, 1000))))
-                aside = next(self._folder / name for name in names if not (self._folder / name).exists())
-                print(f"checkpoint {step} is damaged and put aside as {aside.name}: {problem}")
-                move(folder, aside, last=[COMMITTED, CHECKSUMS])
+                put_aside(self._folder, step, str(problem))
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
             self._manager.reload()
         return 0, None
@@ -199,7 +181,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written and signed. Raises OSError where the newest one cannot be written."""
-        with self._writing():
+        with writing(self._folder, lambda: self.latest_step, ValueError):  # of Orbax
             try:
                 self._manager.wait_until_finished()
                 for thread in self._signing.values():

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from convert.training_state import group
 from pi0.assets import CHECKSUMS, Assets
 from pi0.reading import read_json
 from pi0.storage import delete, is_bucket, move, new_folder, requests
+from pi0.training.checkpoints import BEST, put_aside, writing
 from pi0.training.workdir import completed
 from pi0_torch.loading import to_numpy, to_torch
 from pi0_torch.training.sharding import barrier, local_box, process_index, whole
 
-BEST = "validation_loss"  # the metric that is lowest in the best checkpoint
 VALIDATION = "validation.json"
 
 
@@ -84,7 +84,7 @@ class Checkpoints:
         the validation loss, by which the best is kept. Raises OSError where this checkpoint, or the one before, cannot
         be written.
         """
-        with self._writing():
+        with writing(self._folder, lambda: self.latest_step):
             if self._writing_one is not None:
                 self._writing_one.result()
             exists = [self._lead and step in self._steps()]
@@ -152,20 +152,6 @@ class Checkpoints:
             return float(read_json(self._folder / str(step) / VALIDATION)[BEST])
         return None
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise OSError that says what is left, where a checkpoint cannot be written."""
-        try:
-            with requests(f"no access to {self._folder}"):
-                yield
-        except OSError as error:
-            left = self.latest_step
-            newest = "there is no other one" if left is None else f"the newest one is that of step {left}"
-            raise OSError(
-                f"a checkpoint cannot be written; {newest}, and the run goes on from there when it is started again: "
-                f"{error}"
-            ) from error
-
     def restore_newest(self, train_state: dict[str, Any], parameters: Mapping[str, torch.Tensor]) -> int:
         """Restore the newest intact checkpoint into `train_state`, and return its step.
 
@@ -185,10 +171,7 @@ class Checkpoints:
                 self.restore(step, train_state, parameters)
                 return step
             if self._lead:
-                names = (f"damaged-{step}{i}" for i in ("", *(f"-{n}" for n in range(2, 1000))))
-                aside = next(self._folder / name for name in names if not (self._folder / name).exists())
-                print(f"checkpoint {step} is damaged and put aside as {aside.name}: {problem}")
-                move(self._folder / str(step), aside, last=[CHECKSUMS])
+                put_aside(self._folder, step, problem)
             barrier(f"damaged checkpoint {step}")
 
     @torch.no_grad()
@@ -207,7 +190,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written. Raises OSError where the newest one cannot be written."""
-        with self._writing():
+        with writing(self._folder, lambda: self.latest_step):
             self._thread.shutdown()
             if self._writing_one is not None:
                 self._writing_one.result()
