@@ -86,7 +86,7 @@ def collect(
     pool: Pool,
     references: Sequence[Mapping[str, Any]],
     *,
-    episodes: int,
+    episodes: int | Sequence[int],
     workers: int,
     seed: int = 0,
     cameras: Sequence[str] | None = None,
@@ -98,23 +98,29 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Record `episodes` successful demonstrations of the scripted expert of each task; returns all attempts.
 
-    Or replay `actions`, files with an array of this name, [N, A], one of each episode of one task, from episode 0 on.
+    `episodes` is one number for all tasks, or one for each. Or replay `actions`, files with an array of this name,
+    [N, A], one of each episode of one task, from episode 0 on.
 
     Failed ones are left out, and listed in `meta/attempts.json`. Episodes are in the order of their numbers, whatever
-    the number of workers; the same call goes on where it was cut off. Raises ValueError for an expert that fails too
-    often, RuntimeError for an error of a simulator, and what Demonstrations raises.
+    the number of workers; the same call goes on where it was cut off. Raises ValueError for other numbers of `episodes`
+    and of tasks, and for an expert that fails too often, RuntimeError for an error of a simulator, and what
+    Demonstrations raises.
     """
     settings = {"tasks": [dict(r) for r in references], "seed": seed, "noise": noise, "after": after, "limit": limit}
+    numbers = [episodes] if isinstance(episodes, int) else [*episodes]
+    numbers = numbers * len(references) if len(numbers) == 1 else numbers
+    if len(numbers) != len(references):
+        raise ValueError(f"episodes has {len(numbers)} numbers for {len(references)} tasks; give one, or one for each")
     replayed = [_actions(file) for file in actions]
     if replayed and len(references) != 1:
         raise ValueError(f"actions are those of one task; these are {len(references)}")
     expert = [digest(file, "sha256")[:16] for file in actions] or "scripted"
     found = Demonstrations(out, settings | {"cameras": cameras, "expert": expert}, codec)
     names = None if cameras is None else tuple(cameras)
-    for reference in references:
+    for reference, wanted in zip(references, numbers, strict=True):
         task = task_name(reference)
         kept, number = sum(row["success"] for row in found.of(task)), len(found.of(task))
-        while kept < episodes and not (replayed and number >= len(replayed)):
+        while kept < wanted and not (replayed and number >= len(replayed)):
             slots = range(min(workers, len(replayed) - number) if replayed else workers)
             commands = {}
             for slot in slots:
@@ -124,7 +130,7 @@ def collect(
             for slot, reply in sorted(replies.items()):
                 if reply.error:
                     raise RuntimeError(f"{task}, seed {seed}, episode {number + slot}: {reply.error}")
-                if kept < episodes:
+                if kept < wanted:
                     found.add(reference, number + slot, reply, reply.success)
                     kept += reply.success
             number += workers
@@ -220,7 +226,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--from-policy", metavar="CHECKPOINT", help="or this policy: all episodes, failed ones too")
     parser.add_argument("--side", default="torch", help="of the policy, as pi0-rollout has it (default torch)")
     parser.add_argument("--replan", type=int, metavar="N", help="actions applied of the policy's chunks (default all)")
-    parser.add_argument("--episodes", type=int, default=50, metavar="N", help="successful ones of a task (default 50)")
+    parser.add_argument(
+        "--episodes",
+        type=int,
+        nargs="+",
+        default=[50],
+        metavar="N",
+        help="successful ones of a task (default 50), or a number for each task in turn",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initial states and noise (default 0)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes with simulators (default 1)")
     parser.add_argument("--cameras", nargs="+", metavar="NAME", help="default: the environment's choice")
@@ -232,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--codec", choices=CODECS, default="h264", help="of the videos (default h264)")
     args = parser.parse_args(arguments)
     require_extra("data", "av", "pyarrow")
-    if args.episodes < 1 or args.noise < 0 or args.after < 0:
+    if min(args.episodes) < 1 or args.noise < 0 or args.after < 0:
         raise ValueError("episodes must be at least 1, noise and after at least 0")
     if args.actions and (args.expert or args.noise or args.from_policy):
         raise ValueError("--actions are replayed as they are: leave out --expert, --noise and --from-policy")
@@ -246,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
         with Pool(args.workers) as pool:
             collect(args.out, pool, pool.tasks(args.env), **options)
         return
+    if len(args.episodes) > 1:
+        raise ValueError("--episodes is one number for --from-policy")
     unused = ("expert", "cameras", "noise")
     if wrong := [name for name in unused if getattr(args, name) != parser.get_default(name)]:
         raise ValueError(f"--{wrong[0]} is for a scripted expert, not for --from-policy")
@@ -255,5 +270,5 @@ def main(arguments: list[str] | None = None) -> None:
         limits = {task_name(reference): args.limit for reference in references}
         replan = args.replan or actor.horizon
         assert replan is not None
-        plan = Plan(references, args.episodes, args.seed, replan, batch_size=BATCH, limits=limits)
+        plan = Plan(references, args.episodes[0], args.seed, replan, batch_size=BATCH, limits=limits)
         collect_policy(args.out, pool, plan, actor, args.codec)

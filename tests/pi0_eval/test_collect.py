@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,13 @@ def test_recorded_actions_are_replayed(tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "c"), "--env", f"{TOY}/left", "--actions", str(tmp_path / "bad.npz")])
     assert "has no `actions`" in capsys.readouterr().err
+
+
+def test_numbers_of_episodes_by_task(tmp_path: Path, capsys):
+    main([str(tmp_path / "a"), "--env", TOY, "--episodes", "1", "2", "--codec", "lossless"])
+    rows = json.loads((tmp_path / "a" / ATTEMPTS).read_text())["attempts"]
+    assert list(Counter(row["task"] for row in rows if row["success"]).values()) == [1, 2]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "b"), "--env", TOY, "--episodes", "1", "2", "3", "--codec", "lossless"])
+    assert "3 numbers for 2 tasks; give one, or one for each" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
