@@ -5,12 +5,17 @@
         --config.rtc='{"max_delay": 6}'
     python benchmarks/rtc.py joints runs/plain --trained runs/rtc
     python benchmarks/rtc.py overhead
+    python benchmarks/rtc.py rollouts runs/rollout_*
 
 `joints` plays held-out episodes of the bundled recordings open loop at their rate: a chunk is asked for with a recorded
 frame every EXECUTE steps and is there DELAY steps later. Steps between consecutive actions are Euclidean, in units of
 each dimension's standard deviation in training; `joint` is the mean of those at the joints of two chunks over that
 inside chunks, `largest` the largest one over the largest one inside. `error` is the mean absolute distance of what was
 executed from what was recorded, in the same units.
+
+`rollouts` compares folders of `pi0-rollout` with `--rtc` and `--latency`: success, `joint` as above but of actions in the
+robot's units, and `jerk`, the largest of an episode, mean of all: the norm of the third difference of the first
+`--joints` numbers of the simulator's state (of Meta-World the arm's seven angles), in units/s³.
 
 `overhead` samples with the model of 58 M parameters, 3 cameras, float32, ten steps, and prints the ratio to plain
 sampling of the best of alternating calls, in each framework.
@@ -23,6 +28,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +36,10 @@ import numpy as np
 from pi0.config import ModelConfig
 from pi0.datasets.registry import open_dataset
 from pi0.policy.rtc import RTC, Previous
+from pi0.reading import read_json
 from pi0.variants import get_variant
+from pi0_eval.closed_loop import SETTINGS
+from pi0_eval.outcomes import EPISODES, TRAJECTORY, Trajectory, read_episodes, wilson
 from pi0_eval.parity.inputs import Inputs
 from pi0_eval.replay import recorded_actions
 
@@ -134,6 +143,28 @@ def show_joints(args: argparse.Namespace) -> None:
         print(f"{name:20}{row}", flush=True)
 
 
+def show_rollouts(args: argparse.Namespace) -> None:
+    print(f"{'':28}{'success':>10}{'95 % interval':>16}{'steps':>8}{'joint':>8}{'jerk':>10}")
+    for folder in args.folders:
+        plan = read_json(folder / SETTINGS)["plan"]
+        episodes = [e for e in read_episodes(folder / EPISODES).values() if e.outcome != "error"]
+        at, inside, jerks = list[float](), list[float](), list[float]()
+        for episode in episodes:
+            done = Trajectory.read(folder / TRAJECTORY.format(index=episode.index))
+            steps = np.linalg.norm(np.diff(done.actions, axis=0), axis=1)
+            joints = done.starts[1:] + plan["latency"]  # the first actions of the new chunks
+            joint = np.isin(np.arange(1, len(done.actions)), joints)
+            at, inside = at + steps[joint].tolist(), inside + steps[~joint].tolist()
+            third = np.diff(done.states[:, : args.joints], n=3, axis=0)
+            jerks.append(float(np.linalg.norm(third, axis=1).max(initial=0)) * args.rate**3)
+        won = sum(e.outcome == "success" for e in episodes)
+        low, high = wilson(won, len(episodes))
+        print(
+            f"{folder.name:28}{won / len(episodes):>10.0%}{f'{low:.0%} – {high:.0%}':>16}"
+            f"{np.mean([e.steps for e in episodes]):>8.0f}{np.mean(at) / np.mean(inside):>8.2f}{np.mean(jerks):>10.0f}"
+        )
+
+
 def show_overhead(args: argparse.Namespace) -> None:
     print(f"{'':12}{'':18}{'framework':>10}{'best ms':>10}{'ratio':>8}")
     for kind in ("bench", "bench_pi05"):
@@ -188,6 +219,11 @@ def main() -> None:
     joints.add_argument("--episodes", type=int, nargs="+", default=[3, 7, 11, 15])
     joints.add_argument("--draws", type=int, default=4)
     joints.set_defaults(run=show_joints)
+    rollouts = commands.add_parser("rollouts", help="success and jerk in closed loop")
+    rollouts.add_argument("folders", type=Path, nargs="+")
+    rollouts.add_argument("--joints", type=int, default=7, help="of the arm (default %(default)s)")
+    rollouts.add_argument("--rate", type=float, default=80, help="steps per second (default %(default)s, Meta-World's)")
+    rollouts.set_defaults(run=show_rollouts)
     overhead = commands.add_parser("overhead", help="what it costs")
     overhead.add_argument("--rounds", type=int, default=10)
     overhead.add_argument("--resolution", type=int, default=224)

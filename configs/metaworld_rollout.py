@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     image_resolution=(112, 112),
     image_keys=("base_0_rgb", "left_wrist_0_rgb"),
     action_dim=4,
-    action_horizon=10,
+    action_horizon=16,
     max_token_len=16,
     runtime=RuntimeConfig(dtype="float32", remat="none"),
 )

@@ -38,11 +38,12 @@ class Actor(Protocol):
     """Chunks [T, A] in the robot's units for observations, one of each row that has one.
 
     `cameras` are what an observation must have (None: the environment's choice); `horizon` is T, None where only an
-    answer tells.
+    answer tells. `rtc` is the method of real-time chunking of a policy that takes `prev_chunk` and `delay`.
     """
 
     cameras: tuple[str, ...] | None
     horizon: int | None
+    rtc: str | None
 
     def act(self, observations: Mapping[int, Mapping[str, Any]], seeds: Mapping[int, int]) -> dict[int, np.ndarray]:
         """The chunk of each row, from noise of its seed."""
@@ -61,13 +62,13 @@ class LocalActor:
     are filled with another's observation, and an episode has the same row in every run.
     """
 
-    def __init__(self, checkpoint: str, side: Side, batch_size: int, **options: Any):
+    def __init__(self, checkpoint: str, side: Side, batch_size: int, *, rtc: str | None = None, **options: Any):
         framework = side.framework or "torch"
         self._side = side.of(framework, "")  # checks the words
         if side.compiled is not None and (framework, side.path) != ("torch", "sampler"):
             raise SideError(f"side {side}: only the sampler in PyTorch is compiled or not")
         options |= {"dtype": side.dtype, "use_sampler": side.path == "sampler", "attention": side.attention}
-        options |= {"fallback": True}
+        options |= {"fallback": True, "rtc": rtc}
         if framework == "torch":
             options |= {"compile": side.compiled} if side.path == "sampler" else {}
             options |= {"device": side.device} if side.device else {}
@@ -75,6 +76,7 @@ class LocalActor:
             raise SideError(f"side {side}: set JAX_PLATFORMS for the device of JAX")
         self.policy = importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
         self._checkpoint, self._batch, self._checksum = checkpoint, batch_size, checksum(checkpoint)
+        self.rtc = rtc
         self.horizon: int | None = self.policy.config.action_horizon
         robot = self.policy.pipeline.robot
         found = tuple(name for name in robot.cameras if name not in robot.optional_cameras)
@@ -96,7 +98,8 @@ class LocalActor:
         config = self.policy.config
         side = {"side": str(self._side), "dtype": self._side.dtype or config.runtime.dtype}
         steps = self.policy.num_steps or config.runtime.num_steps
-        return {"checkpoint": self._checkpoint, "checksum": self._checksum, "num_steps": steps} | side
+        found = {"checkpoint": self._checkpoint, "checksum": self._checksum, "num_steps": steps} | side
+        return found if self.rtc is None else found | {"rtc": self.rtc}
 
     def close(self) -> None:
         return None
@@ -113,6 +116,7 @@ class ServerActor:
         self._clients = [connect(address, None, api_key, timeout=300.0) for _ in range(rows)]
         self._address, metadata = address, self._clients[0].metadata
         self.horizon = metadata.get("action_horizon")
+        self.rtc: str | None = metadata.get("rtc")
         self.seeded = bool(metadata.get("protocol")) and metadata.get("noise") is not None
         optional = set(metadata.get("optional_cameras", ()))
         cameras = tuple(name for name in metadata.get("cameras", ()) if name not in optional)
@@ -139,6 +143,7 @@ class RandomActor:
     """Actions drawn evenly from [-1, 1]: what a success rate is to be compared with."""
 
     cameras: tuple[str, ...] | None = ()
+    rtc: str | None = None
 
     def __init__(self, action_dim: int, horizon: int):
         self.horizon: int | None = horizon

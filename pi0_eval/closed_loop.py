@@ -218,7 +218,7 @@ class Rollout:
     def _ask(self, running: Mapping[int, _Running]) -> None:
         """Get the next chunk of every episode, and what is applied of it."""
         start, plan = time.perf_counter(), self.plan
-        observations = {slot: e.observation for slot, e in running.items() if e.observation is not None}
+        observations = {slot: self._question(e) for slot, e in running.items()}
         seeds = {
             slot: noise_seed(plan.seed, task_name(e.reference), e.number, len(e.chunks)) for slot, e in running.items()
         }
@@ -233,6 +233,13 @@ class Rollout:
             episode.chunks.append(chunk)
             episode.starts.append(len(episode.actions))
         self.seconds["policy"] += time.perf_counter() - start
+
+    def _question(self, episode: _Running) -> Mapping[str, Any]:
+        """The observation of an episode; for real-time chunking with the rest of its last chunk, and the latency."""
+        assert episode.observation is not None
+        rest = episode.chunks[-1][self.plan.replan :] if self.actor.rtc and episode.chunks else ()
+        more = {"prev_chunk": rest, "delay": self.plan.latency} if len(rest) else {}
+        return {**episode.observation, **more}
 
     def _end(self, episode: _Running, reply: Reply) -> None:
         """Write how an episode ended."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0.command import add_preset, exit_on_error, local_output_path, make_parser, robot_reference
+from pi0.policy.rtc import METHODS
 from pi0.reading import read_json
 from pi0.robots.registry import make_robot
 from pi0.storage import write_text
@@ -84,7 +85,7 @@ def make_actor(args: argparse.Namespace, checkpoint: str | None, side: str) -> A
             raise ValueError(f"random actions are for environments of one robot; these have {sorted(dims)} dimensions")
         return RandomActor(dims.pop(), (args.replan or protocol.replan or 10) + args.latency)
     options = {name: getattr(args, name) for name in ("asset_id", "preset", "robot", "num_steps", "tokenizer")}
-    options |= {"action_horizon": args.action_horizon}
+    options |= {"action_horizon": args.action_horizon, "rtc": args.rtc}
     return LocalActor(checkpoint, Side.parse(side), args.batch_size, **options)
 
 
@@ -151,6 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="steps of an episode (default: the protocol's)")
     parser.add_argument("--latency", type=int, default=0, metavar="N", help="steps that an answer takes (default 0)")
+    parser.add_argument("--rtc", choices=METHODS, help="real-time chunking: chunks that go on from the one executed")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="episodes in progress (default 4)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes with simulators (default 1)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a simulator (default 600)")
@@ -194,6 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("no environment: give --env, or a --protocol that has some")
     if bad := [v for v in args.videos if v != "all" and not v.isdecimal()]:
         raise ValueError(f"--videos {bad[0]!r}: give indices of episodes, or all")
+    if args.rtc and (args.server or args.checkpoint == "random"):
+        raise ValueError("--rtc is for checkpoints: random actions have none, and a server has that of pi0-serve --rtc")
     if args.compare:
         errors = run_comparison(args)
     else:

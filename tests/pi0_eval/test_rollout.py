@@ -140,13 +140,14 @@ def test_initial_states_differ_and_are_listed(actor: LocalActor, pool: Pool, tmp
 class Perfect:
     """Moves to the goal, which it finds in the image, in chunks of 4 whose later actions are of a plain 0.25."""
 
-    cameras, horizon = ("corner", "wrist"), 4
+    cameras, horizon, rtc = ("corner", "wrist"), 4, None
 
     def __init__(self, later: float = 0.25):
-        self.later, self.asked = later, []
+        self.later, self.asked, self.seen = later, [], []
 
     def act(self, observations, seeds):
         self.asked.append(sorted(observations))
+        self.seen.append(observations)
         chunks = {}
         for row, observation in observations.items():
             goal = (np.argwhere(observation["corner"][..., 0])[0] + 0.5 - 8) / 20
@@ -186,6 +187,29 @@ def test_what_is_applied_of_each_chunk(pool: Pool, tmp_path: Path):
         for last, new in zip(done.chunks[:-1], done.chunks[1:], strict=True):
             expected.append(np.concatenate([last[2 : 2 + latency], new[latency:2]]))
         assert np.array_equal(done.actions, np.concatenate(expected)[: len(done.actions)])
+
+
+def test_real_time_chunking_gets_the_rest_of_the_last_chunk(pool: Pool, tmp_path: Path):
+    policy = Perfect(later=-0.5)
+    policy.rtc = "guided"
+    Rollout(plan(references=(LEFT,), episodes=1, latency=1), policy, pool, tmp_path / "a").run()
+    first, *later = [observations[0] for observations in policy.seen]
+    chunks = Trajectory.read(tmp_path / "a" / TRAJECTORY.format(index=0)).chunks
+    assert "prev_chunk" not in first and len(later) == len(chunks) - 1 > 1
+    for observation, last in zip(later, chunks, strict=False):
+        assert observation["delay"] == 1 and np.array_equal(observation["prev_chunk"], last[2:])
+
+
+def test_a_policy_with_real_time_chunking(checkpoint: Path, actor: LocalActor, pool: Pool, tmp_path: Path):
+    """Its first chunks are those without, and the guided ones after them are others."""
+    guided = LocalActor(str(checkpoint), Side.parse("torch"), 3, rtc="guided")
+    assert guided.describe() == actor.describe() | {"rtc": "guided"}
+    settings = plan(references=(LEFT,), episodes=3, latency=1)
+    for name, policy in (("plain", actor), ("guided", guided)):
+        Rollout(settings, policy, pool, tmp_path / name).run()
+    for i in range(3):
+        a, b = (Trajectory.read(tmp_path / name / TRAJECTORY.format(index=i)).chunks for name in ("plain", "guided"))
+        assert np.array_equal(a[0], b[0]) and not np.allclose(a[1], b[1], atol=1e-3)
 
 
 def test_first_steps_that_do_nothing_are_not_counted(pool: Pool, tmp_path: Path):
@@ -287,6 +311,7 @@ def test_a_comparison_of_frameworks(checkpoint: Path, tmp_path: Path, capsys):
         (["random", "--env", TOY, "--out", "x", "--episodes", "-1"], "episodes is -1"),
         (["random", "--env", f'{{"name": "{TOY}/left", "wings": 2}}', "--out", "x"], "no options .*wings"),
         (["--compare", "a", "b", "--env", TOY], "give --out"),
+        (["random", "--env", TOY, "--out", "x", "--rtc", "guided"], "--rtc is for checkpoints"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: list[str], said: str, tmp_path: Path, monkeypatch, capsys):
