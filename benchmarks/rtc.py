@@ -13,8 +13,8 @@ each dimension's standard deviation in training; `joint` is the mean of those at
 inside chunks, `largest` the largest one over the largest one inside. `error` is the mean absolute distance of what was
 executed from what was recorded, in the same units.
 
-`rollouts` compares folders of `pi0-rollout` with `--rtc` and `--latency`: success, `joint` as above but of actions in the
-robot's units, and `jerk`, the largest of an episode, mean of all: the norm of the third difference of the first
+`rollouts` compares folders of `pi0-rollout` with `--rtc` and `--latency`: success, `joint` as above but of actions in
+the robot's units, and `jerk`, the largest of an episode, mean of all: the norm of the third difference of the first
 `--joints` numbers of the simulator's state (of Meta-World the arm's seven angles), in units/s³.
 
 `overhead` samples with the model of 58 M parameters, 3 cameras, float32, ten steps, and prints the ratio to plain
