@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -32,10 +33,20 @@ KINDS = {
 }
 
 
-def run_of(kind: str, **changes) -> tuple[RunConfig, dict[str, Tensor]]:
-    """The config of a run and the parameters it begins with."""
+LARGE = {"tiny": "bench", "tiny_pi05": "bench_pi05", "tiny_pi0_fast": "bench_pi0_fast", "tiny_lora": "bench"}
+
+
+def run_of(kind: str, large: bool = False, **changes) -> tuple[RunConfig, dict[str, Tensor]]:
+    """The config of a run and the parameters it begins with; `large`, of 58 M parameters."""
     variant, options = KINDS[kind]
-    model = get_variant(variant, remat="none")
+    model = get_variant(LARGE[variant] if large else variant, remat="none")
+    if large:
+        model = dataclasses.replace(model, image_resolution=(112, 112))
+    if large and kind == "lora":
+        expert = dataclasses.replace(model.paligemma, lora_rank=8, lora_alpha=8.0)
+        model = dataclasses.replace(
+            model, paligemma=expert, action_expert=dataclasses.replace(model.action_expert, lora_rank=8, lora_alpha=8.0)
+        )
     options = {"optimizer": OPTIMIZER, "ema_decay": 0.9, "steps": 20} | options | changes
     ours = {name: Tensor.of(np.asarray(x)) for name, x in random_parameters(model).items()}
     return RunConfig(model, DATA, **options), ours
@@ -55,6 +66,17 @@ def test_twenty_steps(kind: str):
     print(report.table())
     assert report.passed and len(report.rows) == 20, report.table()
     assert {"loss", "grad_norm", "mu", "nu", "params", "ema"} == report.rows[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_of_58_million_parameters(kind: str):
+    config, ours = run_of(kind, large=True)
+    batches = random_batches(config, config.steps, 2, 0)
+    sides = steps_in_jax(config, ours, batches), steps_in_torch(config, ours, batches)
+    report = compare_steps("JAX", "PyTorch", *sides)
+    print(report.table())
+    assert report.passed and len(report.rows) == 20, report.table()
 
 
 def test_the_first_that_parts_is_named():
