@@ -22,6 +22,7 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
     **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray", "rerun": "rerun"},
     **{"metaworld": "sim-metaworld", "libero": "sim-libero", "gym_aloha": "sim-aloha"},
+    **{"mani_skill": "sim-maniskill", "sapien": "sim-maniskill"},
     **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 

@@ -13,6 +13,7 @@ from pi0_eval.environments.environment import Environment
 ENVIRONMENTS = {
     "aloha": "pi0_eval.environments.aloha:AlohaSim",
     "libero": "pi0_eval.environments.libero:Libero",
+    "maniskill": "pi0_eval.environments.maniskill:ManiSkill",
     "metaworld": "pi0_eval.environments.metaworld:MetaWorld",
 }
 
