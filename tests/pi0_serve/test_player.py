@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pi0_serve import ChunkPlayer, Client, LateError
-from tests.pi0_serve.serving import Slow, observation, serve
+from pi0_serve.player import COLD
+from tests.pi0_serve.serving import Slow, observation, serve, write_tiny
 
 
 class Counting:
@@ -208,3 +210,36 @@ def test_real_time_chunking_sends_the_rest_of_the_last_chunk():
         np.testing.assert_array_equal(rest[:, 0], np.arange(step, step + len(rest)))
         assert 0 <= request["delay"] <= len(rest)
     assert asked[-1]["delay"] >= 2  # of 12 ms at 100 Hz
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_real_time_chunking_through_a_server(seconds: int, tmp_path: Path):
+    """20 Hz and 200 ms of latency: every served chunk is that of the policy in this process; in 60 s no step is late."""
+    pi0_torch = pytest.importorskip("pi0_torch")
+    folder = write_tiny(tmp_path / "policy", action_horizon=24)
+    policy = pi0_torch.Policy.from_pretrained(folder, rtc="guided", use_sampler=True, compile=False)
+
+    class Distant:
+        """The server, 200 ms away."""
+
+        def __init__(self, client: Client):
+            self.client, self.reset, self.asked = client, client.reset, []
+
+        def infer(self, item: dict[str, Any]) -> dict[str, Any]:
+            time.sleep(0.2)
+            answer = self.client.infer(item, seed=len(self.asked))
+            self.asked.append((item, np.array(answer["actions"])))
+            return answer
+
+    arm = Arm()
+    with serve(policy) as found, Client(port=found.port) as client:
+        distant = Distant(client)
+        player = ChunkPlayer(distant, lambda: observation(len(arm.sent)), arm.act, rate=20, mode="rtc", execute=12)
+        played = player.run(20 * seconds)
+    assert played.steps == len(arm.sent) == 20 * seconds
+    assert seconds < 60 or played.held == 0  # run alone: other processes make it late
+    later = [item["delay"] for item, _ in distant.asked if "prev_chunk" in item]
+    assert len(later) >= len(distant.asked) - 1 and min(later[COLD:]) >= 4
+    for seed, (item, actions) in enumerate(distant.asked):
+        local = policy.infer(item, policy.noise(1, seed=seed)[0])["actions"]
+        assert np.array_equal(local, actions)
