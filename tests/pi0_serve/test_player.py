@@ -214,7 +214,7 @@ def test_real_time_chunking_sends_the_rest_of_the_last_chunk():
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_real_time_chunking_through_a_server(seconds: int, tmp_path: Path):
-    """20 Hz and 200 ms of latency: every served chunk is that of the policy in this process; in 60 s no step is late."""
+    """20 Hz, 200 ms of latency: every served chunk is that of the policy in this process; in 60 s no step is late."""
     pi0_torch = pytest.importorskip("pi0_torch")
     folder = write_tiny(tmp_path / "policy", action_horizon=24)
     policy = pi0_torch.Policy.from_pretrained(folder, rtc="guided", use_sampler=True, compile=False)
