@@ -204,7 +204,10 @@ def verify_equal(a: Checkpoint, b: Checkpoint) -> None:
 
 @exit_on_error("pi0-convert")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-convert`."""
+    """The command `pi0-convert`.
+
+    Raises ValueError for options that conversion with the training state does not take.
+    """
     parser = make_parser(
         "pi0-convert",
         "Convert a checkpoint to another layout. Every tensor must fit: missing, unknown, NaN and infinite ones are "

@@ -56,7 +56,10 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> str:
-    """The address of the checkpoint that an adapter belongs to: a folder of this machine, or on the hub."""
+    """The address of the checkpoint that an adapter belongs to: a folder of this machine, or on the hub.
+
+    Raises CheckpointError where its config does not name one.
+    """
     values = adapter_config(folder)
     name, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(name, str) or not name:

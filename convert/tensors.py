@@ -36,7 +36,10 @@ class Tensor:
     anyhow: bool = False
 
     def part(self, box: tuple[slice, ...]) -> np.ndarray:
-        """The part of it in `box`, a slice of each axis: no more is read than the tensor's kind of index allows."""
+        """The part of it in `box`, a slice of each axis: [stop − start, ...].
+
+        No more is read than the tensor's kind of index allows.
+        """
         if self.anyhow:
             return self.read(box)
         if self.sliced and box:
@@ -56,12 +59,12 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
-        """A tensor in memory."""
+        """A tensor in memory, of an array of any shape."""
         return cls(array.shape, array.dtype, lambda index: array[index], anyhow=True)
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays are equal in dtype, shape and every bit."""
+    """Whether two arrays of any shape are equal in dtype, shape and every bit."""
     bits_a, bits_b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits_a, bits_b)
 
@@ -75,7 +78,10 @@ def pieces(tensor: Tensor) -> list[tuple[slice, ...]]:
 
 
 def contiguous(array: np.ndarray, side: int = 64) -> np.ndarray:
-    """The array in C order. Transposed matrices are copied in tiles of `side` that fit the cache, unlike in NumPy."""
+    """The array, of any shape, in C order.
+
+    Transposed matrices are copied in tiles of `side` that fit the cache, unlike in NumPy.
+    """
     if array.flags.c_contiguous or array.ndim < 2 or array.size < PIECE >> 8 or array.strides[-1] == array.itemsize:
         return np.ascontiguousarray(array).reshape(array.shape)  # which makes a number an array of one
     out = np.empty(array.shape, array.dtype)

@@ -68,7 +68,10 @@ class Assets:
     version: str = __version__
 
     def save(self, folder: Path, config_folder: Path | None = None) -> None:
-        """Write a checkpoint's folder `assets`; `config.json` is written to `config_folder` if given."""
+        """Write a checkpoint's folder `assets`; `config.json` is written to `config_folder` if given.
+
+        Raises AssetsError for norm stats without an asset id, or the reverse.
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["norm_stats"]
         values = {"format": FORMAT, **fields, "model": self.model.to_dict()}

@@ -74,6 +74,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and that names an unknown argument before a missing one."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises ValueError for an unknown argument."""
         args = list(sys.argv[1:] if args is None else args)
         known = [option for option in self._option_string_actions if option.startswith("--")]
         fields = " and --config.FIELD=VALUE" if "--config" in known else ""
@@ -86,6 +87,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with 2 and the message on one line."""
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help explains them all\n")
 
 
@@ -99,7 +101,10 @@ def make_parser(prog: str, description: str, epilog: str = "") -> argparse.Argum
 
 
 def output_path(text: str) -> Path:
-    """The type of an argument that names a file or folder to write, of this machine or in a bucket."""
+    """The type of an argument that names a file or folder to write, of this machine or in a bucket.
+
+    Raises ArgumentTypeError for an address that cannot be written.
+    """
     try:
         return as_path(text)
     except ValueError as error:
@@ -107,7 +112,10 @@ def output_path(text: str) -> Path:
 
 
 def local_output_path(text: str) -> Path:
-    """The type of an argument that names a file or folder of this machine to write."""
+    """The type of an argument that names a file or folder of this machine to write.
+
+    Raises ArgumentTypeError for an address.
+    """
     try:
         return local_path(text)
     except ValueError as error:
@@ -115,7 +123,10 @@ def local_output_path(text: str) -> Path:
 
 
 def robot_reference(text: str) -> Any:
-    """The type of `--robot`: a name, or a JSON object of a name and options."""
+    """The type of `--robot`: a name, or a JSON object of a name and options.
+
+    Raises ArgumentTypeError for what is no JSON.
+    """
     if not text.startswith("{"):
         return text
     try:

@@ -101,6 +101,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """The width of an attention head."""
         return self.width // self.num_heads
 
 

@@ -120,9 +120,10 @@ def check_actions(actions: Any, config: ModelConfig, batch: int | None = None, n
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """An array of any framework, or numbers, as a NumPy array; bfloat16, which NumPy does not have, as float32.
+    """An array of any framework and any shape, or numbers, as a NumPy array of the same shape and dtype.
 
-    Tensors of PyTorch are detached, and copied from their device. Raises ValueError for what is no array.
+    bfloat16, which NumPy does not have, becomes float32. Tensors of PyTorch are detached, and copied from their device.
+    Raises ValueError for what is no array.
     """
     try:
         if hasattr(value, "detach"):

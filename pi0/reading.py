@@ -137,7 +137,10 @@ def read_npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool
 
 
 def read_npz(file: Path, *, limit: int = FREE_EXPANSION, error: type[ValueError] = ValueError) -> dict[str, np.ndarray]:
-    """All arrays of an npz file, of at most `limit` bytes together; nothing is unpickled. Raises OSError or `error`."""
+    """All arrays, of any shape, of an npz file, of at most `limit` bytes together; nothing is unpickled.
+
+    Raises OSError or `error`.
+    """
     require_regular(file, error)
     try:
         with zipfile.ZipFile(file) as archive:

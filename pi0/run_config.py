@@ -335,7 +335,7 @@ class RunConfig:
         """The regular expression of the parameters that are frozen, to be searched in their dotted names.
 
         "lora" freezes all of the experts that have low-rank updates but these, as openpi's `get_freeze_filter`: the
-        vision tower and the projections are trained.
+        vision tower and the projections are trained. Raises ConfigError for what is no regular expression.
         """
         if self.freeze == "lora":
             experts = [name for name, expert in self.model.experts.items() if expert.lora_rank]

@@ -46,7 +46,7 @@ class Actor(Protocol):
     rtc: str | None
 
     def act(self, observations: Mapping[int, Mapping[str, Any]], seeds: Mapping[int, int]) -> dict[int, np.ndarray]:
-        """The chunk of each row, from noise of its seed."""
+        """The chunk [T, A] of each row, from noise of its seed."""
 
     def describe(self) -> dict[str, Any]:
         """What a run's file says of it."""
@@ -55,7 +55,7 @@ class Actor(Protocol):
         """End connections."""
 
 
-class LocalActor:
+class LocalActor(Actor):
     """A checkpoint's policy, called with batches of one size.
 
     A row's numbers depend on the size of a batch and on its place in it, by rounding, but on no other row: empty rows
@@ -105,7 +105,7 @@ class LocalActor:
         return None
 
 
-class ServerActor:
+class ServerActor(Actor):
     """A policy server, asked from as many connections as there are rows, whose requests it may join into batches.
 
     The noise is that of a local policy where the server takes seeds, as pi0-serve does.
@@ -139,7 +139,7 @@ class ServerActor:
             client.close()
 
 
-class RandomActor:
+class RandomActor(Actor):
     """Actions drawn evenly from [-1, 1]: what a success rate is to be compared with."""
 
     cameras: tuple[str, ...] | None = ()

@@ -61,6 +61,7 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
+        """The config of the case's model."""
         config = read_variant(self.model).with_runtime(dtype=self.dtype, remat="none")
         if config.family.masked_cameras:
             return config
@@ -68,6 +69,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """What is measured, in words."""
         return f"{self.framework} {self.path} {self.backend}".rstrip()
 
 
@@ -137,7 +139,7 @@ def roofline_ms(case: Case, flops: float, bandwidth: float) -> float:
 
 
 def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observation, np.ndarray]:
-    """An observation with the first cameras and text of the full length, and noise."""
+    """An observation with the first cameras and text of the full length, and noise [B, T, A]."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
         "state": rng.normal(size=(batch, config.state_size)),
@@ -347,9 +349,11 @@ class Report:
         return max(r.flops for r in found), max(r.bandwidth for r in found)
 
     def roofline_ms(self, result: Result) -> float:
+        """The least time of a result's call on this machine, in milliseconds."""
         return roofline_ms(result.case, *self.ceilings(result.case.dtype))
 
     def to_json(self) -> str:
+        """The results as a JSON list."""
         rows = []
         for result in self.results:
             least = self.roofline_ms(result)

@@ -205,7 +205,7 @@ def _save(writer: DatasetWriter, reply: Reply) -> None:
 
 @exit_on_error("pi0-collect", RuntimeError)
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-collect`."""
+    """The command `pi0-collect`. Raises ValueError for options that exclude each other."""
     parser = make_parser(
         "pi0-collect",
         "Record demonstrations of a scripted expert in simulation as a LeRobot v3.0 dataset. The same command goes on "

@@ -220,7 +220,7 @@ def summarize(figures: dict[str, float], workdir: Path) -> None:
 
 @exit_on_error("pi0-demo", RuntimeError, FloatingPointError, Preempted)
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-demo`."""
+    """The command `pi0-demo`. Raises ValueError for a folder that is not a run's."""
     parser = make_parser(
         "pi0-demo",
         "Train a small model in JAX on the bundled recordings of a simulated robot, export it to PyTorch, compare the "

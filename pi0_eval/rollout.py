@@ -72,7 +72,7 @@ def make_plan(args: argparse.Namespace, pool: Pool, horizon: int | None) -> Plan
 
 
 def make_actor(args: argparse.Namespace, checkpoint: str | None, side: str) -> Actor:
-    """The policy of the arguments."""
+    """The policy of the arguments. Raises ValueError for random actions in environments of several robots."""
     if args.server is not None:
         return ServerActor(args.server, args.batch_size, args.api_key)
     assert checkpoint is not None
@@ -107,7 +107,10 @@ def run_side(args: argparse.Namespace, checkpoint: str | None, side: str, folder
 
 
 def run_comparison(args: argparse.Namespace) -> int:
-    """Compare two rollouts, run first where they are checkpoints; returns the number of errors."""
+    """Compare two rollouts, run first where they are checkpoints; returns the number of errors.
+
+    Raises ValueError without `--out` where checkpoints are compared.
+    """
     sides = args.side if len(args.side) == 2 else args.side * 2
     folders, errors = [], 0
     for name, source, side in zip("ab", args.compare, sides, strict=True):
@@ -169,7 +172,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @exit_on_error("pi0-rollout", RuntimeError)
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-rollout`."""
+    """The command `pi0-rollout`.
+
+    Raises ValueError for options that do not fit each other, and EnvironmentFailed where episodes ended in an error.
+    """
     parser = make_parser(
         "pi0-rollout",
         "Run a policy in simulation, closed loop, and report success rates with 95 % intervals. Every episode is "

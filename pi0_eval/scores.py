@@ -65,7 +65,7 @@ class Frames:
         return len(self.real)
 
     def select(self, which: np.ndarray) -> Frames:
-        """The frames of an index or mask."""
+        """The frames of an index int [M] or mask bool [N]."""
         return Frames({key: array[which] for key, array in self.arrays.items()}, self.real[which])
 
     def noise(self) -> np.ndarray:
@@ -245,7 +245,7 @@ def table(scores: dict[str, Score], threshold: float) -> str:
 
 @exit_on_error("pi0-eval-offline")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-eval-offline`."""
+    """The command `pi0-eval-offline`. Raises ValueError for `--every` or `--batch` below 1."""
     parser = make_parser(
         "pi0-eval-offline",
         "Score the predictions of π0 or π0.5 on recorded episodes: subtasks (exact match and next tokens), answers, "

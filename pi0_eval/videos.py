@@ -23,7 +23,7 @@ def write_video(
 ) -> None:
     """An H.264 video of an episode: its cameras, and the actions with the chunk that was predicted last.
 
-    `frames` are pairs of an observation and the action taken in it.
+    `frames` are pairs of an observation and the action taken in it. Actions are [A], in units of the robot.
     """
     require_extra("data", "av")
     import av

@@ -127,7 +127,7 @@ def projection(*linears: Linear, stacked: bool = False) -> tuple[Array, ...]:
 
 
 def layer_norm_weights(norm: LayerNorm) -> tuple[Array, Array]:
-    """Scale and bias."""
+    """Scale and bias, each [W]."""
     return cast(norm.scale[...], "norm", norm.dtype), cast(norm.bias[...], "norm", norm.dtype)
 
 
@@ -138,7 +138,7 @@ def unstack(stacked: Any, axis: int = 0) -> list[Any]:
 
 
 def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Array | None = None) -> Float[Array, "..."]:
-    """x·kernel (+ bias) in the kernel's dtype, rounded once at the end."""
+    """x·kernel (+ bias [out]) in the kernel's dtype, rounded once at the end."""
     x = x.astype(kernel.dtype)
     if bias is None:
         return jnp.matmul(x, kernel)
@@ -169,7 +169,7 @@ def at(norms: Any, step: int) -> Any:
 
 
 def gate_of(norm: Modulation) -> Array | None:
-    """The gate of an adaptive norm, None of a plain one."""
+    """The gate [W] of an adaptive norm, None of a plain one."""
     return norm[2] if len(norm) == 3 else None
 
 

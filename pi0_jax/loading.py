@@ -94,5 +94,5 @@ def merge(config: ModelConfig, params: dict[str, Any]) -> Model:
 
 
 def parameters_of(model: Model) -> dict[str, jax.Array]:
-    """A model's parameters (or a gradient's) by our dotted names."""
+    """A model's parameters (or a gradient's), of any shape, by our dotted names."""
     return flatten(nnx.to_pure_dict(nnx.state(model)))

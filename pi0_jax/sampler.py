@@ -167,7 +167,10 @@ class Sampler:
         subtask: Int[Array | np.ndarray, "B D"] | None = None,
         previous: Previous | None = None,
     ) -> Inputs:
-        """What the programs take: lists of the cameras that are there, so that their names make no other program."""
+        """What the programs take: lists of the cameras that are there, so that their names make no other program.
+
+        Raises ValueError for a previous chunk where the sampler was made without `rtc`.
+        """
         if self.rtc is None and previous is not None:
             raise ValueError("this sampler was made without rtc, and takes no previous chunk")
         if self.rtc is not None and noise is not None and previous is None:

@@ -26,7 +26,7 @@ SWITCH = 0.001  # seconds a thread may hold Python while others wait, so that th
 
 @exit_on_error("pi0-serve")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-serve`."""
+    """The command `pi0-serve`. Raises ValueError where two policies have one name."""
     args = _parser().parse_args(arguments)
     require_extra("serve", "starlette", "uvicorn", "msgpack", "prometheus_client", "websockets")
     from pi0_serve.engine import Engine

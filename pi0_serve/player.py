@@ -43,7 +43,7 @@ class Chunk:
     actions: np.ndarray
 
     def at(self, step: int) -> np.ndarray | None:
-        """The action of a step, None beyond the chunk."""
+        """The action [A] of a step, None beyond the chunk."""
         return self.actions[step - self.start] if 0 <= step - self.start < len(self.actions) else None
 
 

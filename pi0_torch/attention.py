@@ -36,12 +36,12 @@ def eager_attention(
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention` by PyTorch's fused kernels."""
+    """`eager_attention` by PyTorch's fused kernels: q [B, K, R, H], k and v [B, K, S, H]."""
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.expand(-1, -1, q.shape[2], -1))
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention` by a kernel that PyTorch generates."""
+    """`eager_attention`, by a kernel that PyTorch generates: q [B, K, R, H], k and v [B, K, S, H]."""
     if bias is None:
         return flex.flex_attention(q, k, v)
     rows = bias.expand(-1, -1, q.shape[2], -1)
@@ -51,7 +51,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`eager_attention` by the package flash-attn, which has no mask: padding is to be at the left (`pad_left`).
 
-    Where rows have different masks, as those of π0's state and actions, it is `sdpa_attention`.
+    Where rows have different masks, as those of π0's state and actions, it is `sdpa_attention`. q is [B, K, R, H], k
+    and v [B, K, S, H].
     """
     if bias is not None and bias.shape[2] > 1:
         return sdpa_attention(q, k, v, bias)

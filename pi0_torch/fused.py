@@ -131,7 +131,7 @@ def projection(*linears: Linear) -> tuple[Tensor, ...]:
 
 
 def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
-    """Scale and bias."""
+    """Scale and bias, each [W]."""
     return cast(norm.scale, "norm", norm.dtype), cast(norm.bias, "norm", norm.dtype)
 
 
@@ -152,7 +152,7 @@ def as_module(tree: Any, shared: set[int]) -> Any:
 def linear(
     x: Float[Tensor, "..."], weight: Float[Tensor, "out in"], bias: Tensor | None = None
 ) -> Float[Tensor, "..."]:
-    """x·weightᵀ (+ bias) in the weight's dtype, rounded once at the end."""
+    """x·weightᵀ (+ bias [out]) in the weight's dtype, rounded once at the end."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
@@ -178,7 +178,7 @@ def at(norm: Modulation, step: int) -> Modulation:
 
 
 def gate_of(norm: Modulation) -> Tensor | None:
-    """The gate of an adaptive norm, None of a plain one."""
+    """The gate [W] of an adaptive norm, None of a plain one."""
     return norm[2] if len(norm) == 3 else None
 
 
@@ -189,5 +189,5 @@ def rms_norm(x: Float[Tensor, "B T W"], norm: Modulation) -> Float[Tensor, "B T 
 
 
 def layer_norm(x: Float[Tensor, "B S W"], scale: Float[Tensor, " W"], bias: Float[Tensor, " W"]) -> Tensor:
-    """Layer norm in float32, rounded to the dtype of `x`."""
+    """Layer norm of [B, S, W] in float32, rounded to the dtype of `x`."""
     return F.layer_norm(x.to(scale.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS).to(x.dtype)

@@ -87,7 +87,10 @@ def abstract_model(config: ModelConfig) -> Model:
 
 
 def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Model:
-    """The model with `params`, by its parameters' names. Raises LayoutError unless exactly all are given."""
+    """The model with `params`, of any shape, by its parameters' names.
+
+    Raises LayoutError unless exactly all are given.
+    """
     model = abstract_model(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     compare_shapes(expected, {name: tuple(p.shape) for name, p in params.items()}, "the model's parameters")
@@ -98,7 +101,7 @@ def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> 
 def partial_model(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Model:
     """The model with `params` alone, by its parameters' names: where it needs another one it raises AttributeError.
 
-    Raises LayoutError for a parameter that the model has not.
+    Raises LayoutError for a parameter that the model has not. Each has the shape [...] of that parameter.
     """
     model = copy.deepcopy(_abstract_model(config))
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -115,7 +118,7 @@ _abstract_model = cache(abstract_model)
 
 
 def parameters_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
-    """PyTorch tensors (a state dict, or gradients) as tensors that `convert.layouts` reads."""
+    """PyTorch tensors of any shape (a state dict, or gradients) as tensors that `convert.layouts` reads."""
     return {name: Tensor.of(to_numpy(tensor)) for name, tensor in tensors.items()}
 
 
@@ -145,7 +148,7 @@ def our_names(config: ModelConfig) -> dict[str, str]:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A NumPy array as a tensor of its own; bfloat16 by its bytes."""
+    """A NumPy array of any shape as a tensor of its own; bfloat16 by its bytes."""
     array = np.array(array, order="C")
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -153,7 +156,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as a NumPy array; bfloat16 by its bytes."""
+    """A tensor of any shape as a NumPy array; bfloat16 by its bytes."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

@@ -52,7 +52,10 @@ def read_orbax(folder: Path, dtype: np.dtype | None = None) -> dict[str, Tensor]
 
 
 def orbax_paths(folder: Path) -> tuple[dict, list[tuple[str, ...]]]:
-    """The metadata of an Orbax checkpoint, and the key paths of its arrays."""
+    """The metadata of an Orbax checkpoint, and the key paths of its arrays.
+
+    Raises CheckpointError for a folder without readable metadata.
+    """
     metadata_file = folder / "_METADATA"
     if not metadata_file.exists():
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no _METADATA file")

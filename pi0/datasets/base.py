@@ -160,7 +160,8 @@ class Dataset(Protocol):
     def read_many(self, episodes: Sequence[Any]) -> dict[str, np.ndarray] | None:
         """The columns of all episodes of a file at once, as `_checked` returns them, where nothing is wrong in them.
 
-        None where a format cannot, or something may be wrong: then each episode is read by itself.
+        None where a format cannot, or something may be wrong: then each episode is read by itself. Arrays are [F, ...]
+        over the frames F of all episodes.
         """
         return None
 
@@ -206,7 +207,10 @@ class Dataset(Protocol):
         return {}
 
     def item(self, i: int, stored: bytes | None = None) -> dict[str, Any]:
-        """Frame i as `__getitem__` returns it, decoded from what `fetch` returned for it, if anything."""
+        """Frame i as `__getitem__` returns it, decoded from what `fetch` returned for it, if anything.
+
+        Raises IndexError beyond the frames, and DataError for a damaged one, or where all episodes are damaged.
+        """
         if self.skipped and not self.episodes:
             first = self.skipped[0]
             raise DataError(

@@ -16,11 +16,13 @@ class Order(Protocol):
     """The dataset and frame at each position of an infinite sequence: `InOrder` or `Mixture`."""
 
     @property
-    def datasets(self) -> Sequence[Any]: ...
+    def datasets(self) -> Sequence[Any]:
+        """The datasets that positions are in."""
 
     def __len__(self) -> int: ...
 
-    def locate(self, position: int) -> tuple[int, int]: ...
+    def locate(self, position: int) -> tuple[int, int]:
+        """The dataset, by its number, and its frame at a position from 0 on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,10 @@ class Batches:
         return self.decode(self.fetch(step, rows), rows, count)
 
     def fetch(self, step: int, rows: np.ndarray) -> Fetched:
-        """What rows of a batch are decoded from, where their dataset reads many frames faster than one by one."""
+        """What rows of a batch are decoded from, where their dataset reads many frames faster than one by one.
+
+        `rows` are int [R], within the batch.
+        """
         wanted: dict[int, dict[int, int]] = {}  # by dataset: the frame of each row
         for row in map(int, rows):
             dataset, frame = self.order.locate(step * self.batch_size + row)
@@ -97,7 +102,10 @@ class Batches:
     def decode(
         self, fetched: Fetched, rows: np.ndarray, count: bool = False, empty: Callable[..., np.ndarray] = np.empty
     ) -> dict[str, np.ndarray]:
-        """What `read` returns, of rows that were fetched, in arrays made by `empty(shape, dtype)`."""
+        """What `read` returns, of rows int [R] that were fetched, in arrays [R, ...] made by `empty(shape, dtype)`.
+
+        Raises ValueError where two rows differ in shape or dtype.
+        """
         first, arrays = fetched.step * self.batch_size, dict[str, np.ndarray]()
         for n, row in enumerate(map(int, rows)):  # each into its place at once: its own memory is soon used again
             found = {key: np.asarray(x) for key, x in self.row(first + row, fetched.stored.get(row)).items()}
@@ -117,7 +125,10 @@ class Batches:
         return [self.order.locate(step * self.batch_size + row) for row in range(self.batch_size)]
 
     def row(self, position: int, stored: bytes | None = None) -> dict[str, np.ndarray]:
-        """The model's inputs of the frame at a position, and `truncated`."""
+        """The model's inputs of the frame at a position, and `truncated`.
+
+        Arrays have the shapes of `Observation` without B; `actions` are [T, A].
+        """
         number, frame = self.order.locate(position)
         dataset, pipeline = self.order.datasets[number], self.pipelines[number]
         item = dataset[frame] if stored is None else dataset.item(frame, stored)

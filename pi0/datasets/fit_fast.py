@@ -71,7 +71,7 @@ def action_chunks(dataset: Dataset, robot: Robot) -> np.ndarray:
 
 @exit_on_error("pi0-fit-fast")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-fit-fast`."""
+    """The command `pi0-fit-fast`. Raises ValueError for episodes that cannot be held out."""
     parser = make_parser(
         "pi0-fit-fast",
         "Fit a FAST action tokenizer on a dataset's action chunks, normalized by its own norm stats, and report tokens "

@@ -39,7 +39,7 @@ class FrameMemory:
         return self._images.get((episode, frame))
 
     def store(self, episode: int, frame: int, image: np.ndarray) -> None:
-        """Keep an image."""
+        """Keep an image uint8 [H, W, 3]."""
         image.flags.writeable = False
         self._images[episode, frame] = image
 
@@ -64,4 +64,4 @@ class FrameCache:
         return None if start is None else self._frames[start + frame]
 
     def store(self, episode: int, frame: int, image: np.ndarray) -> None:
-        """Do nothing: the folder was complete when it was written."""
+        """Do nothing with an image [H, W, 3]: the folder was complete when it was written."""

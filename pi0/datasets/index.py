@@ -228,7 +228,7 @@ def write_index(
 ) -> Index:
     """Write the index of a dataset; `parts` are the columns from row to row, without damaged episodes.
 
-    `about` may be changed until the parts end. Raises OSError where it cannot be written.
+    `about` may be changed until the parts end. Raises OSError where it cannot be written. Columns are [F, ...].
     """
     content = fingerprint(root)
     target = index_dir() / content / _name(columns)
@@ -252,7 +252,7 @@ def write_files(
     parts: Iterable[tuple[int, int, Mapping[str, np.ndarray]]],
     about: dict[str, Any],
 ) -> None:
-    """Write the files of an index into a new folder; see `write_index`."""
+    """Write the files of an index, of columns [F, ...], into a new folder; see `write_index`."""
     folder.mkdir()
     lengths = np.array([episode.length for episode in episodes], np.int64)
     np.save(folder / "numbers.npy", np.array([episode.index for episode in episodes], np.int64))

@@ -147,7 +147,7 @@ class LeRobotDataset(Dataset):
         return columns if texts is None else columns | {"subtask": np.array(texts, object)}
 
     def read_many(self, episodes: Sequence[LeRobotEpisode]) -> dict[str, np.ndarray] | None:
-        """None where anything is not as expected: reading one by one says what."""
+        """The columns [F, ...]; None where anything is not as expected: reading one by one says what."""
         subtasks = [name for name in SUBTASKS if name in self.features]
         try:
             read = [*self.states, *self.actions, *COUNTERS, *subtasks]

@@ -70,7 +70,7 @@ class Mixture:
         return sum(len(dataset) for dataset in self.datasets)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The dataset and its frame at a position from 0 on."""
+        """The dataset and its frame at a position from 0 on. Raises IndexError for a negative one."""
         if position < 0:
             raise IndexError(f"position {position} is negative")
         block, place = divmod(int(position), BLOCK)

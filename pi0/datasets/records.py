@@ -180,7 +180,7 @@ def crc32c(data: bytes) -> int:
 
 
 def encode_example(features: Mapping[str, bytes | np.ndarray]) -> bytes:
-    """A serialized `tf.train.Example`: bytes, floats as float32, and integers as int64, each flat."""
+    """A serialized `tf.train.Example`: bytes, floats as float32, and integers as int64, each flattened to [N]."""
     entries = []
     for name, value in features.items():
         if isinstance(value, bytes):
@@ -233,7 +233,10 @@ class Example:
         return [self._record[slice(*span)] for span in self._values(name, 1)]
 
     def numbers(self, name: str) -> np.ndarray:
-        """The values of a feature of floats, float32 [N], or integers, int64 [N]."""
+        """The values of a feature of floats, float32 [N], or integers, int64 [N].
+
+        Raises DataError for what is neither.
+        """
         which = next(iter(self._numbered(*self._feature(name))), (2, (0, 0)))[0]
         if which not in (2, 3):
             raise DataError(f"{name} is not numbers")

@@ -246,7 +246,7 @@ def dimension_warnings(stats: RunningStats, dim: int) -> dict[str, str]:
 
 @exit_on_error("pi0-stats")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-stats`."""
+    """The command `pi0-stats`. Raises FileExistsError where norm stats are already and may not be overwritten."""
     parser = make_parser(
         "pi0-stats",
         "Compute the norm stats of a dataset as openpi does, of states and of chunked actions in the model's units, "

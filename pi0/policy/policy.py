@@ -88,7 +88,10 @@ class Policy(abc.ABC):
         """π0.5's subtask [B, D], predicted unless it is given, and the actions [B, T, A], as NumPy arrays."""
 
     def infer(self, observation: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
-        """Predict an action chunk for one observation: `infer_batch` of one, without the axis B."""
+        """Predict an action chunk [T, A] for one observation: `infer_batch` of one, without the axis B.
+
+        `noise` is [T, A].
+        """
         result = self.infer_batch([observation], None if noise is None else to_numpy(noise)[None])
         return {key: value if key == "timing" else value[0] for key, value in result.items()}
 

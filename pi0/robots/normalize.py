@@ -147,7 +147,7 @@ class NormStats:
         return self.mean - 3 * self.std, self.mean + 3 * self.std
 
     def present(self) -> dict[str, np.ndarray]:
-        """The statistics that are not None, by name."""
+        """The statistics [D] that are not None, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 

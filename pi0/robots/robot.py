@@ -146,7 +146,7 @@ class Robot:
         return actions
 
     def restore_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Undo `adapt_actions`."""
+        """Undo `adapt_actions`, on [..., T, A]."""
         return actions
 
     def state_keys(self, available: Collection[str]) -> list[str]:

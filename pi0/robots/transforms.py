@@ -237,6 +237,7 @@ class TokenizeFASTPrompt:
         return {key: value for key, value in data.items() if key != "prompt"} | prompt
 
     def inverse(self, data: Data) -> Data:
+        """The `actions` [T, A] that the generated tokens stand for."""
         if "tokens" not in data:
             return data
         actions, _ = self.tokenizer.extract_actions(data["tokens"], self.action_horizon, self.action_dim)
@@ -301,6 +302,7 @@ class PadDims:
         return data | {key: self._pad(key, data[key]) for key in ("state", "actions") if key in data}
 
     def inverse(self, data: Data) -> Data:
+        """The robot's dimensions of `actions` [..., T, A] alone."""
         return data | {k: data[k][..., : self.robot_action_dim] for k in ("actions",) if k in data}
 
     def _pad(self, key: str, x: np.ndarray) -> np.ndarray:
@@ -353,7 +355,8 @@ def augment_images(data: Data, rng: np.random.Generator) -> Data:
 
     All cameras: brightness, contrast and saturation scaled by up to 30, 40 and 50 percent. Before that, all but those
     with "wrist" in their name: a crop to 95 percent, resized back, and a rotation by up to 5 degrees about the center,
-    filled with zeros. The same `rng` gives the same images; zero images stay zero.
+    filled with zeros. The same `rng` gives the same images; zero images stay zero. Raises ValueError for other
+    images.
     Source: openpi `preprocessing_pytorch.py`; its JAX code (`augmax`) intends the same, but loses the saturation.
     """
     images = {key: data[key] for key in sorted(data) if key.startswith("image/")}

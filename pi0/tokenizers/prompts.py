@@ -78,7 +78,10 @@ class FASTPromptTokenizer:
         }
 
     def action_ids(self, actions: np.ndarray) -> list[int]:
-        """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`."""
+        """Ids of normalized actions [T, A] in the model's vocabulary, ending with "|" and `<eos>`.
+
+        Raises ValueError where the vocabulary is too small for them.
+        """
         ids = [self.vocab_size - 1 - SKIPPED_IDS - k for k in self.fast.encode(actions)]
         if min(ids) < 0:
             raise ValueError(
@@ -145,7 +148,7 @@ class RecipeTokenizer:
         return self._grouped((prompt, target, fast), max_len)
 
     def encode_question(self, question: str, max_len: int, answer: str) -> dict[str, np.ndarray]:
-        """`<bos>Question: {question}\\nAnswer: `, and the target `{answer}<eos>`."""
+        """`<bos>Question: {question}\\nAnswer: `, and the target `{answer}<eos>`. Arrays are [max_len]."""
         prompt = self.text.encode(f"Question: {one_line(question)}\nAnswer: ", add_bos=True)
         return self._grouped((prompt, [*self.text.encode(one_line(answer)), self.text.eos_id], []), max_len)
 

@@ -59,7 +59,7 @@ class TextTokenizer:
         return self._pieces.encode(text, add_bos=add_bos)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        """The text of token ids; special tokens such as `<bos>` and padding are skipped."""
+        """The text of token ids [N]; special tokens such as `<bos>` and padding are skipped."""
         return self._pieces.decode([int(i) for i in ids])
 
     def encode_prompt(self, text: str, max_len: int, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

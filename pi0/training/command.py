@@ -30,7 +30,7 @@ files of a run's folder:
 
 @exit_on_error("pi0-train", FloatingPointError, Preempted)
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-train`."""
+    """The command `pi0-train`. Raises ValueError for options of the other framework."""
     description = (
         "Train the model of an experiment, in JAX or in PyTorch. --config.FIELD=VALUE overrides any field of its "
         "config (pi0/run_config.py). A run resumes from the newest checkpoint in its folder."

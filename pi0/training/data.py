@@ -46,7 +46,7 @@ FETCHED = 4  # batches that each worker process fetches from a bucket at a time
 
 
 def shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that a worker process passes on without copying it."""
+    """An empty array of any shape that a worker process passes on without copying it."""
     large = math.prod(shape) * np.dtype(dtype).itemsize >= SHARED
     return SharedMemoryArray(shape, dtype) if large else np.empty(shape, dtype)
 

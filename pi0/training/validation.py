@@ -28,7 +28,8 @@ def validate(
 ) -> dict[str, float]:
     """The mean loss over all held-out frames, and metrics of the first batch, whose sampled actions are plotted.
 
-    `loss_fn` and `action_fn` are those of a framework, and `local` gives rows of its arrays that this process has.
+    `loss_fn` and `action_fn` are those of a framework, and `local` gives the rows [B, ...] that this process has of its
+    arrays.
     """
     losses, scalars = [], {}
     for i, batch in enumerate(held_out.one_pass()):
@@ -55,7 +56,7 @@ def action_draws(model: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray
 
 
 def show_cameras(metrics: Metrics, images: dict[str, np.ndarray], step: int) -> None:
-    """Plot the first rows' camera images of this process, augmented as the model's inputs are."""
+    """Plot the first rows' camera images [B, H, W, 3] of this process, augmented as the model's inputs are."""
     file = metrics.image("cameras", step)
     if file is not None:
         plot_cameras({name: x[:SHOWN] for name, x in images.items()}, file)
@@ -63,7 +64,7 @@ def show_cameras(metrics: Metrics, images: dict[str, np.ndarray], step: int) -> 
 
 
 def show_actions(metrics: Metrics, recorded: np.ndarray, sampled: np.ndarray, step: int) -> None:
-    """Plot the first rows' recorded and sampled chunks, one after the other, in normalized units."""
+    """Plot the first rows' recorded and sampled chunks [B, T, A], one after the other, in normalized units."""
     file = metrics.image("actions", step)
     if file is not None:
         dims = sampled.shape[-1]

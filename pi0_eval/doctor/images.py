@@ -61,9 +61,9 @@ def check_images(
 
 
 def likeness(seen: np.ndarray, known: np.ndarray, of: str = "gray") -> float:
-    """How much images are like others: the mean over N of the highest correlation with one of M, -1 to 1.
+    """How much images [N, H, W, 3] are like others [M, H, W, 3]: the mean of the highest correlation with one.
 
-    Of "gray", brightness alone, or of "chroma", color alone; each image less its mean.
+    It is from -1 to 1, over N. Of "gray", brightness alone, or of "chroma", color alone; each image less its mean.
     """
     a, b = _features(seen, of), _features(known, of)
     return float((a @ b.T).max(axis=1).mean())

@@ -73,7 +73,7 @@ class Misfit:
         self.narrow = (self.ratio < NARROW) & (self.width > 1e-4)
 
     def units(self, dims: np.ndarray) -> str:
-        """The factor between the data's units and theirs, where the dims that move agree on one; else empty."""
+        """The factor between the data's units and theirs, where the moving dims [N] agree on one; else empty."""
         moving = (self.width > 1e-4) & (self.data_high - self.data_low > 1e-9)
         moving &= np.isin(np.arange(len(moving)), dims)
         if not moving.any():
@@ -87,12 +87,12 @@ class Misfit:
         return f" All are about {factor:.3g} times: other units{f', such as {near[0]}' if near else ''}?"
 
     def rows(self, names: Sequence[str], dims: np.ndarray) -> list[tuple[str, float, float, float, float]]:
-        """The ranges for the report."""
+        """The ranges of dimensions `dims` [N], for the report."""
         columns = (self.low, self.high, self.data_low, self.data_high)
         return [(names[i], *(float(column[i]) for column in columns)) for i in dims]
 
     def text(self, names: Sequence[str], dims: np.ndarray) -> str:
-        """The first dimensions in words."""
+        """The first of the dimensions `dims` [N] in words."""
         parts = [
             f"{names[i]} is {self.data_low[i]:.3g} to {self.data_high[i]:.3g}, the norm stats say {self.low[i]:.3g} to "
             f"{self.high[i]:.3g}"

@@ -45,7 +45,7 @@ class Predictor(Protocol):
         """The same computed in float32."""
 
 
-class LocalPredictor:
+class LocalPredictor(Predictor):
     """A policy of a checkpoint, asked in batches of one size. `reload` makes the same policy in another dtype.
 
     `num_steps` (default: the policy's) are those of its Euler steps; `clock` tells the seconds that latency is in.
@@ -93,7 +93,7 @@ class LocalPredictor:
         return LocalPredictor(self._reload("float32"), num_steps=self.num_steps, batch_size=self._batch)
 
 
-class ServerPredictor:
+class ServerPredictor(Predictor):
     """A policy server, asked through a client of `pi0_serve`; the noise is given where it takes it."""
 
     num_steps: int | None = None

@@ -13,7 +13,10 @@ MOST = 2048  # pixels
 
 
 def import_mujoco() -> Any:
-    """The module `mujoco`. Without a display it renders by OSMesa, unless $MUJOCO_GL says otherwise."""
+    """The module `mujoco`. Without a display it renders by OSMesa, unless $MUJOCO_GL says otherwise.
+
+    Raises ValueError where it cannot.
+    """
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
@@ -52,7 +55,7 @@ class Renderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._draw)
 
     def render(self, data: Any, camera: int) -> np.ndarray:
-        """The image of the camera with this number, in the present state of the data."""
+        """The image uint8 [H, W, 3] of the camera with this number, in the present state of the data."""
         mujoco, image = self._mujoco, np.empty((self.size, self.size, 3), np.uint8)
         self._context.make_current()
         self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera

@@ -27,7 +27,10 @@ SILENCE = 3.0  # seconds without a line before the last one is repeated
 
 @exit_on_error("pi0-parity", code=2)
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-parity`; exits with 1 where a stage is out, with 2 where there is no report."""
+    """The command `pi0-parity`; exits with 1 where a stage is out, with 2 where there is no report.
+
+    Raises ValueError or SideError for options that exclude each other.
+    """
     parser = make_parser(
         "pi0-parity",
         "Compare two checkpoints, in either framework, on the same inputs: the output of every layer, velocity or "

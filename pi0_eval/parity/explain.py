@@ -40,7 +40,7 @@ def named(found: Sequence[Operation], config: ModelConfig, observation: Observat
     """The operations as arrays, a name each: what repeats within a section is numbered. Padding is zero.
 
     The names of those of sampling, which read the images again, say so, and from the second pass over the layers on
-    which step it is.
+    which step it is. Each array has the shape of its operation, [B, ...].
     """
     result: dict[str, np.ndarray] = {}
     sampling, section, counts = False, "", dict.fromkeys(COUNTED, 0)
@@ -80,9 +80,11 @@ def valid_tokens(observation: Observation, config: ModelConfig) -> np.ndarray:
 
 
 def without_padding(value: np.ndarray, operation: Operation, config: ModelConfig, valid: np.ndarray) -> np.ndarray:
-    """The result of an operation with zeros for masked tokens, whose values mean nothing, and need not be the same.
+    """The result [B, ...] of an operation with zeros for masked tokens.
 
-    Logits are those of a query and a key; a mask's and a softmax's keys are kept, since masked ones have to be 0.
+    Their values mean nothing, and need not be the same. `valid` is bool [B, S] of the prefix. Logits are those of a
+    query
+    and a key; a mask's and a softmax's keys are kept, since masked ones have to be 0.
     """
     if operation.section in UNMASKED:
         return value

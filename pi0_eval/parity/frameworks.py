@@ -157,7 +157,7 @@ def jax_settings(side: Side, proof: bool) -> Iterator[None]:
 
 
 def widened(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """A parameter as stored, or for a proof in float64, to which it is widened exactly."""
+    """A parameter, of any shape, as stored, or for a proof in float64, to which it is widened exactly."""
     return array.astype(np.float64) if config.runtime.dtype == PROOF_DTYPE else array
 
 
@@ -215,7 +215,10 @@ FRAMEWORKS = {"jax": run_jax, "torch": run_torch}
 
 
 def ordered(stages: dict[str, np.ndarray], sampled: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The stages in order of computation, one entry per layer; of the prefix only unmasked tokens."""
+    """The stages in order of computation, one entry per layer; of the prefix only unmasked tokens.
+
+    Stages are [B, ...], those of layers [L, B, ...].
+    """
     valid = stages["prefix_valid"]
 
     def layers(name: str, key: str, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:

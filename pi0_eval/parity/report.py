@@ -32,6 +32,7 @@ class Row:
 
     @property
     def proved(self) -> bool:
+        """Whether the proof in float64 is within its limit; NaN is not."""
         return self.proof <= self.limit  # NaN fails
 
     @property
@@ -50,6 +51,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
+        """Whether the stage is proved, and within what rounding allows."""
         return self.proved and self.apart <= self.allowed
 
 
@@ -80,6 +82,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether all stages passed."""
         return self.first_failure is None
 
     @property

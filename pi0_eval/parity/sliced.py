@@ -147,7 +147,7 @@ def layer_of(tensor: Tensor, layer: int) -> Tensor:
 
 
 def rows_of(tensor: Tensor, rows: np.ndarray) -> Tensor:
-    """Some rows, sorted, read piece by piece."""
+    """Some rows int [N], sorted, of a tensor [V, W], read piece by piece."""
 
     def read(index: Any) -> np.ndarray:
         found = []
@@ -190,6 +190,7 @@ class Run:
         self.caches: list[Any] = []  # one for each language layer
 
     def vision_layer(self, layer: int, fed: dict[str, Any]) -> dict[str, Any]:
+        """What a layer of the vision tower makes of what it is fed, and what follows from it alone."""
         checkpoint = one_layer(self.checkpoint, self.config, layer, self.vocabulary)
         without = ("vision.patch_embedding",) if layer else ()
         outputs = self.compute(vision_layer, checkpoint, fed, ("vision.", "paligemma.embedding"), without)
@@ -197,6 +198,7 @@ class Run:
         return outputs
 
     def language_layer(self, layer: int, fed: dict[str, Any]) -> dict[str, Any]:
+        """What a layer of the language model makes of what it is fed; its keys and values are kept for `actions`."""
         checkpoint = one_layer(self.checkpoint, self.config, layer, self.vocabulary)
         outputs = self.compute(language_layer, checkpoint, fed | {"valid": self.valid}, without=("vision.",))
         if "cache" in outputs:
@@ -204,7 +206,7 @@ class Run:
         return outputs
 
     def actions(self) -> np.ndarray:
-        """The sampled actions, from the keys and values of all layers."""
+        """The sampled actions [B, T, A], from the keys and values of all layers."""
         if self.side.framework == "jax":  # stacked
             cache: Any = tuple(np.concatenate(parts) for parts in zip(*self.caches, strict=True))
         else:
@@ -215,7 +217,7 @@ class Run:
     def euler_step(
         self, x_t: np.ndarray, time: float, num_steps: int, cache: Any, positions: np.ndarray, mask: np.ndarray
     ) -> np.ndarray:
-        """x_t after an Euler step, of which each layer is computed by itself."""
+        """x_t [B, T, A] after an Euler step, of which each layer is computed by itself."""
         config = self.config.with_runtime(num_steps=num_steps)
         fed: dict[str, Any] = {"x_t": x_t, "time": np.asarray(time, np.float32), "positions": positions, "mask": mask}
         for layer in range(config.paligemma.depth):
@@ -227,13 +229,14 @@ class Run:
         return outputs["x_t"]
 
     def logits(self, rows: np.ndarray, fed: dict[str, Any]) -> np.ndarray:
-        """The logits of some rows of the vocabulary, for all text tokens but the last."""
+        """The logits [B, S, N] of some rows [N] of the vocabulary, for all text tokens but the last."""
         vocabulary = {name: rows_of(self.checkpoint.ours[name], rows) for name in self.vocabulary}
         checkpoint = one_layer(self.checkpoint, self.config, 0, vocabulary)
         name = "paligemma.embedding" if self.config.tied_output else "paligemma.output"
         return self.compute(vocabulary_logits, checkpoint, fed, (name,))["logits"]
 
     def loss(self, fed: dict[str, Any]) -> np.ndarray:
+        """The loss [B] of the tokens."""
         observation = self.inputs.observation  # the tokens are those of the whole vocabulary
         fed = fed | {"valid": self.valid}
         return self.compute(token_loss, self.checkpoint, fed, (), observation=observation)["loss"]
@@ -408,7 +411,7 @@ def left_out(config: ModelConfig, subtasks: bool) -> tuple[str, ...]:
 
 
 def vision_stages(outputs: dict[str, Any], run: Run, name: str, last: bool) -> dict[str, np.ndarray]:
-    """What a layer of the vision tower is compared by; the last one, by the tokens that follow too."""
+    """What a layer [B, S, W] of the vision tower is compared by; the last one, by the tokens that follow too."""
     stages = {name: outputs["layer"]}
     if last:
         valid = predicting(run)
@@ -418,7 +421,7 @@ def vision_stages(outputs: dict[str, Any], run: Run, name: str, last: bool) -> d
 
 
 def language_stages(outputs: dict[str, Any], run: Run, layer: int) -> dict[str, np.ndarray]:
-    """As the whole comparison names them; of the prefix only unmasked tokens."""
+    """As the whole comparison names them; of the prefix only unmasked tokens [N, W]."""
     valid, last = predicting(run), layer == run.config.paligemma.depth - 1
     stages = {"suffix tokens": outputs["suffix_tokens"]} if "suffix_tokens" in outputs and layer == 0 else {}
     stages[f"prefix layer {layer}"] = outputs["prefix_layers"][0][valid]
@@ -433,7 +436,7 @@ def language_stages(outputs: dict[str, Any], run: Run, layer: int) -> dict[str, 
 
 
 def predicting(run: Run) -> np.ndarray:
-    """The unmasked prefix tokens: of π0-FAST without the last one, which predicts nothing."""
+    """The unmasked prefix tokens bool [B, S]: of π0-FAST without the last one, which predicts nothing."""
     return run.valid[:, : run.config.prefix_len - run.config.family.action_tokens]
 
 

@@ -182,7 +182,7 @@ def steps_in_torch(config: RunConfig, ours: Mapping[str, Tensor], batches: Seque
 
 
 def in_our_names(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Tensors of some parameters of a model in PyTorch, by our names."""
+    """Tensors of any shape of some parameters of a model in PyTorch, by our names."""
     ours = in_layout(model, tensors, LAYOUTS["pi0_torch"], LAYOUTS["pi0_jax"])
     return {name.replace("/", "."): tensor.read(()) for name, tensor in ours.items()}
 
@@ -218,7 +218,10 @@ def compare_steps(
 
 
 def step_differences(number: int, a: Step, b: Step) -> Iterator[Difference]:
-    """How far all that is compared after a step is apart, in the order of computation."""
+    """How far all that is compared after a step is apart, in the order of computation.
+
+    Raises ParityError where the parameters are not the same ones.
+    """
     for name in COMPARED:
         first, second = a.scalars[name], b.scalars[name]
         yield Difference(number, name, abs(first - second) / max(abs(first), 1e-30))

@@ -194,7 +194,7 @@ class Expert(nnx.Module):
 
 
 def gated_residual(x: Array, y: Array, gate: Array | None) -> Array:
-    """x + y, or x + y·gate, in the dtype of `x`."""
+    """x + y, or x + y·gate, all [B, T, W], in the dtype of `x`."""
     return x + y if gate is None else x + y.astype(x.dtype) * gate
 
 
@@ -209,7 +209,10 @@ def joint_layer(
     implementation: str,
     insulated: bool,
 ) -> tuple[list[Float[Array, "B T W"]], tuple[Array, Array]]:
-    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`.
+
+    Keys and values are [B, S, K, H], those `cached` and those returned.
+    """
     section("layer")
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
     record("attention norm", normed)

@@ -36,7 +36,7 @@ def record(name: str, value: T) -> T:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep the first axis, the batch, over `data` and `fsdp`, and the others whole; a batch too small stays whole."""
+    """Keep the first axis of [B, ...] over `data` and `fsdp`, and the others whole; a batch too small stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(AXES) <= set(mesh.axis_names) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
@@ -44,7 +44,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def cast(x: Array, place: str, dtype: str) -> Array:
-    """`x` in the dtype that `pi0.numerics.ROUNDING` gives for `place` in a model that computes in `dtype`."""
+    """`x`, of any shape, in the dtype of `pi0.numerics.ROUNDING` for `place` in a model that computes in `dtype`."""
     return x.astype(numerics.rounding(place, dtype))
 
 

@@ -16,7 +16,7 @@ from pi0.recording import record
 
 
 def at_least_float32(x: Array) -> Array:
-    """`x` in float32, or in its own dtype where that is wider."""
+    """`x`, of any shape, in float32, or in its own dtype where that is wider."""
     return x.astype(numerics.at_least_float32(x.dtype.name))
 
 

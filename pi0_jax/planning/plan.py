@@ -101,6 +101,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether what is held and computed fits the chip's memory."""
         return not self.refused and self.total <= self.chip.memory * GIB
 
     @property
@@ -170,7 +171,7 @@ def abstract_batch(
 
 
 def sample(model: ModelConfig, params: Any, batch: tuple[Observation, jax.Array]) -> Any:
-    """What the model samples for an observation and noise."""
+    """What the model samples for an observation and noise [B, T, A]."""
     return merge(model, params).sample(*batch)
 
 

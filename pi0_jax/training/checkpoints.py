@@ -43,12 +43,14 @@ class AssetsHandler(ocp.CheckpointHandler):
     """Writes a checkpoint's `Assets` into its `assets` folder."""
 
     def save(self, directory: Any, args: AssetsSave) -> None:
+        """Write the assets; of several processes, the first does."""
         if jax.process_index() == 0:
             with tempfile.TemporaryDirectory(prefix="pi0-") as folder:
                 args.assets.save(Path(folder))
                 upload(Path(folder), as_path(str(directory)))
 
     def restore(self, directory: Any, args: AssetsRestore | None = None) -> Assets | None:
+        """The assets of the checkpoint, None without any."""
         return Assets.load(as_path(str(directory)).parent)
 
 

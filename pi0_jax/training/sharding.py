@@ -164,7 +164,7 @@ def state_shardings(state: Any, model: ModelConfig, rules: Mapping[str, str], me
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a global batch that are on this process's devices, in order."""
+    """The rows of a global batch that are on this process's devices, int [R], in order."""
     parts = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
 

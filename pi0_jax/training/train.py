@@ -233,7 +233,7 @@ def mean_loss(
     batch: Batch,
     recipe: RecipeConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean loss of a batch, and a recipe's parts.
+    """The mean loss of a batch, a scalar, and a recipe's parts.
 
     The loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without it
     adds nothing.
@@ -274,5 +274,5 @@ def train_step(
 
 
 def validation_loss(config: RunConfig, params: Any, batch: Batch) -> jax.Array:
-    """The mean loss of a batch."""
+    """The mean loss of a batch, a scalar."""
     return mean_loss(merge(config.model, params), batch, config.recipe)[0]

@@ -43,5 +43,5 @@ def action_metrics(
 
 
 def local_part(x: jax.Array) -> np.ndarray:
-    """The rows of a batch on this process's first device."""
+    """The rows of a batch [B, ...] on this process's first device."""
     return np.asarray(x.addressable_data(0))

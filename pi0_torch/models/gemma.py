@@ -45,6 +45,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "B T W"], condition: Condition | None) -> tuple[Float[Tensor, "B T W"], None]:
+        """The norm of `x`, and no gate."""
         scale = cast(self.scale, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale)).to(getattr(torch, self.dtype)), None
 
@@ -61,6 +62,7 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T W"], condition: Condition | None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
+        """The norm of `x`, scaled and shifted by the condition, and the gate."""
         scale, shift, gate = self.modulate(condition)
         scale, shift = cast(scale, "norm", self.dtype), cast(shift, "norm", self.dtype)
         return (normalize(x, self.dtype) * (1 + scale) + shift).to(getattr(torch, self.dtype)), gate
@@ -135,6 +137,7 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=False, dtype=dtype, lora=lora("m", "d"))
 
     def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
+        """The same for every token."""
         gate, up = record("MLP gate", self.gate(x)), record("MLP up", self.up(x))
         return self.down(record("GELU", gelu(gate)) * up)
 
@@ -205,7 +208,7 @@ class Expert(nn.Module):
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """x + y, or x + y·gate, in the dtype of `x`."""
+    """x + y, or x + y·gate, all [B, T, W], in the dtype of `x`."""
     return x + y if gate is None else x + y.to(x.dtype) * gate
 
 
@@ -219,7 +222,10 @@ def joint_layer(
     slot: Int[Tensor, " 1"] | None,
     insulated: bool,
 ) -> tuple[list[Float[Tensor, "B T W"]], tuple[Tensor, Tensor]]:
-    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`."""
+    """One layer of all experts: own norms, projections and MLPs around one shared attention over `cached` and `xs`.
+
+    Keys and values are [B, S, K, H], those `cached` and those returned.
+    """
     section("layer")
     normed, gates = zip(*(b.attention_norm(x, c) for b, x, c in zip(blocks, xs, conditions, strict=True)), strict=True)
     record("attention norm", normed)

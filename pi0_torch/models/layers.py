@@ -22,12 +22,12 @@ from pi0_torch.models.lora import LoRA, at_least_float32
 
 
 def cast(x: Tensor, place: str, dtype: str) -> Tensor:
-    """`x` in the dtype that `pi0.numerics.ROUNDING` gives for `place` in a model that computes in `dtype`."""
+    """`x`, of any shape, in the dtype of `pi0.numerics.ROUNDING` for `place` in a model that computes in `dtype`."""
     return x.to(getattr(torch, numerics.rounding(place, dtype)))
 
 
 def dtype_name(x: Tensor) -> str:
-    """The dtype of `x` as `pi0.numerics` names it."""
+    """The dtype of `x`, of any shape, as `pi0.numerics` names it."""
     return str(x.dtype).removeprefix("torch.")
 
 
@@ -46,6 +46,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """[..., in] to [..., out]."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         y = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
         return y if self.lora is None else y + self.lora(x)
@@ -65,6 +66,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "... W"]) -> Float[Tensor, "... W"]:
+        """The norm over the last axis."""
         scale, bias = cast(self.scale, "norm", self.dtype), cast(self.bias, "norm", self.dtype)
         normed = F.layer_norm(cast(x, "norm", self.dtype), scale.shape, scale, bias, numerics.LAYER_NORM_EPS)
         return normed.to(getattr(torch, self.dtype))

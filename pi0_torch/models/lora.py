@@ -15,7 +15,7 @@ from pi0.recording import record
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in its own dtype where that is wider."""
+    """`x`, of any shape, in float32, or in its own dtype where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -39,6 +39,7 @@ class LoRA(nn.Module):
         self.b = nn.Parameter(torch.randn([sizes[axis] for axis in b_axes]).mul_(numerics.LORA_INIT_STDDEV))
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The update of [..., in], [..., out]."""
         x = torch.einsum(self.first, x.to(self.dtype).unflatten(-1, self.in_sizes), self.a.to(self.dtype))
         b = self.b.to(self.dtype)
         b = b.sum(dim=0) if self.heads_summed else b

@@ -27,6 +27,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
+        """What every token takes from all tokens of its image."""
         q, k, v = (f(x).unflatten(-1, self.heads) for f in (self.query, self.key, self.value))
         q, k, v = record("query", q), record("key", k), record("value", v)
         return record("out projection", self.out(attention(q, k, v).flatten(-2)))
@@ -42,6 +43,7 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
+        """The same for every token."""
         return record("MLP down", self.down(record("GELU", gelu(record("MLP up", self.up(x))))))
 
 
@@ -56,6 +58,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
+        """Attention and MLP, each added to its input."""
         dtype, x = x.dtype, cast(x, "residual", dtype_name(x))
         x = record("attention residual", x + self.attention(record("attention norm", self.attention_norm(x))))
         return record("MLP residual", x + self.mlp(record("MLP norm", self.mlp_norm(x)))).to(dtype)
@@ -74,6 +77,7 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, image: Float[Tensor, "B height width 3"]) -> Float[Tensor, "B S W"]:
+        """The tokens of an image, row by row."""
         weight = cast(self.weight, "patches", self.dtype)
         image = cast(image, "patches", self.dtype).permute(0, 3, 1, 2)
         x = F.conv2d(image, weight, cast(self.bias, "patches", self.dtype), stride=weight.shape[2:])

@@ -82,7 +82,7 @@ class Checkpoints:
 
         `parameters` are those of the model, as which the tensors of `train_state` are sharded; `metrics` may contain
         the validation loss, by which the best is kept. Raises OSError where this checkpoint, or the one before, cannot
-        be written.
+        be written. Tensors have any shape.
         """
         with writing(self._folder, lambda: self.latest_step):
             if self._writing_one is not None:
@@ -155,7 +155,7 @@ class Checkpoints:
     def restore_newest(self, train_state: dict[str, Any], parameters: Mapping[str, torch.Tensor]) -> int:
         """Restore the newest intact checkpoint into `train_state`, and return its step.
 
-        Damaged ones are reported and renamed, and the one before is restored; 0 without any.
+        Damaged ones are reported and renamed, and the one before is restored; 0 without any. Tensors have any shape.
         """
         while True:
             found: list[Any] = [None, None]  # the step, and what is wrong with it
@@ -176,7 +176,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def restore(self, step: int, train_state: dict[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
-        """Set the tensors of `train_state` to those at `step`; each process reads its part."""
+        """Set the tensors of `train_state` to those at `step`; each process reads its part. Tensors have any shape."""
         folder = self._folder / str(step)
         weights, state = read_safetensors(folder / WEIGHTS_FILE), read_safetensors(folder / STATE_FILE)
         optimizer = train_state["opt_state"]

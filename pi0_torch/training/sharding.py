@@ -147,7 +147,7 @@ def check_batch(batch_size: int, accumulate: int) -> None:
 
 
 def local_rows(batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process has, in order."""
+    """The rows of a global batch that this process has, int [R], in order."""
     own = batch_size // process_count()
     return np.arange(batch_size)[process_index() * own :][:own]
 
@@ -166,12 +166,12 @@ def shard(loss: nn.Module, model: Model, mesh: DeviceMesh | None) -> None:
 
 
 def local_part(x: Any) -> Tensor:
-    """What this process has of a tensor."""
+    """What this process has of a tensor of any shape."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def local_box(parameter: Tensor) -> tuple[slice, ...]:
-    """The box of a parameter that this process has: rows of its first axis, where it is sharded."""
+    """The box of a parameter [N, ...] that this process has: rows of its first axis, where it is sharded."""
     box = [slice(0, n) for n in parameter.shape]
     if isinstance(parameter, DTensor) and box:
         mesh = parameter.device_mesh
@@ -182,7 +182,7 @@ def local_box(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def whole(local: Tensor, parameter: Tensor) -> Tensor:
-    """The whole of a tensor that is sharded as `parameter` is; all processes call it."""
+    """The whole of a tensor that is sharded as `parameter`, of any shape, is; all processes call it."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -200,7 +200,7 @@ def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sharded_norm(norm: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The global norm of tensors of which each process has its shard of that norm."""
+    """The global norm, a scalar, of tensors of which each process has its shard of that norm."""
     if mesh is None:
         return norm
     square = norm.square()

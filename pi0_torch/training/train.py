@@ -282,7 +282,7 @@ def inference_params(state: State, root: Root) -> Iterator[None]:
 
 
 def mean_loss(model: Model, batch: Batch, recipe: RecipeConfig | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss of a batch, and a recipe's parts.
+    """The mean loss of a batch, a scalar, and a recipe's parts.
 
     The loss is the weighted sum of its parts; each is the mean over the whole batch, to which an example without it
     adds nothing.
@@ -339,7 +339,7 @@ def train_step(
 
 @torch.no_grad()
 def validation_loss(config: RunConfig, root: Root, batch: Batch) -> Tensor:
-    """The mean loss of a batch."""
+    """The mean loss of a batch, a scalar."""
     return mean_over_processes({"loss": root(mean_loss, batch, config.recipe)[0]})["loss"]
 
 

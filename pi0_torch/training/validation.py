@@ -43,5 +43,5 @@ def action_metrics(model: Model, dims: int, batch: Batch) -> tuple[dict[str, Ten
 
 
 def local_part(x: Tensor) -> np.ndarray:
-    """The rows of a batch of this process."""
+    """The rows of a batch [B, ...] of this process."""
     return to_numpy(x)
