@@ -101,8 +101,8 @@ class QuantizationConfig:
         missing = [name for name, format in found.items() if format in CALIBRATED and name not in self.input_ranges]
         if missing:
             raise ConfigError(
-                f"quantization: {found[missing[0]]} needs the range of the inputs of {missing[0]} and {len(missing) - 1}"
-                " more: pi0-quantize-report calibrates them on frames of a dataset and writes the config"
+                f"quantization: {found[missing[0]]} needs the range of the inputs of {missing[0]} and "
+                f"{len(missing) - 1} more: pi0-quantize-report calibrates them on a dataset and writes the config"
             )
         return found
 

@@ -86,7 +86,7 @@ class GroupWeight(nn.Module):
 
 
 class RoundedProduct(nn.Module):
-    """Inputs and weights [O, I] in int8 or in float8, multiplied in these; inputs beyond the calibrated range are cut."""
+    """Inputs and weights [O, I] in int8 or float8, multiplied in these; inputs beyond the calibrated range are cut."""
 
     def __init__(self, weight: ChannelWeight, input_range: float):
         super().__init__()
@@ -156,7 +156,7 @@ def check_device(dtype: torch.dtype, device: torch.device) -> None:
 def make_weight(
     weight: Float[Tensor, "O I"], format: str, dtype: torch.dtype, group_size: int
 ) -> ChannelWeight | GroupWeight:
-    """Weights rounded to a format of `pi0.quantization.FORMATS` but "wide"; of those with rounded inputs, the weights."""
+    """Weights rounded to a format of `pi0.quantization.FORMATS` but "wide"; inputs are not rounded here."""
     if format == "bfloat16":
         return ChannelWeight(weight.to(torch.bfloat16), None, dtype)
     if format == "int4":
@@ -317,7 +317,9 @@ def input_ranges(model: Model, ranges: dict[str, float]) -> Iterator[None]:
         return keep
 
     handles = [
-        module.register_forward_pre_hook(hook(name)) for name, modules in model_layers(model).items() for module in modules
+        module.register_forward_pre_hook(hook(name))
+        for name, modules in model_layers(model).items()
+        for module in modules
     ]
     try:
         yield

@@ -96,7 +96,7 @@ def test_a_product_is_that_of_the_rounded_weights(format: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_whole_numbers_are_multiplied_as_they_are(count: int):
-    """In float64 the rounded inputs and weights give the same; sizes that no hardware takes are filled up with zeros."""
+    """In float64 the rounded inputs and weights give the same; sizes that no hardware takes are filled up."""
     weight, x = weights(21, 70), torch.randn(count, 70, generator=torch.Generator().manual_seed(0))
     made = make_weight(weight, "int8", torch.float32, 32)
     assert isinstance(made, ChannelWeight)
@@ -217,7 +217,11 @@ def test_one_graph(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (QuantizationConfig({"*": "int8", "language.*": "int4"}), ConfigError, "'language.*' matches none of the model's"),
+        (
+            QuantizationConfig({"*": "int8", "language.*": "int4"}),
+            ConfigError,
+            "'language.*' matches none of the model's",
+        ),
         (QuantizationConfig({"*": "w8a8"}), ConfigError, "needs the range of the inputs of vision.patch_embedding"),
         (QuantizationConfig({"*": "int8"}, input_ranges={"head": 1.0}), ConfigError, r"input_ranges has \['head'\]"),
         (
