@@ -61,8 +61,8 @@ class GroupWeight(nn.Module):
 
     def __init__(self, values: Int[Tensor, "O G group"], scale: Float[Tensor, "O G"], inputs: int, dtype: torch.dtype):
         super().__init__()
-        first, second = (values.flatten(1) & 15).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-        self.values = nn.Parameter(first | second << 4, requires_grad=False)
+        first, second = (values.flatten(1) + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+        self.values = nn.Parameter(first + 16 * second, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.inputs, self.dtype = inputs, dtype
 
@@ -79,10 +79,10 @@ class GroupWeight(nn.Module):
         return self._unpacked(self.values, self.scale)
 
     def _unpacked(self, values: Tensor, scale: Tensor) -> Tensor:
-        nibbles = torch.stack([values & 15, values >> 4], dim=-1).to(torch.int8)
-        signed = nibbles - (nibbles & 8) * 2
-        grouped = signed.reshape(*scale.shape, -1).float() * scale[..., None]
-        return grouped.flatten(-2)[..., : self.inputs]
+        both = values.float()  # in numbers that every runtime has: some have no operations on bytes
+        second = (both / 16).floor()
+        whole = torch.stack([both - 16 * second, second], dim=-1) - 8
+        return (whole.reshape(*scale.shape, -1) * scale[..., None]).flatten(-2)[..., : self.inputs]
 
 
 class RoundedProduct(nn.Module):
@@ -103,14 +103,15 @@ class RoundedProduct(nn.Module):
     def forward(self, x: Float[Tensor, "... I"], bias: Tensor | None = None) -> Float[Tensor, "... O"]:
         """x·weightᵀ (+ bias)."""
         rounded = round_inputs(x, self.input_scale, self.values.dtype).flatten(0, -2)
-        count = len(rounded)
-        rounded = F.pad(rounded, (0, self.columns, 0, max(0, 2 * MULTIPLE - count))).to(self.values.dtype)
+        count = rounded.shape[0]
+        rows = max(0, 2 * MULTIPLE - count) if x.device.type == "cuda" else 0
+        rounded = F.pad(rounded, (0, self.columns, 0, rows)).to(self.values.dtype)
         if self.values.dtype == torch.int8:
             y = torch._int_mm(rounded, self.values.t())
         else:
             one = torch.ones((), device=x.device)
             y = torch._scaled_mm(rounded, self.values.t(), one, one, out_dtype=torch.bfloat16)
-        y = y[:count, : len(self.scale)].float().unflatten(0, x.shape[:-1])
+        y = y[:count, : len(self.scale)].float().reshape(*x.shape[:-1], -1)
         return scaled(y, self.scale, bias).to(self.dtype)
 
 
