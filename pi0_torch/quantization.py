@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -308,25 +308,27 @@ def input_rounding(format: str, input_range: float) -> Any:
 
 
 @contextmanager
-def input_ranges(model: Model, ranges: dict[str, float]) -> Iterator[None]:
-    """Within the block, what `model` computes raises `ranges` to the largest absolute input of each layer."""
+def calibration(model: Model, layers: Collection[str]) -> Iterator[dict[str, float]]:
+    """Measure the inputs of what a plain model computes within the block, for `QuantizationConfig.input_ranges`.
+
+    After the block, the dict has the largest absolute input of each of the `layers`; 1 of inputs that are all 0.
+    """
+    found: dict[str, float] = {}
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            ranges[name] = max(ranges.get(name, 0.0), float(args[0].abs().max()))
+            found[name] = max(found.get(name, 0.0), float(args[0].abs().max()))
 
         return keep
 
-    handles = [
-        module.register_forward_pre_hook(hook(name))
-        for name, modules in model_layers(model).items()
-        for module in modules
-    ]
+    modules = {name: own for name, own in model_layers(model).items() if name in layers}
+    handles = [module.register_forward_pre_hook(hook(name)) for name, own in modules.items() for module in own]
     try:
-        yield
+        yield found
     finally:
         for handle in handles:
             handle.remove()
+    found.update({name: value or 1.0 for name, value in found.items()})
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from pi0_eval.replay import recorded_actions
 from pi0_eval.scores import Frames
 from pi0_torch.loading import Model, map_tensors, to_device, to_numpy
 from pi0_torch.policy import Policy
-from pi0_torch.quantization import input_ranges, put, replacement, sampler_layers, simulate, stored_bytes
+from pi0_torch.quantization import calibration, put, replacement, sampler_layers, simulate, stored_bytes
 from pi0_torch.sampler import Sampler
 
 
@@ -199,10 +198,8 @@ def _stages(model: Model, frames: Recorded) -> tuple[dict[str, np.ndarray], np.n
 @torch.no_grad()
 def calibrate(policy: Policy, frames: Recorded, batch: int) -> dict[str, float]:
     """The largest absolute input of each layer on the frames, as `QuantizationConfig.input_ranges`."""
-    model: Any = policy.model
-    layers = sampler_layers(Sampler(model, num_steps=1, compile=False, warm_up=False).weights)
-    found: dict[str, float] = {}
-    with input_ranges(model, found):
+    layers = sampler_layers(Sampler(policy.model, num_steps=1, compile=False, warm_up=False).weights)
+    with calibration(policy.model, layers.keys()) as ranges:
         for part in frames.batches(batch):
             policy.sample(part.observation.prompt_only(), part.start)
-    return {name: value for name, value in found.items() if name in layers and value > 0}
+    return ranges

@@ -18,7 +18,7 @@ from pi0_eval.parity.inputs import Inputs
 from pi0_torch.quantization import (
     ChannelWeight,
     RoundedProduct,
-    input_ranges,
+    calibration,
     make_weight,
     model_layers,
     quantize,
@@ -43,10 +43,9 @@ def sample(sampler: Sampler, inputs: Inputs) -> Tensor:
 
 
 def ranges_of(model: Any, inputs: Inputs) -> dict[str, float]:
-    ranges: dict[str, float] = {}
-    with input_ranges(model, ranges):
+    with calibration(model, sampler_layers(sampler_of(model).weights).keys()) as ranges:
         model.sample(pi0_torch.to_device(inputs.observation), torch.from_numpy(inputs.noise))
-    return {name: value for name, value in ranges.items() if name in sampler_layers(sampler_of(model).weights)}
+    return ranges
 
 
 def weights(outputs: int = 24, inputs: int = 70) -> Tensor:
