@@ -30,7 +30,7 @@ from pi0.quantization import FORMATS, WIDE
 from pi0.storage import write_text
 from pi0.variants import read_variant
 from pi0_eval.parity.inputs import Inputs
-from pi0_eval.random_models import jax_model, quantized_sampler, random_inputs, torch_model
+from pi0_eval.random_models import jax_model, jax_sampler, random_inputs, torch_model, torch_sampler
 from pi0_eval.roofline import costs
 
 FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("model", "sampler", "gradients"), ("sdpa", "flex", "flash", "eager")
@@ -145,8 +145,6 @@ def jax_runs(case: Case) -> Runs:
     import jax
     import jax.numpy as jnp
 
-    from pi0_jax.sampler import Sampler
-
     config, device = case.config, jax.devices()[0]
     model = jax_model(config)
 
@@ -159,7 +157,7 @@ def jax_runs(case: Case) -> Runs:
         run = jax.jit(jax.grad(lambda model, *inputs: model.compute_loss(*inputs).mean()))
         return lambda: run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
 
-    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, warm_up=False), gradients)
+    call, until = calls_of(case, sample, lambda: jax_sampler(config, case.steps), gradients)
     rows, inner, columns = product_shape(device.platform)
     a, b = jnp.ones((rows, inner), case.dtype), jnp.ones((inner, columns), case.dtype)
     matmul, copy, big = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1), jnp.ones(2**26, jnp.uint32)
@@ -208,9 +206,7 @@ def torch_runs(case: Case) -> Runs:
         return run
 
     def sampler() -> Any:
-        inputs = random_inputs(config, case.cameras, case.batch)
-        options: dict[str, Any] = {"attention": case.backend or None, "compile": case.compile}
-        return quantized_sampler(model, case.quantize, *inputs, num_steps=case.steps, **options)
+        return torch_sampler(config, case.steps, case.backend or None, case.compile, case.quantize)
 
     call, until = calls_of(case, sample, sampler, gradients)
     rows, inner, columns = product_shape(device.type)
@@ -241,12 +237,21 @@ def resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def runs_of(case: Case) -> Runs:
+    """The calls of a case, in its framework."""
+    return {"jax": jax_runs, "torch": torch_runs}[case.framework](case)
+
+
 def measure(case: Case) -> Result:
     """Run one case in this process."""
     start = time.perf_counter()
-    runs = {"jax": jax_runs, "torch": torch_runs}[case.framework](case)
+    runs = runs_of(case)
     runs.call()
-    first = 1e3 * (time.perf_counter() - start)
+    return measure_runs(case, runs, 1e3 * (time.perf_counter() - start))
+
+
+def measure_runs(case: Case, runs: Runs, first_ms: float) -> Result:
+    """Time the calls of a case."""
     times = times_ms(runs.call, case.repeats)
     peak = runs.peak_mib()
     until = {name: statistics.median(times_ms(run, max(3, case.repeats // 3))) for name, run in runs.until.items()}
@@ -259,7 +264,7 @@ def measure(case: Case) -> Result:
     return Result(
         case,
         runs.device,
-        first,
+        first_ms,
         min(times),
         median,
         float(np.quantile(times, 0.99)),

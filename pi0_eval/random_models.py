@@ -62,18 +62,40 @@ def torch_model(config: ModelConfig) -> Any:
     return model
 
 
-def quantized_sampler(model: Any, format: str, observation: Observation, noise: np.ndarray, **options: Any) -> Any:
-    """PyTorch's sampler, all layers in a format of `pi0.quantization` if one is given, calibrated on these inputs."""
+@functools.cache
+def jax_sampler(config: ModelConfig, num_steps: int) -> Any:
+    """JAX's sampler of the random model."""
+    from pi0_jax.sampler import Sampler
+
+    return Sampler(jax_model(config), num_steps=num_steps, warm_up=False)
+
+
+@functools.cache
+def torch_sampler(
+    config: ModelConfig,
+    num_steps: int,
+    attention: str | None = None,
+    compile: bool | None = None,
+    quantize: str = "",
+) -> Any:
+    """PyTorch's sampler of the random model, all layers in a format of `pi0.quantization` where one is given.
+
+    Ranges of inputs are those of random inputs.
+    """
     import torch
 
     from pi0_torch.loading import to_device
-    from pi0_torch.quantization import calibration, quantize, sampler_layers
+    from pi0_torch.quantization import calibration, sampler_layers
+    from pi0_torch.quantization import quantize as round_weights
     from pi0_torch.sampler import Sampler
 
-    sampler, ranges = Sampler(model, warm_up=False, **options), {}
-    if format in CALIBRATED:
+    model: Any = torch_model(config)
+    sampler = Sampler(model, num_steps=num_steps, attention=attention, compile=compile, warm_up=False)
+    ranges: dict[str, float] = {}
+    if quantize in CALIBRATED:
+        observation, noise = random_inputs(config, len(config.image_keys), 1)
         with torch.no_grad(), calibration(model, sampler_layers(sampler.weights).keys()) as ranges:
             model.sample(to_device(observation, sampler.device), torch.from_numpy(noise).to(sampler.device), 2)
-    if format:
-        quantize(sampler, QuantizationConfig({"*": format}, input_ranges=ranges))
+    if quantize:
+        round_weights(sampler, QuantizationConfig({"*": quantize}, input_ranges=ranges))
     return sampler

@@ -11,7 +11,7 @@ from common import serve, time_batches
 
 from pi0.config import ModelConfig
 from pi0_eval.parity.inputs import Inputs
-from pi0_eval.random_models import random_inputs
+from pi0_eval.random_models import random_inputs, torch_sampler
 
 
 def prepare(job: dict[str, Any]) -> Callable[[], Any]:
@@ -44,11 +44,12 @@ def prepare_torch(config: ModelConfig, task: str, batch: int, job: dict[str, Any
 
     from pi0_torch.loading import make_model, to_device
 
-    model, compile = make_model(config), bool(job.get("compile"))
+    compile = bool(job.get("compile"))
     if task == "sample":
         inputs = random_inputs(config, len(config.image_keys), batch)
-        sampler = quantized_sampler(model, job.get("quantize", ""), *inputs, compile=compile)
+        sampler = torch_sampler(config, config.runtime.num_steps, compile=compile, quantize=job.get("quantize", ""))
         return lambda: sampler.sample(*inputs)
+    model: Any = make_model(config)
     drawn = whole_inputs(config, batch)
     arrays = [torch.from_numpy(array) for array in (drawn.actions, drawn.noise, drawn.time)]
     observation = to_device(drawn.observation, torch.device("cpu"))
