@@ -3,6 +3,7 @@
 tests/peers/make_env.sh                                    LeRobot in .cache/peers
 python benchmarks/peers.py                                 58 M parameters, 3 cameras, float32
 python benchmarks/peers.py --openpi CHECKOUT --openpi-python VENV/bin/python
+python benchmarks/peers.py --tasks sample --quantize int8 w8a8        what is not the same function, beside all others
 
 Every side is a process of its own with a model of the same sizes and random weights; after all have warmed up, they
 take turns, one call each a round, so that what else the machine does falls on all alike. A ratio is the median of the
@@ -107,6 +108,8 @@ def sides_of(task: str, job: dict[str, Any], args: argparse.Namespace) -> list[S
         for mode in args.modes:
             more = {"framework": "torch", "compile": mode == "compiled"}
             sides.append(Side(f"ours, {mode}", "PyTorch", job | more, ours, root, ours=True))
+            for format in args.quantize if task == "sample" else ():  # other numbers: never our best, for a ratio
+                sides.append(Side(f"ours, {format}, {mode}", "PyTorch", job | more | {"quantize": format}, ours, root))
     if args.lerobot is not None:
         python = [str(args.lerobot / "bin" / "python"), "-W", "ignore", str(HERE / "sides" / "time_lerobot.py")]
         if task == "data":
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="of gradients; sampling has 1 (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="(default %(default)s)")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--quantize", nargs="+", default=[], metavar="FORMAT", help="of sampling: ours in these, too")
     parser.add_argument("--lerobot", type=Path, default=Path(".cache/peers"), help="its environment's folder")
     parser.add_argument("--openpi", type=Path, help="a checkout of openpi")
     parser.add_argument("--openpi-python", type=Path, default=Path("python"), help="of an environment for openpi")

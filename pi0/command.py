@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": "find out why a policy does not move the robot as it should",
     "collect": "record demonstrations of a scripted expert in simulation",
     "serve": "serve a policy to robots, over openpi's websocket protocol",
+    "quantize-report": "measure what quantized weights do to actions, layer by layer",
     "bench": "measure sampling against the machine's roofline",
     "demo": "train, convert, compare and replay on bundled recordings",
     "check-data": "find damaged files, episodes and frames of a dataset",
@@ -197,7 +198,7 @@ def _run_command() -> None:
     name = Path(sys.argv[0]).name.removesuffix(".exe").removeprefix("pi0").removeprefix("-")
     arguments = sys.argv[1:]
     if not name:
-        listed = "\n".join(f"  pi0 {command:<14}{text}" for command, text in COMMANDS.items())
+        listed = "\n".join(f"  pi0 {command:<17}{text}" for command, text in COMMANDS.items())
         parser = make_parser("pi0", "π0, π0.5 and π0-FAST robot policies in JAX and PyTorch.", f"commands:\n{listed}")
         parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="pi0 COMMAND --help explains it")
         name, arguments = parser.parse_args(arguments[:1]).command, arguments[1:]

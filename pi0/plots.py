@@ -125,6 +125,31 @@ def plot_latency(times: Mapping[str, tuple[float, float]], target: Path) -> None
     _save(figure, target)
 
 
+def plot_layer_errors(errors: Mapping[str, float], curve: Mapping[int, float], target: Path, title: str) -> None:
+    """Action errors in percent of the layers that are quantized alone, by name, the worst 20 of each part of the model.
+
+    `curve` has the error by the number of the worst layers that stay wide; a panel of its own, where there are any.
+    """
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in errors))
+    color = {part: COLORS[i % len(COLORS)] for i, part in enumerate(sorted(parts))}
+    worst = list(errors.items())[:20]
+    figure, axes = _subplots(1, 2 if curve else 1, figsize=(13 if curve else 8, 1.5 + 0.24 * len(worst)), squeeze=False)
+    axis = axes[0, 0]
+    for place, (name, error) in enumerate(reversed(worst)):
+        axis.barh(place, error, color=color[name.partition(".")[0]])
+    axis.set_yticks(range(len(worst)), [name for name, _ in reversed(worst)], fontsize=7)
+    axis.set(xlabel="mean action error, % of the recorded range", title="each layer alone")
+    if curve:
+        counts = sorted(curve)
+        axes[0, 1].plot(counts, [curve[count] for count in counts], "o-", color=COLORS[0])
+        axes[0, 1].set(
+            xlabel="worst layers kept wide", ylabel="mean action error, %", ylim=(0, None), title="all others"
+        )
+        axes[0, 1].grid(alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, target)
+
+
 def _subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6, 4), **options: Any) -> Any:
     """A figure and its axes, without pyplot, which keeps figures and needs a backend. Raises MissingExtraError."""
     require_extra("plots", "matplotlib")

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 
 from pi0.command import exit_on_error, local_output_path, make_parser, output_path
-from pi0.config import DTYPES, GemmaConfig, ModelConfig
+from pi0.config import DTYPES, ModelConfig
 from pi0.datasets.engine import end_with_parent
-from pi0.numerics import EOS_TOKEN
-from pi0.observation import Observation
+from pi0.quantization import FORMATS, WIDE
 from pi0.storage import write_text
 from pi0.variants import read_variant
 from pi0_eval.parity.inputs import Inputs
+from pi0_eval.random_models import jax_model, jax_sampler, random_inputs, torch_model, torch_sampler
+from pi0_eval.roofline import costs
 
 FRAMEWORKS, PATHS, BACKENDS = ("jax", "torch"), ("model", "sampler", "gradients"), ("sdpa", "flex", "flash", "eager")
-ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Case:
         compile: whether PyTorch's sampler is compiled; None for its default.
         steps: Euler steps, or decoded tokens of π0-FAST.
         repeats: number of timed calls.
+        quantize: what PyTorch's sampler has its weights rounded to, a format of `pi0.quantization`; empty for nothing.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Case:
     batch: int
     steps: int
     repeats: int
+    quantize: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -70,7 +72,7 @@ class Case:
     @property
     def name(self) -> str:
         """What is measured, in words."""
-        return f"{self.framework} {self.path} {self.backend}".rstrip()
+        return " ".join(word for word in (self.framework, self.path, self.backend, self.quantize) if word)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,58 +101,12 @@ class Result:
         return 1e3 * self.case.batch / self.stages_ms["step"] if decodes else None
 
 
-def costs(config: ModelConfig, cameras: int, batch: int) -> dict[str, tuple[float, float]]:
-    """The least floating-point operations, and bytes of weights and cache read, of each stage."""
-    vision, gemma, expert = config.vision, config.paligemma, config.action_expert
-    size, image = ITEM_SIZE[config.runtime.dtype], config.image_tokens
-    prefix = cameras * image + config.max_token_len
-    suffix = config.family.state_tokens + config.action_horizon
-    outputs = 2 * config.action_dim
-    if expert is None:  # decoding: one token, and the logits of the next
-        expert, suffix, outputs = gemma, 1, config.vocab_size
-    patches = 3 * vision.patch_size**2 * vision.width + vision.width * gemma.width
-    tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim) + patches
-    see = vision.depth * 4 * image**2 * vision.width
-    last = gemma.width * 2 * gemma.num_kv_heads * gemma.head_dim
-    read = (gemma.depth - 1) * _layer(gemma) + last
-    attend = (gemma.depth - 1) * 4 * prefix**2 * gemma.num_heads * gemma.head_dim
-    act = expert.depth * _layer(expert) + outputs * expert.width
-    attend_cache = expert.depth * 4 * suffix * (prefix + suffix) * expert.num_heads * expert.head_dim
-    cache = 2 * expert.depth * (prefix + suffix) * expert.num_kv_heads * expert.head_dim
-    return {
-        "vision": (batch * cameras * (2 * image * tower + see), size * tower * (cameras > 0)),
-        "prefix": (batch * (2 * prefix * read + attend), size * read),
-        "step": (batch * (2 * suffix * act + attend_cache), size * (act + batch * cache)),
-    }
-
-
-def _layer(gemma: GemmaConfig) -> int:
-    """Parameters of one layer's projections."""
-    heads = gemma.num_heads * gemma.head_dim
-    return gemma.width * (2 * heads + 2 * gemma.num_kv_heads * gemma.head_dim) + 3 * gemma.width * gemma.mlp_dim
-
-
 def roofline_ms(case: Case, flops: float, bandwidth: float) -> float:
     """The least time of one call on a machine with these ceilings; gradients cost twice as much as the loss."""
     times = {n: max(f / flops, b / bandwidth) for n, (f, b) in costs(case.config, case.cameras, case.batch).items()}
     if case.path == "gradients":  # no token is decoded, and no step repeated
         times, case = {n: 3 * t for n, t in times.items()}, dataclasses.replace(case, steps=1)
     return 1e3 * (times["vision"] + times["prefix"] + case.steps * times["step"])
-
-
-def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observation, np.ndarray]:
-    """An observation with the first cameras and text of the full length, and noise [B, T, A]."""
-    rng = np.random.default_rng(0)
-    data: dict[str, np.ndarray] = {
-        "state": rng.normal(size=(batch, config.state_size)),
-        "tokenized_prompt": rng.integers(0, config.vocab_size, (batch, config.max_token_len)),
-        "tokenized_prompt_mask": np.ones((batch, config.max_token_len), bool),
-    }
-    for i, key in enumerate(config.image_keys):
-        data[f"image/{key}"] = rng.integers(0, 256, (batch, *config.image_resolution, 3), np.uint8)
-        data[f"image_mask/{key}"] = np.full(batch, i < cameras)
-    noise = rng.normal(size=(batch, config.action_horizon, config.action_dim)).astype(np.float32)
-    return Observation.from_dict(data, config), noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,21 +146,9 @@ def jax_runs(case: Case) -> Runs:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else the peak would be all memory
     import jax
     import jax.numpy as jnp
-    from flax import nnx
-
-    from pi0_jax.loading import make_model
-    from pi0_jax.sampler import Sampler
 
     config, device = case.config, jax.devices()[0]
-
-    @jax.jit
-    def random_model() -> Any:
-        model = make_model(config, rngs=nnx.Rngs(0))
-        embedding = model.paligemma.embedding
-        embedding[...] = embedding[...].at[EOS_TOKEN].set(0)  # never the likeliest token, so decoding does not end
-        return jax.tree.map(lambda x: x.astype(case.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
-
-    model = random_model()
+    model = jax_model(config)
 
     def sample(steps: int) -> Callable[[], Any]:
         run = jax.jit(lambda model, observation, noise: model.sample(observation, noise, steps))
@@ -215,7 +159,7 @@ def jax_runs(case: Case) -> Runs:
         run = jax.jit(jax.grad(lambda model, *inputs: model.compute_loss(*inputs).mean()))
         return lambda: run(model, inputs.observation, inputs.actions, inputs.noise, inputs.time)
 
-    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, warm_up=False), gradients)
+    call, until = calls_of(case, sample, lambda: jax_sampler(config, case.steps), gradients)
     rows, inner, columns = product_shape(device.platform)
     a, b = jnp.ones((rows, inner), case.dtype), jnp.ones((inner, columns), case.dtype)
     matmul, copy, big = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1), jnp.ones(2**26, jnp.uint32)
@@ -241,16 +185,11 @@ def torch_runs(case: Case) -> Runs:
     """The case in PyTorch."""
     import torch
 
-    from pi0_torch.loading import make_model, to_device
-    from pi0_torch.sampler import Sampler
+    from pi0_torch.loading import to_device
 
-    config, device = case.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, model = case.config, torch_model(case.config)
+    device: torch.device = model.paligemma.embedding.device
     dtype, cuda = getattr(torch, case.dtype), device.type == "cuda"
-    torch.set_default_dtype(dtype)
-    with device:
-        model: Any = make_model(config).requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    model.paligemma.embedding[EOS_TOKEN] = 0  # never the likeliest token, so decoding does not end
 
     def sample(steps: int) -> Callable[[], Any]:
         observation, noise = random_inputs(config, case.cameras, case.batch)
@@ -268,8 +207,10 @@ def torch_runs(case: Case) -> Runs:
 
         return run
 
-    options: dict[str, Any] = {"attention": case.backend or None, "compile": case.compile, "warm_up": False}
-    call, until = calls_of(case, sample, lambda: Sampler(model, num_steps=case.steps, **options), gradients)
+    def sampler() -> Any:
+        return torch_sampler(config, case.steps, case.backend or None, case.compile, case.quantize)
+
+    call, until = calls_of(case, sample, sampler, gradients)
     rows, inner, columns = product_shape(device.type)
     a, b = torch.ones(rows, inner, dtype=dtype, device=device), torch.ones(columns, inner, dtype=dtype, device=device)
     big = torch.ones(2**26, dtype=torch.int32, device=device)
@@ -298,12 +239,21 @@ def resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def runs_of(case: Case) -> Runs:
+    """The calls of a case, in its framework."""
+    return {"jax": jax_runs, "torch": torch_runs}[case.framework](case)
+
+
 def measure(case: Case) -> Result:
     """Run one case in this process."""
     start = time.perf_counter()
-    runs = {"jax": jax_runs, "torch": torch_runs}[case.framework](case)
+    runs = runs_of(case)
     runs.call()
-    first = 1e3 * (time.perf_counter() - start)
+    return measure_runs(case, runs, 1e3 * (time.perf_counter() - start))
+
+
+def measure_runs(case: Case, runs: Runs, first_ms: float) -> Result:
+    """Time the calls of a case."""
     times = times_ms(runs.call, case.repeats)
     peak = runs.peak_mib()
     until = {name: statistics.median(times_ms(run, max(3, case.repeats // 3))) for name, run in runs.until.items()}
@@ -316,7 +266,7 @@ def measure(case: Case) -> Result:
     return Result(
         case,
         runs.device,
-        first,
+        first_ms,
         min(times),
         median,
         float(np.quantile(times, 0.99)),
@@ -412,6 +362,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--path", nargs="+", choices=PATHS, default=list(PATHS[:2]), help="default model and sampler")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="attention of PyTorch's sampler")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="PyTorch's sampler (default: on GPUs)")
+    formats = ["none", *(format for format in FORMATS if format != WIDE)]
+    text = "weights of PyTorch's sampler (default none); the roofline stays that of the dtype"
+    parser.add_argument("--quantize", nargs="+", choices=formats, default=["none"], help=text)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--cameras", nargs="+", type=int, default=[3, 1], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N")
@@ -440,14 +393,18 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
     if (args.backend or args.compile is not None) and not ("torch" in args.framework and "sampler" in args.path):
         raise ValueError("--backend and --compile are for PyTorch's sampler: add --framework torch --path sampler")
+    if args.quantize != ["none"] and not ("torch" in args.framework and "sampler" in args.path):
+        raise ValueError("--quantize is for PyTorch's sampler: add --framework torch --path sampler")
     axes = (args.model, args.dtype, args.cameras, args.batch, args.framework, args.path, args.backend or [""])
     cases = []
-    for model, dtype, cameras, batch, framework, path, backend in itertools.product(*axes):
+    for model, dtype, cameras, batch, framework, path, backend, format in itertools.product(*axes, args.quantize):
         config = read_variant(model)
         if config.family.action_tokens and args.steps < 2:
             raise ValueError(f"--steps is {args.steps}; {model} decodes as many tokens, and the first is the prefix's")
         if cameras > len(config.image_keys):
             raise ValueError(f"--cameras is {cameras}; {model} has {len(config.image_keys)}")
-        used, compiled = (backend, args.compile) if (framework, path) == ("torch", "sampler") else ("", None)
-        cases.append(Case(model, framework, path, used, compiled, dtype, cameras, batch, args.steps, args.repeats))
+        own = (backend, args.compile, format) if (framework, path) == ("torch", "sampler") else ("", None, "none")
+        used, compiled, rounded = own
+        case = Case(model, framework, path, used, compiled, dtype, cameras, batch, args.steps, args.repeats)
+        cases.append(dataclasses.replace(case, quantize="" if rounded == "none" else rounded))
     return list(dict.fromkeys(cases))

@@ -150,10 +150,10 @@ def as_module(tree: Any, shared: set[int]) -> Any:
 
 
 def linear(
-    x: Float[Tensor, "..."], weight: Float[Tensor, "out in"], bias: Tensor | None = None
+    x: Float[Tensor, "..."], weight: Float[Tensor, "out in"] | nn.Module, bias: Tensor | None = None
 ) -> Float[Tensor, "..."]:
-    """x·weightᵀ (+ bias [out]) in the weight's dtype, rounded once at the end."""
-    return F.linear(x.to(weight.dtype), weight, bias)
+    """x·weightᵀ (+ bias [out]) in the weight's dtype, rounded once at the end; or as a quantized weight does it."""
+    return F.linear(x.to(weight.dtype), weight, bias) if isinstance(weight, Tensor) else weight(x, bias)
 
 
 def finish_layer(

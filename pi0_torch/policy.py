@@ -15,9 +15,11 @@ from pi0.config import ModelConfig
 from pi0.observation import Observation
 from pi0.policy.policy import check_rtc, fill_assets
 from pi0.policy.rtc import RTC, Previous
+from pi0.quantization import QuantizationConfig
 from pi0.reading import naming
 from pi0.robots.pipeline import Pipeline
 from pi0_torch.loading import load_model, to_device, to_numpy
+from pi0_torch.quantization import quantize
 from pi0_torch.sampler import Sampler
 
 
@@ -44,6 +46,7 @@ class Policy(pi0.policy.policy.Policy):
         use_sampler: bool = False,
         attention: str | None = None,
         compile: bool | None = None,
+        quantization: QuantizationConfig | str | Path | None = None,
         **overrides: Any,
     ) -> Policy:
         """The policy of a checkpoint of any layout that we read: a folder, `gs://` or `hf://`.
@@ -54,10 +57,12 @@ class Policy(pi0.policy.policy.Policy):
         `subtask_every` and `rtc` those of `Policy`; `overrides` what the checkpoint itself does not say, or says
         otherwise: `robot`, `action_horizon`, `norm_stats`, ... (see `fill_assets`). With `use_sampler` it samples by
         `pi0_torch.Sampler`, made and warmed up now, with its `attention` and `compile`, and `model` is None: its memory
-        is free again. Raises what they do, and ValueError for these two without `use_sampler`.
+        is free again; its weights are rounded as `quantization` says: a config, a format's name, or a JSON file
+        (`QuantizationConfig.of`). Raises what they do, and ValueError for these three without `use_sampler`.
         """
-        if not use_sampler and (attention is not None or compile is not None):
-            raise ValueError("attention and compile are options of the sampler: pass use_sampler=True")
+        if not use_sampler and (attention, compile, quantization) != (None, None, None):
+            raise ValueError("attention, compile and quantization are options of the sampler: pass use_sampler=True")
+        rounding = None if quantization is None else QuantizationConfig.of(quantization)
         checkpoint = open_checkpoint(source, config, asset_id=asset_id, preset=preset, head_dims=head_dims)
         with naming(checkpoint.folder):
             assets = fill_assets(checkpoint.assets, checkpoint.norm_stats, **overrides)
@@ -69,7 +74,11 @@ class Policy(pi0.policy.policy.Policy):
         options: dict[str, Any] = {"seed": seed, "fallback": fallback, "subtask_every": subtask_every, "rtc": rtc}
         if use_sampler:
             how: dict[str, Any] = {"subtasks": assets.subtasks, "rtc": rtc, "attention": attention, "compile": compile}
-            options["sampler"], model = Sampler(model, num_steps=num_steps, **how), None
+            sampler, model = Sampler(model, num_steps=num_steps, warm_up=rounding is None, **how), None
+            if rounding is not None:
+                quantize(sampler, rounding)
+                sampler.warm_up()
+            options["sampler"] = sampler
         return cls(model, assets, num_steps=num_steps, **options)
 
     def sample(

@@ -36,6 +36,7 @@ from pi0_torch.models.layers import cast, dtype_name, gelu
 from pi0_torch.models.lora import at_least_float32
 from pi0_torch.models.rtc import clamp, given_actions, guided_velocity
 from pi0_torch.models.vision_language import pixels
+from pi0_torch.quantization import rows, wider_linear
 
 Cache = list[tuple[Float[Tensor, "B K P H"], Float[Tensor, "B K P H"]]]  # one entry per layer
 Inputs = dict[str, Any]
@@ -296,7 +297,7 @@ class FusedModel(nn.Module):
     def embed_text(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
         """Text embeddings × sqrt(W)."""
         dtype = getattr(torch, self.config.runtime.dtype)
-        text = F.embedding(tokens, self.weights["embedding"][0]).to(dtype)
+        text = rows(self.weights["embedding"][0], tokens).to(dtype)
         return text * float(torch.tensor(self.config.paligemma.width**0.5, dtype=dtype))
 
     def embed_prefix(self, inputs: Inputs) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
@@ -378,8 +379,7 @@ class FusedModel(nn.Module):
         """The vocabulary's logits, float32, multiplied in the wider dtype of the two."""
         out = rms_norm(x, at(self.weights["prefix_norms"]["final_norm"], 0))
         (output,) = self.weights["embedding" if self.config.tied_output else "output"]
-        dtype = torch.promote_types(out.dtype, output.dtype)
-        return at_least_float32(F.linear(out.to(dtype), output.to(dtype)))[:, 0]
+        return at_least_float32(wider_linear(out, output))[:, 0]
 
     def denoise(
         self,

@@ -10,8 +10,8 @@ import numpy as np
 from common import serve, time_batches
 
 from pi0.config import ModelConfig
-from pi0_eval.bench import random_inputs
 from pi0_eval.parity.inputs import Inputs
+from pi0_eval.random_models import random_inputs, torch_sampler
 
 
 def prepare(job: dict[str, Any]) -> Callable[[], Any]:
@@ -19,10 +19,10 @@ def prepare(job: dict[str, Any]) -> Callable[[], Any]:
     if job["task"] == "data":
         return data(job)
     make = {"jax": prepare_jax, "torch": prepare_torch}[job["framework"]]
-    return make(config, job["task"], job["batch"], bool(job.get("compile")))
+    return make(config, job["task"], job["batch"], job)
 
 
-def prepare_jax(config: ModelConfig, task: str, batch: int, compile: bool) -> Callable[[], Any]:
+def prepare_jax(config: ModelConfig, task: str, batch: int, job: dict[str, Any]) -> Callable[[], Any]:
     import jax
     from flax import nnx
 
@@ -39,17 +39,17 @@ def prepare_jax(config: ModelConfig, task: str, batch: int, compile: bool) -> Ca
     return lambda: jax.block_until_ready(run(model, *arrays))
 
 
-def prepare_torch(config: ModelConfig, task: str, batch: int, compile: bool) -> Callable[[], Any]:
+def prepare_torch(config: ModelConfig, task: str, batch: int, job: dict[str, Any]) -> Callable[[], Any]:
     import torch
 
     from pi0_torch.loading import make_model, to_device
-    from pi0_torch.sampler import Sampler
 
-    model: Any = make_model(config)
+    compile = bool(job.get("compile"))
     if task == "sample":
-        sampler = Sampler(model, compile=compile, warm_up=False)
         inputs = random_inputs(config, len(config.image_keys), batch)
+        sampler = torch_sampler(config, config.runtime.num_steps, compile=compile, quantize=job.get("quantize", ""))
         return lambda: sampler.sample(*inputs)
+    model: Any = make_model(config)
     drawn = whole_inputs(config, batch)
     arrays = [torch.from_numpy(array) for array in (drawn.actions, drawn.noise, drawn.time)]
     observation = to_device(drawn.observation, torch.device("cpu"))

@@ -25,6 +25,7 @@ WRITING = {
     "pi0_eval.scores": ["x", "--json", GS],
     "pi0_eval.parity.command": ["x", "y", "--html", GS],
     "pi0_eval.bench": ["--json", GS],
+    "pi0_eval.quantization.command": ["x", "--data", "bundled://metaworld_v30", "--out", GS],
     "pi0_eval.demo": ["--workdir", GS],
     "pi0_serve.command": ["x", "--record", GS],
     "pi0.datasets.statistics": [

@@ -9,7 +9,8 @@ import pytest
 
 from pi0.plots import plot_latency
 from pi0.variants import get_variant
-from pi0_eval.bench import Case, Report, Result, benchmark, cases_of, costs, main, roofline_ms
+from pi0_eval.bench import Case, Report, Result, benchmark, cases_of, main, roofline_ms
+from pi0_eval.roofline import costs
 
 CASE = Case("bench", "jax", "sampler", "", None, "float32", cameras=3, batch=1, steps=10, repeats=2)
 RESULT = Result(
@@ -78,6 +79,7 @@ def test_report(tmp_path: Path):
         (["--model", "pi9"], "unknown model variant"),
         (["--model", "tiny_pi0_fast", "--steps", "1"], "the first is the prefix's"),
         (["--framework", "jax", "--backend", "sdpa"], "--backend and --compile are for PyTorch's sampler"),
+        (["--framework", "jax", "--quantize", "int8"], "--quantize is for PyTorch's sampler"),
         (["--path", "model", "--compile"], "--backend and --compile are for PyTorch's sampler"),
     ],
 )
@@ -111,6 +113,7 @@ def test_options_without_effect_make_no_cases():
         path=["model", "sampler"],
         backend=["sdpa", "eager"],
         compile=None,
+        quantize=["none", "int8"],
         dtype=["float32"],
         cameras=[1],
         batch=[1],
@@ -118,4 +121,5 @@ def test_options_without_effect_make_no_cases():
         repeats=1,
     )
     names = [case.name for case in cases_of(parsed)]
-    assert names == ["jax model", "jax sampler", "torch model", "torch sampler sdpa", "torch sampler eager"]
+    own = [f"torch sampler {backend}{format}" for backend in ("sdpa", "eager") for format in ("", " int8")]
+    assert names == ["jax model", "jax sampler", "torch model", *own]

@@ -1,0 +1,1 @@
+"""How far quantization moves a policy, layer by layer: `pi0-quantize-report`."""
