@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pi0
 
@@ -36,6 +41,40 @@ assert all((pathlib.Path(pi0.__file__).parents[1] / p / "py.typed").exists() for
 def test_versions_agree():
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == pi0.__version__
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_requirement_is_pinned():
+    """`constraints.txt` has a version of each package of each extra, within what is asked; but JAX's for accelerators."""
+    pins = read_pins()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]:
+        requirement = Requirement(text)
+        if (name := canonicalize_name(requirement.name)) == "pi0":
+            continue
+        assert name in pins, f"{name} has no version in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{text} excludes {name} {pins[name]}"
+
+
+def test_pins_agree_with_each_other():
+    """What an installed package of a pinned version requires of another is what is pinned: pip can resolve them."""
+    pins, checked = read_pins(), 0
+    for distribution in importlib.metadata.distributions():
+        if pins.get(canonicalize_name(distribution.name)) != distribution.version:
+            continue
+        for text in distribution.requires or []:
+            requirement = Requirement(text)
+            name = canonicalize_name(requirement.name)
+            if name in pins and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+                wrong = f"{distribution.name} requires {text}; constraints.txt has {pins[name]}"
+                assert requirement.specifier.contains(pins[name], prereleases=True), wrong
+                checked += 1
+    assert checked > 50
+
+
+def read_pins() -> dict[str, str]:
+    """The versions of `constraints.txt` by package."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
 @pytest.mark.network  # pip fetches setuptools
