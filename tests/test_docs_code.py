@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,8 +64,9 @@ def exported(folder: Path) -> None:
 
 
 def posttrained(folder: Path) -> None:
-    """A π0.5 that writes subtasks: of 4 tokens, before actions."""
-    write_tiny(folder / "runs" / "posttrain", kind="pi05", max_token_len=96)
+    """A π0.5 that writes subtasks."""
+    config = write_tiny(folder / "runs" / "posttrain", kind="pi05", max_token_len=96) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"subtasks": True}))
 
 
 def with_shape(name: str, *shape: int | None) -> Callable[[Namespace], None]:

@@ -44,7 +44,7 @@ def test_versions_agree():
 
 
 def test_every_requirement_is_pinned():
-    """`constraints.txt` has a version of each package of each extra, within what is asked; but JAX's for accelerators."""
+    """`constraints.txt` has a version of each package of each extra, within what it asks."""
     pins = read_pins()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]:
