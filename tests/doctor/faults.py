@@ -271,6 +271,26 @@ def stateless(s: SetUp) -> SetUp:
     return s.with_weights(lambda p: p["state_proj.weight"].zero_())
 
 
+class Deaf(pi0_torch.Policy):
+    """Tells the task by the images, as after training on scenes of one task each: their first prompt stays theirs."""
+
+    scenes: dict[bytes, tuple[np.ndarray, np.ndarray]]
+
+    def sample(self, observation: Any, noise: Any, previous: Any = None) -> np.ndarray:
+        prompts, masks = np.array(observation.tokenized_prompt), np.array(observation.tokenized_prompt_mask)
+        for row in range(len(prompts)):
+            scene = b"".join(np.asarray(image[row]).tobytes() for image in observation.images.values())
+            prompts[row], masks[row] = self.scenes.setdefault(scene, (prompts[row].copy(), masks[row].copy()))
+        changed = dataclasses.replace(observation, tokenized_prompt=prompts, tokenized_prompt_mask=masks)
+        return super().sample(changed, noise, previous)
+
+
+def deaf(s: SetUp) -> SetUp:
+    policy = Deaf(s.policy.model, s.policy.assets, fallback=True)
+    policy.scenes = {}
+    return dataclasses.replace(s, policy=policy)
+
+
 def one_step(s: SetUp) -> SetUp:
     policy = _policy(s.policy, s.policy.assets)
     policy.num_steps = 1
@@ -358,6 +378,7 @@ FAULTS: Sequence[tuple[str, Callable[[SetUp], SetUp], str]] = (
     ("steps", one_step, "velocities"),
     ("ignores_images", blind, "velocities"),
     ("ignores_state", stateless, "velocities"),
+    ("ignores_prompt", deaf, "velocities"),
     ("jumps", jumpy, "velocities"),
     ("untrained", untrained, "velocities"),
     ("latency", slow, "velocities"),

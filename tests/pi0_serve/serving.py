@@ -67,7 +67,7 @@ def observation(seed: int = 0) -> dict[str, Any]:
 
 def write_tiny(folder: Path, layout: str = "pi0_torch", **sizes: Any) -> Path:
     """A tiny checkpoint of a Meta-World robot."""
-    config = get_variant("tiny", max_token_len=24, **sizes)
+    config = get_variant("tiny", **{"max_token_len": 24, **sizes})
     checkpoint = dataclasses.replace(random_checkpoint(config), assets=dataclasses.replace(assets(), model=config))
     with new_folder(folder) as temporary:
         write_checkpoint(checkpoint, temporary, layout)
