@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -86,7 +87,9 @@ class Worker:
         job = {"cases": [dataclasses.asdict(case) for case in self.cases], "deadline": deadline}
         command, pipe = [sys.executable, __file__, "--worker", json.dumps(job)], subprocess.PIPE
         with log.open("w") as errors:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True
+            )
         threading.Thread(target=self._read, args=(self.process, log), daemon=True).start()
 
     def _read(self, process: subprocess.Popen[str], log: Path) -> None:
@@ -126,13 +129,19 @@ class Worker:
     def stop(self) -> None:
         """End the process."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            end_session(self.process)
 
     def left_out(self) -> dict[str, str]:
         """The cases without a result, by name, and why."""
         missing = [i for i in range(len(self.cases)) if i not in self.results]
         return {describe(self.cases[i]): self.errors.get(i, "no time") for i in missing}
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a session, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def describe(case: Case) -> str:
@@ -191,8 +200,11 @@ def sample(workers: list[Worker], most: int, end: float, logs: Path) -> None:
 
 
 def train(args: argparse.Namespace, end: float) -> list[str]:
-    """Training steps until `end`: rows of benchmarks/training.py, and what was left out."""
-    rows, slowest = [], 0.0
+    """Training steps until `end`: rows of benchmarks/training.py, and what was left out.
+
+    PyTorch counts the operations, so that JAX's MFU is PyTorch's times the ratio of their rates.
+    """
+    rows, slowest, counted = [], 0.0, {}
     for model, side in itertools.product(args.train, args.frameworks):
         begin = time.time()
         if begin + max(slowest, 5) > end:
@@ -203,19 +215,28 @@ def train(args: argparse.Namespace, end: float) -> list[str]:
         if get_variant(model).paligemma.lora_rank:
             command += ["--freeze", "lora", "--frozen-dtype", args.dtype]
         print(f"{end - begin:.0f} s left: training {model}, {side}", file=sys.stderr, flush=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=end - begin, check=False)
+            output, errors = process.communicate(timeout=end - begin)
         except subprocess.TimeoutExpired:
             rows.append(f"left out: training {model}, {side}: no time")
             continue
+        finally:
+            end_session(process)
         slowest = max(slowest, time.time() - begin)
-        cells = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(f"| {side} |")]
-        if not cells or len(cells[0]) < 3:  # a row of one that failed has its reason in it
-            why = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            rows.append(f"left out: training {model}, {side}: {''.join(why)[:160]}")
+        found = [line for line in output.splitlines() if line.startswith(f"| {side} |")]
+        cells = [cell.strip() for cell in found[0].strip("|").split("|")] if found else []
+        if len(cells) < 7 or not cells[3]:  # one that failed has its reason for a rate
+            why = cells[2] if cells else "".join(errors.strip().splitlines()[-1:])[:160]
+            rows.append(f"left out: training {model}, {side}: {why}")
             continue
-        ((_, batch, rate, *others),) = cells
-        rows.append(f"| {model} | {' | '.join([side, batch, rate, *others])} |")
+        rate, mfu = float(cells[2]), cells[6]
+        if mfu:
+            counted[model] = float(mfu.rstrip("%")) / rate
+        elif model in counted:
+            cells[6] = f"{counted[model] * rate:.1f}%"
+        rows.append(f"| {' | '.join([model, *cells])} |")
     return rows
 
 

@@ -3,7 +3,7 @@
 tests/peers/make_env.sh                                    LeRobot in .cache/peers
 python benchmarks/peers.py                                 58 M parameters, 3 cameras, float32
 python benchmarks/peers.py --openpi CHECKOUT --openpi-python VENV/bin/python
-python benchmarks/peers.py --tasks sample --quantize int8 w8a8        what is not the same function, beside all others
+python benchmarks/peers.py --tasks sample --quantize int8 w8a8 --exports onnx aoti       these beside all others
 
 Every side is a process of its own with a model of the same sizes and random weights; after all have warmed up, they
 take turns, one call each a round, so that what else the machine does falls on all alike. A ratio is the median of the
@@ -33,6 +33,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoints import Checkpoint, write_checkpoint
+from convert.fresh import with_fresh
+from convert.layouts.registry import LAYOUTS
+from pi0.assets import Assets
+from pi0.config import ModelConfig
 from pi0.fetch import fetch
 from pi0.variants import get_variant
 
@@ -110,6 +115,10 @@ def sides_of(task: str, job: dict[str, Any], args: argparse.Namespace) -> list[S
             sides.append(Side(f"ours, {mode}", "PyTorch", job | more, ours, root, ours=True))
             for format in args.quantize if task == "sample" else ():  # other numbers: never our best, for a ratio
                 sides.append(Side(f"ours, {format}, {mode}", "PyTorch", job | more | {"quantize": format}, ours, root))
+    if task == "sample":
+        for format, folder in args.exported.items():
+            more = {"framework": "export", "folder": str(folder)}
+            sides.append(Side(format, "export", job | more, ours, root))
     if args.lerobot is not None:
         python = [str(args.lerobot / "bin" / "python"), "-W", "ignore", str(HERE / "sides" / "time_lerobot.py")]
         if task == "data":
@@ -173,6 +182,26 @@ def compare(task: str, job: dict[str, Any], args: argparse.Namespace) -> None:
             print(f"| {task} | {label} | {median:.1f} | {best_ms:.1f} | {cells[0]} | {cells[1]} |", flush=True)
 
 
+def export_random(config: ModelConfig, formats: list[str], folder: Path) -> dict[str, Path]:
+    """Folders of exports of a random model, by format. Prints what could not be exported, and why."""
+    if not formats:
+        return {}
+    source = folder / "random"
+    ours, _ = with_fresh(config, {}, seed=0)
+    write_checkpoint(Checkpoint(source, LAYOUTS["pi0_torch"], Assets(config), ours), source, "pi0_torch")
+    found = {}
+    for format in formats:
+        command = [sys.executable, "-c", "from pi0_eval.export.command import main; main()"]
+        command += [str(source), str(folder / format), "--to", format, "--cases", "1"]
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            print(f"the export to {format} is left out: {last[:300]}", flush=True)
+        else:
+            found[format] = folder / format
+    return found
+
+
 def prepare_records(dataset: Path, args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Fill the frame cache, and write the recordings as ArrayRecord: to a folder, and a bucket that stays till the end.
 
@@ -208,6 +237,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="(default %(default)s)")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--quantize", nargs="+", default=[], metavar="FORMAT", help="of sampling: ours in these, too")
+    text = "of sampling: exports of ours, such as onnx and aoti (pi0-export), too"
+    parser.add_argument("--exports", nargs="+", default=[], metavar="FORMAT", help=text)
     parser.add_argument("--lerobot", type=Path, default=Path(".cache/peers"), help="its environment's folder")
     parser.add_argument("--openpi", type=Path, help="a checkout of openpi")
     parser.add_argument("--openpi-python", type=Path, default=Path("python"), help="of an environment for openpi")
@@ -239,6 +270,7 @@ def main() -> None:
                 for workers in args.workers:
                     compare(task, job | {"workers": workers}, args)
             else:
+                args.exported = export_random(config, args.exports if task == "sample" else [], Path(folder))
                 print("| task | side | median ms | best ms | times our JAX | times our PyTorch |", flush=True)
                 print("|---|---|---|---|---|---|", flush=True)
                 job = {"task": task, "config": config.to_dict(), "batch": 1 if task == "sample" else args.batch}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,6 @@ class RoundedProduct(nn.Module):
         super().__init__()
         values, scale = weight.values.detach(), weight.scale
         assert scale is not None
-        check_device(values.dtype, values.device)
         self.columns, rows = -values.shape[1] % MULTIPLE, -len(values) % MULTIPLE  # of zeros
         padded = F.pad(values.view(torch.uint8), (0, self.columns, 0, rows)).view(values.dtype)
         self.values = nn.Parameter(padded, requires_grad=False)
@@ -145,9 +144,11 @@ def round_inputs(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return x.round() if dtype == torch.int8 else x.to(dtype).float()
 
 
-def check_device(dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError where a device has no products in `dtype`."""
-    if dtype == torch.float8_e4m3fn and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+def check_formats(formats: Iterable[str], device: torch.device) -> None:
+    """Raise ValueError for a format that a device cannot multiply in."""
+    if "w8a8_float8" not in formats:
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         raise ValueError(
             f"w8a8_float8 multiplies in float8, which {name} does not; use w8a8, or float8, which rounds weights alone"
@@ -236,8 +237,7 @@ def quantize(sampler: Any, config: QuantizationConfig) -> dict[str, str]:
     if rounded and sampler.rtc is not None and sampler.rtc.method == "guided":
         name, format = next(iter(rounded.items()))
         raise ValueError(f"{name} is {format}, and rounded inputs have no gradient, which rtc='guided' needs")
-    for format in set(rounded.values()):
-        check_device(torch.float8_e4m3fn if "float8" in format else torch.int8, sampler.device)
+    check_formats(formats.values(), sampler.device)
     compute = getattr(torch, sampler.config.runtime.dtype)
     for name, format in formats.items():
         if format != WIDE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def prepare(job: dict[str, Any]) -> Callable[[], Any]:
     config = ModelConfig.from_dict(job["config"])
     if job["task"] == "data":
         return data(job)
-    make = {"jax": prepare_jax, "torch": prepare_torch}[job["framework"]]
+    make = {"jax": prepare_jax, "torch": prepare_torch, "export": prepare_export}[job["framework"]]
     return make(config, job["task"], job["batch"], job)
 
 
@@ -60,6 +61,18 @@ def prepare_torch(config: ModelConfig, task: str, batch: int, job: dict[str, Any
         loss(observation, *arrays).mean().backward()
 
     return run
+
+
+def prepare_export(config: ModelConfig, task: str, batch: int, job: dict[str, Any]) -> Callable[[], Any]:
+    from pi0.policy.exported import ExportedSampler
+    from pi0.policy.manifest import Manifest
+    from pi0_eval.export.runners import open_runner
+
+    folder = Path(job["folder"])
+    manifest = Manifest.load(folder)
+    sampler = ExportedSampler(manifest, config, open_runner(folder, manifest))
+    inputs = random_inputs(config, len(config.image_keys), batch)
+    return lambda: sampler.sample(*inputs)
 
 
 def whole_inputs(config: ModelConfig, batch: int) -> Inputs:

@@ -111,10 +111,13 @@ def measure(args: argparse.Namespace, config: QuantizationConfig) -> Any:
     """The report of the arguments, with ranges calibrated where the config has none."""
     from pi0_eval.quantization.measure import Quantizable, Recorded, calibrate
     from pi0_eval.quantization.report import make_report
+    from pi0_torch.loading import find_device
     from pi0_torch.policy import Policy
+    from pi0_torch.quantization import check_formats
 
     names = ("robot", "preset", "asset_id", "dtype", "device", "num_steps")
     policy = Policy.from_pretrained(args.checkpoint, **{name: getattr(args, name) for name in names}, fallback=True)
+    check_formats(config.layers.values(), find_device(args.device))
     robot = policy.pipeline.robot
     dataset = open_dataset(args.data, robot, format=args.format, action_horizon=policy.config.action_horizon)
     data = (policy.assets.training or {}).get("data", {})

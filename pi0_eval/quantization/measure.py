@@ -23,7 +23,15 @@ from pi0_eval.replay import recorded_actions
 from pi0_eval.scores import Frames
 from pi0_torch.loading import Model, map_tensors, to_device, to_numpy
 from pi0_torch.policy import Policy
-from pi0_torch.quantization import calibration, put, replacement, sampler_layers, simulate, stored_bytes
+from pi0_torch.quantization import (
+    calibration,
+    check_formats,
+    put,
+    replacement,
+    sampler_layers,
+    simulate,
+    stored_bytes,
+)
 from pi0_torch.sampler import Sampler
 
 
@@ -90,6 +98,7 @@ class Quantizable:
         self.sampler = Sampler(policy.model, num_steps=policy.num_steps, compile=False, warm_up=False)
         self.layers = sampler_layers(self.sampler.weights)
         self.formats = config.formats(self.layers)
+        check_formats(self.formats.values(), self.sampler.device)
         self.quantized = [name for name, format in self.formats.items() if format != WIDE]
         if not self.quantized:
             raise ValueError("the config quantizes no layer: all are wide")

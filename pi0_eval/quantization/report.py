@@ -87,9 +87,11 @@ class Report:
         ]
         lines += ["", "relative error of stages, quantized:"]
         lines += [f"  {name:<20}{error:.2e}" for name, error in whole.stages.items()]
-        lines += ["", f"layers that hurt most, each alone ({most} of {len(self.layers)}):"]
+        lines += ["", f"layers that hurt most, each alone ({min(most, len(self.layers))} of {len(self.layers)}):"]
+        lines += [f"  {'':<56}{'action error':>12}{'largest':>9}{'outputs':>10}"] if most else []
         for row in self.layers[:most]:
-            lines.append(f"  {row.name:<44}{row.format:<12}{row.error.mean:>9.4%}{row.error.largest:>9.2%}")
+            error = f"{row.error.mean:>12.4%}{row.error.largest:>9.2%}{row.error.outputs:>10.1e}"
+            lines.append(f"  {row.name:<44}{row.format:<12}{error}")
         if self.max_error is not None:
             kept = self.variants["searched"].wide
             lines += ["", f"for an action error of at most {self.max_error:.3%}, {len(kept)} layers stay wide:"]

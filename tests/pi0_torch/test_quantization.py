@@ -106,6 +106,20 @@ def test_whole_numbers_are_multiplied_as_they_are(count: int):
     assert distance(y, inputs @ made.whole().double().T + 1) <= 1e-6
 
 
+def test_float8_is_multiplied_as_it_is():
+    """Where this device has such products: rounded to bfloat16, as GPUs give them."""
+    weight, x = weights(21, 70), torch.randn(40, 70, generator=torch.Generator().manual_seed(0))
+    made = make_weight(weight, "float8", torch.float32, 32)
+    assert isinstance(made, ChannelWeight)
+    try:
+        y = RoundedProduct(made, 2.0)(x)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"no product in float8 here: {error}")
+    step = 2.0 / 448
+    inputs = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).double() * step
+    assert distance(y, inputs @ made.whole().double().T) <= 2.0**-8
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("format", ["int8", "int4", "float8", "w8a8", "bfloat16"])
 def test_the_sampler_computes_what_the_model_with_the_same_numbers_does(variant: str, format: str):
