@@ -138,14 +138,17 @@ def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
 def as_module(tree: Any, shared: set[int]) -> Any:
     """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy.
 
-    Tensors in storages at the addresses `shared` are copied.
+    Tensors in storages at the addresses `shared`, and those that are a part of their storage, are copied.
     """
     if isinstance(tree, dict):
         return nn.ModuleDict({name: as_module(value, shared) for name, value in tree.items()})
     if isinstance(tree, list):
         return nn.ModuleList(as_module(value, shared) for value in tree)
     tensors = (x.detach().contiguous() for x in tree)
-    own = (x.clone() if x.untyped_storage().data_ptr() in shared else x for x in tensors)
+    own = (
+        x.clone() if x.untyped_storage().data_ptr() in shared or x.untyped_storage().nbytes() > x.nbytes else x
+        for x in tensors
+    )
     return nn.ParameterList(nn.Parameter(x, requires_grad=False) for x in own)
 
 
