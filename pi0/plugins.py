@@ -22,6 +22,7 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
     **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray", "rerun": "rerun"},
     **{"metaworld": "sim-metaworld", "libero": "sim-libero", "gym_aloha": "sim-aloha"},
+    **{"onnxruntime": "onnx", "onnx": "export", "onnxscript": "export"},
     **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 

@@ -94,7 +94,9 @@ def write_programs(
     for name, program in programs.items():
         used = list(dict.fromkeys(n for x in program.inputs for n in x.shape if isinstance(n, str)))
         bounds = [f"{axis} >= {ranges[axis][0]}" for axis in used] + [f"{axis} <= {ranges[axis][1]}" for axis in used]
-        symbols = dict(zip(used, export.symbolic_shape(",".join(used), constraints=bounds), strict=True)) if used else {}
+        symbols = (
+            dict(zip(used, export.symbolic_shape(",".join(used), constraints=bounds), strict=True)) if used else {}
+        )
         shapes = [tuple(symbols.get(n, n) if isinstance(n, str) else n for n in x.shape) for x in program.inputs]
         inputs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, program.inputs, strict=True)]
         stages: list[str] = []

@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,15 +49,14 @@ class ExportedSampler:
         observation: Observation,
         noise: np.ndarray | None = None,
         previous: Previous | None = None,
-        stages: dict[str, Any] | None = None,
+        stages: Arrays | None = None,
     ) -> np.ndarray:
         """Normalized actions [B, T, A], float32, or of π0-FAST tokens [B, D], int32, which takes no noise.
 
-        `stages`, where given, receives what the programs compute before: it takes a batch that the export takes.
+        `stages`, where given, receives what the programs compute before.
         Raises ObservationError for what the export does not take.
         """
-        (result,) = self._in_parts(self._sample, (observation.prompt_only(), noise, previous), stages)
-        return result
+        return self._in_parts(self._sample, self.inputs(observation.prompt_only(), noise, previous), stages)[0]
 
     def sample_with_subtask(
         self,
@@ -65,59 +64,49 @@ class ExportedSampler:
         noise: np.ndarray,
         subtask: np.ndarray | None = None,
         previous: Previous | None = None,
-        stages: dict[str, Any] | None = None,
+        stages: Arrays | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them."""
         if not self.subtasks:
             raise ValueError("this export writes no subtasks")
-        arguments = (observation.prompt_only(), noise, previous, subtask)
-        subtask, actions = self._in_parts(self._sample_with_subtask, arguments, stages)
+        inputs = self.inputs(observation.prompt_only(), noise, previous)
+        inputs |= {} if subtask is None else {"subtask": np.asarray(subtask, np.int32)}
+        subtask, actions = self._in_parts(self._sample_with_subtask, inputs, stages)
         return subtask, actions
 
-    def _in_parts(self, function: Callable[..., Any], arguments: Any, stages: dict[str, Any] | None) -> Any:
+    def _in_parts(self, function: Callable[..., Any], inputs: Arrays, stages: Arrays | None) -> Any:
         """The results of parts of the batch, one after the other, the last one filled with its last row."""
         least, most = self.manifest.sizes.batch
-        batch = len(arguments[0].state)
-        if stages is not None and not least <= batch <= most:
-            raise ObservationError(f"a batch of {batch}; the export takes {least} to {most} where stages are compared")
-        parts = []
+        batch, parts, found = len(inputs["state"]), [], []
         for start in range(0, batch, most):
             count = min(most, batch - start)
             rows = np.minimum(np.arange(start, start + max(count, least)), batch - 1)
-            results = function(*(_take(x, rows) for x in arguments), stages=stages)
+            own: Arrays | None = None if stages is None else {}
+            results = function({name: x[rows] for name, x in inputs.items()}, own)
             parts.append([x[:count] for x in results])
+            found.append({name: x[: len(x) // len(rows) * count] for name, x in (own or {}).items()})
+        if stages is not None:
+            stages.update({name: np.concatenate([part[name] for part in found]) for name in found[0]})
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
-    def _sample(
-        self, observation: Observation, noise: Any, previous: Previous | None, stages: dict[str, Any] | None
-    ) -> tuple[np.ndarray]:
-        inputs = self.inputs(observation, noise, previous)
+    def _sample(self, inputs: Arrays, stages: Arrays | None) -> tuple[np.ndarray]:
         if "sample" in self.manifest.programs:
             return (self._run("sample", inputs, stages)["actions"],)
         read = self._run("prefix", inputs, stages)
         if self.config.family.action_tokens:
             skipped = self.config.format.skipped_positions
-            return (self._decode(read, inputs, stages, skipped=skipped, name="decoded logits"),)
-        return (self._run("denoise", read | inputs, stages)["actions"],)
+            return (self._decode(read, stages, skipped=skipped, name="decoded logits"),)
+        return (self._run("denoise", inputs | read, stages)["actions"],)
 
-    def _sample_with_subtask(
-        self,
-        observation: Observation,
-        noise: Any,
-        previous: Previous | None,
-        subtask: np.ndarray | None,
-        stages: dict[str, Any] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        inputs = self.inputs(observation, noise, previous)
-        read = self._run("prefix", inputs, stages)
-        subtask = self._decode(read, inputs, stages, name="subtask logits", read_last=True, given=subtask)
-        return subtask, self._run("denoise", read | inputs, stages)["actions"]
+    def _sample_with_subtask(self, inputs: Arrays, stages: Arrays | None) -> tuple[np.ndarray, np.ndarray]:
+        read, given = self._run("prefix", inputs, stages), inputs.get("subtask")
+        subtask = self._decode(read, stages, name="subtask logits", read_last=True, given=given)
+        return subtask, self._run("denoise", inputs | read, stages)["actions"]
 
     def _decode(
         self,
         read: Arrays,
-        inputs: Arrays,
-        stages: dict[str, Any] | None,
+        stages: Arrays | None,
         *,
         name: str,
         skipped: int = 0,
@@ -162,7 +151,7 @@ class ExportedSampler:
         read["seen"] = np.concatenate([read["seen"], written(tokens)], axis=1)
         return tokens
 
-    def _run(self, name: str, inputs: Arrays, stages: dict[str, Any] | None) -> Arrays:
+    def _run(self, name: str, inputs: Arrays, stages: Arrays | None) -> Arrays:
         found = self.manifest.programs[name]
         results = self.runner.run(name, {x.name: inputs[x.name] for x in found.program.inputs}, stages is not None)
         if stages is not None:
@@ -208,18 +197,6 @@ class ExportedSampler:
         if needed > lengths[-1]:
             raise ObservationError(f"a prompt of {needed} tokens; the export takes at most {lengths[-1]}")
         return lengths[bisect.bisect_left(lengths, needed)]
-
-
-def _take(value: Any, rows: np.ndarray) -> Any:
-    """These rows of an observation, arrays or None."""
-    if isinstance(value, Observation):
-        parts = {name: _take(x, rows) for name, x in vars(value).items()}
-        return Observation(**parts)
-    if isinstance(value, Previous):
-        return Previous(*(np.asarray(x)[rows] for x in value))
-    if isinstance(value, Mapping):
-        return {key: x[rows] for key, x in value.items()}
-    return None if value is None else value[rows]
 
 
 def written(tokens: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from pi0.datasets.registry import open_dataset
 from pi0.fetch import fetch
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, text_lengths
-from pi0.policy.exported import ExportedSampler, OnnxRunner, Runner
+from pi0.policy.exported import ExportedSampler
 from pi0.policy.manifest import FORMATS, MANIFEST, ExportError, Manifest, ProgramFile
 from pi0.policy.policy import check_rtc, fill_assets
 from pi0.policy.programs import Program, Sizes, programs
@@ -30,12 +29,16 @@ from pi0.robots.pipeline import Pipeline
 from pi0.storage import new_folder, require_replaceable
 from pi0_eval.actors import checksum
 from pi0_eval.export.gate import cases, run_gate
+from pi0_eval.export.runners import open_runner
 from pi0_eval.export.source import Case, Source, jax_source, torch_source
 from pi0_eval.parity.frameworks import exact_matmuls
 
 SUFFIX = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 PACKAGES = ("torch", "jax", "jaxlib", "onnx", "onnxscript", "onnxruntime", "numpy")
-REPLACED = {"marker": (MANIFEST,), "files": (MANIFEST, "config.json", "assets", "*.pt2", "*.onnx*", "*.stablehlo", "weights.*")}
+REPLACED = {
+    "marker": (MANIFEST,),
+    "files": (MANIFEST, "config.json", "assets", "*.pt2", "*.onnx*", "*.stablehlo", "weights.*"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,23 +267,7 @@ def sources(checkpoint: Checkpoint, config: ModelConfig, options: Options) -> tu
     return source, make(checkpoint, config.with_runtime(dtype="float32"), weights, **how)
 
 
-def open_runner(folder: Path, manifest: Manifest, device: str | None = None) -> Runner:
-    """What runs the programs of an export of any format: onnxruntime, PyTorch or JAX."""
-    if manifest.to == "onnx":
-        return OnnxRunner(folder, manifest)
-    if manifest.to == "stablehlo":
-        from pi0_jax.export import StableHLORunner
-
-        return StableHLORunner(folder, manifest)
-    from pi0_torch.export.pt2 import TorchRunner
-    from pi0_torch.loading import find_device
-
-    return TorchRunner(folder, manifest, find_device(device or "cpu"))
-
-
-def recorded_cases(
-    assets: Assets, data: str, frames: int, sizes: Sizes, rtc: RTC | None, seed: int
-) -> Iterator[Case]:
+def recorded_cases(assets: Assets, data: str, frames: int, sizes: Sizes, rtc: RTC | None, seed: int) -> Iterator[Case]:
     """Evenly spaced frames of a dataset, each in the smallest batch that the export takes."""
     pipeline, config = Pipeline.from_assets(assets), assets.model
     dataset = open_dataset(data, pipeline.robot, action_horizon=config.action_horizon)

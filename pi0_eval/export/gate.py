@@ -48,13 +48,26 @@ class Row:
         return self.error <= self.allowed  # NaN fails
 
 
-def compare_case(
-    sampler: ExportedSampler, source: Source, case: Case, exact: Source | None = None
-) -> tuple[list[Row], Stages]:
-    """A row for each stage that both have, in order of computation; and what the export computed.
+def compare_case(sampler: ExportedSampler, source: Source, case: Case, exact: Source | None = None) -> list[Row]:
+    """A row for each stage that both have, in order of computation.
 
     `exact` is the source in float32, where the export computes in less.
     """
+    wanted, tolerance = comparable(source(case), case, sampler, whole=True), TOLERANCE[sampler.manifest.to]
+    found = comparable(run_stages(sampler, case), case, sampler, whole=False)
+    allowed = {stage: tolerance * (1.0 if stage == "actions" else STAGES) for stage in wanted}
+    if exact is not None:
+        narrow = comparable(exact(case), case, sampler, whole=True)
+        allowed = {stage: NARROW * error(narrow[stage], x) for stage, x in wanted.items()}
+    return [
+        Row(case.name, stage, error(x, found[stage], stage in EXACT), 0.0 if stage in EXACT else allowed[stage])
+        for stage, x in wanted.items()
+        if stage in found
+    ]
+
+
+def run_stages(sampler: ExportedSampler, case: Case) -> Stages:
+    """The stages that an export shows, and what it samples."""
     found: Stages = {}
     if sampler.config.family.action_tokens:
         found["tokens"] = sampler.sample(case.observation, stages=found)
@@ -63,21 +76,10 @@ def compare_case(
         found["subtask"], found["actions"] = sampled
     else:
         found["actions"] = sampler.sample(case.observation, case.noise, case.previous, stages=found)
-    wanted, tolerance = _comparable(source(case), case, sampler, whole=True), TOLERANCE[sampler.manifest.to]
-    found = _comparable(found, case, sampler, whole=False)
-    allowed = {stage: tolerance * (1.0 if stage == "actions" else STAGES) for stage in wanted}
-    if exact is not None:
-        narrow = _comparable(exact(case), case, sampler, whole=True)
-        allowed = {stage: NARROW * error(narrow[stage], x) for stage, x in wanted.items()}
-    rows = [
-        Row(case.name, stage, error(x, found[stage], stage in EXACT), 0.0 if stage in EXACT else allowed[stage])
-        for stage, x in wanted.items()
-        if stage in found
-    ]
-    return rows, found
+    return found
 
 
-def _comparable(stages: Stages, case: Case, sampler: ExportedSampler, whole: bool) -> Stages:
+def comparable(stages: Stages, case: Case, sampler: ExportedSampler, whole: bool) -> Stages:
     """Stages without what is masked, and with axes in the source's order.
 
     `whole`: whether they are of all cameras and the whole prompt, as the source's are, or of those that the export got.
@@ -92,7 +94,7 @@ def _comparable(stages: Stages, case: Case, sampler: ExportedSampler, whole: boo
     batch, tokens = len(text), config.image_tokens
     chosen = [keys.index(key) for key in got]
 
-    def comparable(stage: str, x: np.ndarray) -> np.ndarray:
+    def one(stage: str, x: np.ndarray) -> np.ndarray:
         if stage.startswith("vision"):
             return x.reshape(batch, len(keys), *x.shape[1:])[:, chosen]
         if stage == "image tokens":
@@ -101,7 +103,7 @@ def _comparable(stages: Stages, case: Case, sampler: ExportedSampler, whole: boo
             x = x.swapaxes(1, 2)
         return x[valid] if stage.startswith("prefix") else x
 
-    return {stage: comparable(stage, x) for stage, x in stages.items()}
+    return {stage: one(stage, x) for stage, x in stages.items()}
 
 
 def error(a: np.ndarray, b: np.ndarray, tokens: bool = False) -> float:
@@ -115,7 +117,13 @@ def error(a: np.ndarray, b: np.ndarray, tokens: bool = False) -> float:
 
 
 def cases(
-    config: ModelConfig, sizes: Sizes, rtc: RTC | None = None, *, most: int | None = None, every: bool = False, seed: int = 0
+    config: ModelConfig,
+    sizes: Sizes,
+    rtc: RTC | None = None,
+    *,
+    most: int | None = None,
+    every: bool = False,
+    seed: int = 0,
 ) -> Iterator[Case]:
     """Random inputs that cover what an export promises: each set of cameras, each length of prompts, each end of the
     batch sizes; or with `every` all combinations of these. At most `most`.
@@ -185,7 +193,7 @@ def run_gate(
     worst: dict[str, Row] = {}
     names, manifest = [], sampler.manifest
     for case in inputs:
-        rows, found = compare_case(sampler, source, case, exact)
+        rows = compare_case(sampler, source, case, exact)
         for row in rows:
             if not row.passed:
                 raise GateError(refusal(manifest, row))

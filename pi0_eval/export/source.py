@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.checkpoints import Checkpoint
 from pi0 import numerics
-from pi0.config import ModelConfig
+from pi0.config import PROOF_DTYPE, ModelConfig
 from pi0.masks import block_mask
 from pi0.observation import Observation, to_numpy
 from pi0.policy.rtc import RTC, Previous
@@ -35,7 +35,13 @@ class Case:
 
 
 def stages_of(
-    model: Any, case: Case, num_steps: int, *, rtc: RTC | None = None, subtasks: bool = False, tensor: Callable = np.array
+    model: Any,
+    case: Case,
+    num_steps: int,
+    *,
+    rtc: RTC | None = None,
+    subtasks: bool = False,
+    tensor: Callable = np.array,
 ) -> dict[str, Any]:
     """The stages that a plain model computes while it samples, in order; `tensor` makes an array of its framework.
 
@@ -91,9 +97,11 @@ def torch_source(checkpoint: Checkpoint, config: ModelConfig, weights: str, **op
     """The stages of a checkpoint's plain model in PyTorch, with weights stored as `weights`; see `stages_of`."""
     import torch
 
-    from pi0_torch.loading import load_model, map_tensors, to_numpy
+    from pi0_torch.loading import map_tensors, to_numpy, to_torch, with_parameters
 
-    model = load_model(checkpoint, dtype=config.runtime.dtype, param_dtype=weights)
+    dtype = getattr(torch, weights)
+    stored = checkpoint.in_layout("pi0_torch")
+    model = with_parameters(config, {name: to_torch(t.read(())).to(dtype) for name, t in stored.items()})
 
     def compute(case: Case) -> Stages:
         with torch.no_grad():
@@ -106,14 +114,19 @@ def torch_source(checkpoint: Checkpoint, config: ModelConfig, weights: str, **op
 
 def jax_source(checkpoint: Checkpoint, config: ModelConfig, weights: str, **options: Any) -> Source:
     """`torch_source`, in JAX."""
+    import jax
     import jax.numpy as jnp
 
-    from pi0_jax.loading import load_model
+    from pi0_jax.loading import with_parameters
 
-    model = load_model(checkpoint, dtype=config.runtime.dtype, param_dtype=weights)
+    proof = PROOF_DTYPE in (weights, config.runtime.dtype)
+    with jax.enable_x64(proof):
+        params = {name: jnp.asarray(t.read(()), dtype=weights) for name, t in checkpoint.ours.items()}
+        model = with_parameters(config, params)
 
     def compute(case: Case) -> Stages:
-        found = stages_of(model, case, tensor=jnp.asarray, **options)
+        with jax.enable_x64(proof):
+            found = stages_of(model, case, tensor=jnp.asarray, **options)
         return {name: np.asarray(value) for name, value in found.items()}
 
     return compute

@@ -83,7 +83,7 @@ def compare(
     Raises ParityError for different models, SideError for a side that there is not, or not in slices.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
-    config = common_config(*checkpoints)
+    config = common_config(*(checkpoint.assets for checkpoint in checkpoints))
     inputs = Inputs.of(inputs, config, batch, seed, all(c.assets.subtasks for c in checkpoints))
     sides = []
     for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
@@ -106,7 +106,7 @@ def compare(
 
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
     dtypes = [side.dtype or dtype for side in sides]
-    units = _units(checkpoints[0].assets)
+    units = units(checkpoints[0].assets)
     before, after = policy_rows(checkpoints[0].assets, checkpoints[1].assets, inputs)
     if sliced:
         found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
@@ -253,10 +253,10 @@ def _norm(x: ArrayLike) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
 
-def common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
+def common_config(a: Assets, b: Assets) -> ModelConfig:
     """The common model config, with the runtime of A. Raises ParityError for different models."""
-    ours = a.assets.model
-    theirs = dataclasses.replace(b.assets.model, runtime=ours.runtime)
+    ours = a.model
+    theirs = dataclasses.replace(b.model, runtime=ours.runtime)
     if ours != theirs:
         fields = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(ours)]
         different = [f"{name}: {one} against {other}" for name, one, other in fields if one != other]
@@ -264,7 +264,7 @@ def common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     return ours
 
 
-def _units(assets: Assets) -> tuple[int | None, str | None]:
+def units(assets: Assets) -> tuple[int | None, str | None]:
     """How many action dims the robot has, and how they are normalized, where the checkpoint says so."""
     if assets.norm_stats is None or "actions" not in assets.norm_stats:
         return None, None

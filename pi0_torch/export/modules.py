@@ -19,7 +19,6 @@ from pi0_torch.models.vision_language import pixels
 from pi0_torch.sampler import Cache, FusedModel, Inputs, Sampler
 
 
-
 class Exported(FusedModel):
     """A sampler's model with all cameras in one array, and a cache that is never written to in its place."""
 
@@ -99,4 +98,3 @@ def examples(program: Program, sizes: dict[str, int], device: torch.device) -> t
         fill = torch.ones if x.dtype == "bool" else torch.zeros
         made.append(fill(shape, dtype=getattr(torch, x.dtype), device=device))
     return tuple(made)
-
