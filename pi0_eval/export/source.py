@@ -50,10 +50,11 @@ def stages_of(
     observation = case.observation
     found: dict[str, Any] = {}
     prefix, valid = model.embed_prefix(observation, found)
-    out, cache = model.read_prefix(prefix, valid, valid[:, :, None] & valid[:, None, :], found)
+    _, cache = model.read_prefix(prefix, valid, valid[:, :, None] & valid[:, None, :], found)
     stages = {f"vision layer {i}": x for i, x in enumerate(found["vision.layers"])}
     stages |= {"image tokens": found["image_tokens"], "prefix tokens": prefix}
-    for i, ((keys, values), layer) in enumerate(zip(cache, found["layers.0"], strict=True)):
+    pairs = cache if isinstance(cache, list) else zip(*cache, strict=True)  # in JAX layers are an axis
+    for i, ((keys, values), layer) in enumerate(zip(pairs, found["layers.0"], strict=True)):
         stages |= {f"prefix keys {i}": keys, f"prefix values {i}": values, f"prefix layer {i}": layer}
     if model.config.family.action_tokens:
         texts: dict[str, Any] = {}

@@ -106,19 +106,18 @@ def compare(
 
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
     dtypes = [side.dtype or dtype for side in sides]
-    units = units(checkpoints[0].assets)
     before, after = policy_rows(checkpoints[0].assets, checkpoints[1].assets, inputs)
     if sliced:
         found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
         rows = [*before, *_in_order([row for four in found for row in judge(*four, *dtypes)]), *after]
         left = left_out(config, any(c.assets.subtasks for c in checkpoints))
-        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left)
+        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units(checkpoints[0].assets), left)
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
     with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
         a_rounded, a_exact, b_rounded, b_exact = pool.map(run, *zip(*jobs, strict=True))
     rows = [*before, *judge(a_exact, b_exact, a_rounded, b_rounded, *dtypes), *after]
-    return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units)
+    return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units(checkpoints[0].assets))
 
 
 def _actions(a: Results, b: Results) -> tuple[np.ndarray | None, np.ndarray | None]:

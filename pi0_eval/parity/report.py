@@ -59,8 +59,8 @@ class Report:
 
     `robot_dims`: how many of the action dims the robot has, the others are padding; None where nothing says it.
     `normalization`: what 1 means in actions, "quantile" or "zscore"; None where nothing says it.
-    `left_out`: what a comparison by slices cannot compare. `exported`: whether B is an export, which has no float64: its
-    own error stands for the proof.
+    `left_out`: what a comparison by slices cannot compare. `exported`: whether B is an export, which has no float64:
+    its own error stands for the proof.
     """
 
     a: str
