@@ -14,10 +14,11 @@ import numpy as np
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from pi0.assets import Assets, AssetsError
-from pi0.config import DTYPES, ModelConfig
+from pi0.config import DTYPES, PROOF_DTYPE, ModelConfig
 from pi0.datasets.registry import open_dataset
 from pi0.fetch import fetch
 from pi0.observation import Observation
+from pi0.parameters import parameters
 from pi0.policy.buckets import TEXT_BUCKETS, text_lengths
 from pi0.policy.exported import ExportedSampler
 from pi0.policy.manifest import FORMATS, MANIFEST, ExportError, Manifest, ProgramFile
@@ -31,6 +32,7 @@ from pi0_eval.actors import checksum
 from pi0_eval.export.gate import cases, run_gate
 from pi0_eval.export.runners import open_runner
 from pi0_eval.export.source import Case, Source, jax_source, torch_source
+from pi0_eval.parity.compare import SMALL
 from pi0_eval.parity.frameworks import exact_matmuls
 
 SUFFIX = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -255,16 +257,18 @@ WRITERS: dict[str, Callable[..., dict[str, ProgramFile]]] = {
 
 
 def sources(checkpoint: Checkpoint, config: ModelConfig, options: Options) -> tuple[Source, Source | None]:
-    """The stages of the checkpoint's plain model, and those in float32 where the export computes in less."""
+    """The stages of the checkpoint's plain model, and of a small or narrow one those in a wider dtype."""
     make = jax_source if options.to == "stablehlo" else torch_source
     tokens = config.family.action_tokens
     steps = config.runtime.max_decoding_steps if tokens else config.runtime.num_steps
     how: dict[str, Any] = {"num_steps": steps, "rtc": options.rtc, "subtasks": checkpoint.assets.subtasks}
     weights = options.weights or options.dtype
     source = make(checkpoint, config, weights, **how)
-    if options.dtype == "float32":
+    if options.dtype != "float32":
+        return source, make(checkpoint, config.with_runtime(dtype="float32"), weights, **how)
+    if sum(math.prod(p.shape) for p in parameters(config).values()) >= SMALL:
         return source, None
-    return source, make(checkpoint, config.with_runtime(dtype="float32"), weights, **how)
+    return source, make(checkpoint, config.with_runtime(dtype=PROOF_DTYPE), PROOF_DTYPE, **how)
 
 
 def recorded_cases(assets: Assets, data: str, frames: int, sizes: Sizes, rtc: RTC | None, seed: int) -> Iterator[Case]:

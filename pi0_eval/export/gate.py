@@ -25,8 +25,10 @@ from pi0_eval.export.source import Case, Source, Stages
 # before them, whose sums cancel more.
 TOLERANCE = {"pt2": 3e-6, "aoti": 3e-6, "stablehlo": 3e-6, "onnx": 1e-5}
 STAGES = 4.0
-# Of one that computes in bfloat16: so many times as much as the source's own bfloat16 differs from its float32.
-NARROW = 2.0
+# And where the source has been computed more exactly, at most so many times as much as its own rounding error: in
+# float32, where it is small, so that a wrong epsilon shows; and in bfloat16, where it is what may be expected.
+ROUNDING = {"float32": 8.0, "bfloat16": 2.0}
+LEAST = 1e-6  # of float32, since an error may be small by luck
 EXACT = ("tokens", "subtask")  # no element may differ
 
 
@@ -51,19 +53,33 @@ class Row:
 def compare_case(sampler: ExportedSampler, source: Source, case: Case, exact: Source | None = None) -> list[Row]:
     """A row for each stage that both have, in order of computation.
 
-    `exact` is the source in float32, where the export computes in less.
+    `exact` is the source in a wider dtype than that in which the export computes.
     """
-    wanted, tolerance = comparable(source(case), case, sampler, whole=True), TOLERANCE[sampler.manifest.to]
+    wanted = comparable(source(case), case, sampler, whole=True)
     found = comparable(run_stages(sampler, case), case, sampler, whole=False)
-    allowed = {stage: tolerance * (1.0 if stage == "actions" else STAGES) for stage in wanted}
+    own = None
     if exact is not None:
-        narrow = comparable(exact(case), case, sampler, whole=True)
-        allowed = {stage: NARROW * error(narrow[stage], x) for stage, x in wanted.items()}
+        wide = comparable(exact(case), case, sampler, whole=True)
+        own = {stage: error(wide[stage], x) for stage, x in wanted.items()}
+    allowed = {stage: tolerance(sampler.manifest, stage, own and own[stage]) for stage in wanted}
     return [
-        Row(case.name, stage, error(x, found[stage], stage in EXACT), 0.0 if stage in EXACT else allowed[stage])
+        Row(case.name, stage, error(x, found[stage], stage in EXACT), allowed[stage])
         for stage, x in wanted.items()
         if stage in found
     ]
+
+
+def tolerance(manifest: Manifest, stage: str, own: float | None = None) -> float:
+    """How far from the source's a stage may be, whose rounding error in the source is `own`, where that is known."""
+    if stage in EXACT:
+        return 0.0
+    if manifest.dtype != "float32":
+        assert own is not None, "a narrow dtype is judged by the source's own error"
+        return ROUNDING[manifest.dtype] * own
+    most = TOLERANCE[manifest.to]
+    if stage == "actions":
+        return most
+    return STAGES * most if own is None else min(STAGES * most, max(ROUNDING["float32"] * own, LEAST))
 
 
 def run_stages(sampler: ExportedSampler, case: Case) -> Stages:

@@ -12,7 +12,7 @@ from pi0.config import PROOF_DTYPE
 from pi0.policy.exported import ExportedSampler
 from pi0.policy.manifest import ExportError, Manifest
 from pi0.policy.rtc import Previous
-from pi0_eval.export.gate import EXACT, STAGES, TOLERANCE, comparable, error, run_stages
+from pi0_eval.export.gate import EXACT, comparable, error, run_stages, tolerance
 from pi0_eval.export.runners import open_runner, require_format
 from pi0_eval.export.source import Case, jax_source, torch_source
 from pi0_eval.parity.compare import common_config, framework_of, units
@@ -80,7 +80,7 @@ def compare_export(
     rows = []
     for stage in (stage for stage in exact if stage in found):
         of_tokens = stage in EXACT
-        allowed = 0.0 if of_tokens else TOLERANCE[manifest.to] * (1 if stage == "actions" else STAGES)
+        allowed = tolerance(manifest, stage)
         own = error(exact[stage], rounded[stage], of_tokens), error(exact[stage], found[stage], of_tokens)
         apart = error(rounded[stage], found[stage], of_tokens)
         rows.append(Row(stage, own[1], *own, apart, allowed, limit=allowed))
