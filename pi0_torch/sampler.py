@@ -46,11 +46,11 @@ class Sampler:
     """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
     `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. With `rtc`, actions go on
-    from those of a previous chunk. Prompts are cut to one of
-    `text_buckets`. `attention` is one of `ATTENTION`, see `attention_backend`. `compile` makes one graph of each shape
-    of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text
-    is written without them); without it, every operation runs by itself, which a debugger can follow. With `warm_up`,
-    graphs for one robot with all cameras and any prompt are made now.
+    from those of a previous chunk. Prompts are cut to one of `text_buckets`. `attention` is one of `ATTENTION`, see
+    `attention_backend`. `compile` makes one graph of each shape of input (default: on a GPU), in `mode` of
+    `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text is written without them); without it, every
+    operation runs by itself, which a debugger can follow. With `warm_up`, graphs for one robot with all cameras and any
+    prompt are made now. What `kept`, a narrower dtype, holds exactly of the weights is stored in it.
 
     The model is not needed afterwards: the sampler is a snapshot, with tensors of its own, and later changes of the
     model do not reach it. Copies and pickles of it are whole; they compile anew. Raises ValueError for subtasks of a
@@ -70,6 +70,7 @@ class Sampler:
         compile: bool | None = None,
         mode: str | None = None,
         warm_up: bool = True,
+        kept: torch.dtype | None = None,
     ):
         self.config, self.text_buckets, self.subtasks = model.config, text_buckets, subtasks
         tokens, runtime = self.config.family.action_tokens, self.config.runtime
@@ -86,7 +87,7 @@ class Sampler:
         self._attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
         self.mode = "reduce-overhead" if mode is None and cuda else mode
         given = self.rtc is not None and self.rtc.method == "trained"
-        self.weights = lay_out(model, num_steps, tokens or subtasks, given)
+        self.weights = lay_out(model, num_steps, tokens or subtasks, given, kept)
         self._make_programs()
         if warm_up:
             self.warm_up()

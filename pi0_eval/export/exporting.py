@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -207,6 +208,8 @@ def write_torch(
     folder: Path,
 ) -> dict[str, ProgramFile]:
     """Write programs of PyTorch's sampler, as pt2, aoti or onnx."""
+    import torch
+
     from pi0_torch.export.onnx import write_onnx
     from pi0_torch.export.pt2 import trace, without_stages, write_aoti, write_pt2
     from pi0_torch.loading import load_model
@@ -214,7 +217,8 @@ def write_torch(
 
     model = load_model(checkpoint, dtype=config.runtime.dtype, param_dtype=options.weights or config.runtime.dtype)
     how: dict[str, Any] = {"subtasks": checkpoint.assets.subtasks, "rtc": options.rtc}
-    sampler = Sampler(model, compile=False, warm_up=False, **how)
+    kept = None if options.weights in (None, options.dtype) else getattr(torch, options.weights)
+    sampler = Sampler(model, compile=False, warm_up=False, kept=kept, **how)
     del model
     made = {}
     for name, program in wanted.items():

