@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "estimate memory and time of a training step on chips that need not be there",
     "convert": "convert a checkpoint to another layout",
     "inspect": "describe a checkpoint without reading its weights",
+    "export": "export a sampler to torch.export, AOTInductor, ONNX or StableHLO, compared with its source",
     "parity": "compare two checkpoints stage by stage, in either framework",
     "eval-offline": "score a policy's subtasks, tokens and actions on recorded episodes",
     "replay": "compare a policy's actions with recorded ones, open loop",

@@ -16,9 +16,13 @@ PREFIX, SUBTASK, FAST, ACTIONS = GROUPS = range(4)
 NAMES = ("images, prompt", "subtask", "FAST tokens", "actions")
 
 
-def block_mask(blocks: Any, valid: Any) -> Any:
-    """Attention mask, query (row) to key (column), bool [B, S, S], of `blocks` int [S] or [B, S] and `valid` [B, S]."""
-    return (blocks[..., None, :] <= blocks[..., :, None]) & valid[:, :, None] & valid[:, None, :]
+def block_mask(blocks: Any, valid: Any, last: int | None = None) -> Any:
+    """Attention mask, query (row) to key (column), bool [B, S, S], of `blocks` int [S] or [B, S] and `valid` [B, S].
+
+    With `last`, of that many last queries alone.
+    """
+    rows = slice(None if last is None else -last, None)
+    return (blocks[..., None, :] <= blocks[..., rows, None]) & valid[:, rows, None] & valid[:, None, :]
 
 
 def attention_mask(groups: Any, valid: Any) -> Any:

@@ -23,6 +23,7 @@ EXTRAS = {
     **{"torch": "torch", "matplotlib": "plots", "wandb": "wandb", "ray": "ray", "rerun": "rerun"},
     **{"metaworld": "sim-metaworld", "libero": "sim-libero", "gym_aloha": "sim-aloha"},
     **{"mani_skill": "sim-maniskill", "sapien": "sim-maniskill"},
+    **{"onnxruntime": "onnx", "onnx": "export", "onnxscript": "export"},
     **{"etils": "gcs", "gcsfs": "gcs", "s3fs": "s3"},
 }
 

@@ -6,7 +6,8 @@ Where nobody records, nothing happens. JAX shows values only where nothing is tr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +20,9 @@ class Operation(NamedTuple):
     name: str
     value: Any
 
+
+LAYERED = ("layer", "keys", "values")  # the last words of stages that each layer has
+STAGES = ("tokens", "actions", *LAYERED)  # and of all stages of a sampler
 
 _operations: list[Operation] | None = None
 _section = ""
@@ -48,3 +52,14 @@ def record(name: str, value: T) -> T:
     if _operations is not None:
         _operations.append(Operation(_section, name, value))
     return value
+
+
+def stages_of(operations: Sequence[Operation]) -> dict[str, Any]:
+    """The stages among the operations of a sampler, by section and name, and where each layer has one its number."""
+    stages, seen = dict[str, Any](), Counter[str]()
+    for operation in operations:
+        if operation.name.endswith(STAGES):
+            name = f"{operation.section} {operation.name}".strip()
+            stages[f"{name} {seen[name]}" if name.endswith(LAYERED) else name] = operation.value
+            seen[name] += 1
+    return stages

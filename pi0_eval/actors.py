@@ -7,13 +7,17 @@ import hashlib
 import importlib
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from convert.checkpoints import find_checkpoint
 from pi0.plugins import resolve
+from pi0.policy.manifest import FORMATS, MANIFEST, is_export
+from pi0.policy.policy import Policy
 from pi0.storage import digest, list_files
+from pi0_eval.export.runners import load_exported
 from pi0_eval.parity.sides import Side, SideError
 
 
@@ -24,7 +28,12 @@ def noise_seed(seed: int, task: str, episode: int, chunk: int) -> int:
 
 
 def checksum(checkpoint: str) -> str:
-    """A checksum of a checkpoint's files but for the state of its training, by which a run knows that it changed."""
+    """A checksum of a checkpoint's files but for the state of its training, by which a run knows that it changed.
+
+    Of an export that of its manifest, which has its files' own.
+    """
+    if is_export(checkpoint):
+        return digest(Path(checkpoint).expanduser() / MANIFEST, "sha256")[:16]
     found = hashlib.sha256()
     for place in dict.fromkeys(find_checkpoint(checkpoint)):
         files = {n: f.path for n, f in list_files(place).items()} if place.is_dir() else {place.name: place}
@@ -55,6 +64,32 @@ class Actor(Protocol):
         """End connections."""
 
 
+def load_side(checkpoint: str, side: Side, options: dict[str, Any]) -> tuple[Side, Policy]:
+    """The policy of a checkpoint or an export as a side says, and the side with what it left open.
+
+    Raises SideError, and ExportError for an export to another format.
+    """
+    if is_export(checkpoint):
+        if given := sorted(name for name, value in options.items() if value is not None):
+            raise ValueError(f"{checkpoint} is an export, which has its own {', '.join(given)}; leave them out")
+        policy = load_exported(checkpoint, side.framework, side.device, fallback=True)
+        return side.of(policy.sampler.manifest.to, ""), policy
+    framework = side.framework or "torch"
+    side = side.of(framework, "")  # checks the words
+    if framework in FORMATS:
+        raise SideError(f"side {side}: {checkpoint} is no export of pi0-export")
+    if side.compiled is not None and (framework, side.path) != ("torch", "sampler"):
+        raise SideError(f"side {side}: only the sampler in PyTorch is compiled or not")
+    options |= {"dtype": side.dtype, "use_sampler": side.path == "sampler", "attention": side.attention}
+    options |= {"fallback": True}
+    if framework == "torch":
+        options |= {"compile": side.compiled} if side.path == "sampler" else {}
+        options |= {"device": side.device} if side.device else {}
+    elif side.device:
+        raise SideError(f"side {side}: set JAX_PLATFORMS for the device of JAX")
+    return side, importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
+
+
 class LocalActor(Actor):
     """A checkpoint's policy, called with batches of one size.
 
@@ -62,21 +97,10 @@ class LocalActor(Actor):
     are filled with another's observation, and an episode has the same row in every run.
     """
 
-    def __init__(self, checkpoint: str, side: Side, batch_size: int, *, rtc: str | None = None, **options: Any):
-        framework = side.framework or "torch"
-        self._side = side.of(framework, "")  # checks the words
-        if side.compiled is not None and (framework, side.path) != ("torch", "sampler"):
-            raise SideError(f"side {side}: only the sampler in PyTorch is compiled or not")
-        options |= {"dtype": side.dtype, "use_sampler": side.path == "sampler", "attention": side.attention}
-        options |= {"fallback": True, "rtc": rtc}
-        if framework == "torch":
-            options |= {"compile": side.compiled} if side.path == "sampler" else {}
-            options |= {"device": side.device} if side.device else {}
-        elif side.device:
-            raise SideError(f"side {side}: set JAX_PLATFORMS for the device of JAX")
-        self.policy = importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
+    def __init__(self, checkpoint: str, side: Side, batch_size: int, **options: Any):
         self._checkpoint, self._batch, self._checksum = checkpoint, batch_size, checksum(checkpoint)
-        self.rtc = rtc
+        self._side, self.policy = load_side(checkpoint, side, options)
+        self.rtc = None if self.policy.rtc is None else self.policy.rtc.method
         self.horizon: int | None = self.policy.config.action_horizon
         robot = self.policy.pipeline.robot
         found = tuple(name for name in robot.cameras if name not in robot.optional_cameras)

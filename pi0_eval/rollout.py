@@ -71,7 +71,7 @@ def make_plan(args: argparse.Namespace, pool: Pool, horizon: int | None) -> Plan
     )
 
 
-def make_actor(args: argparse.Namespace, checkpoint: str | None, side: str) -> Actor:
+def make_actor(args: argparse.Namespace, checkpoint: str | None, side: str | None) -> Actor:
     """The policy of the arguments. Raises ValueError for random actions in environments of several robots."""
     if args.server is not None:
         return ServerActor(args.server, args.batch_size, args.api_key)
@@ -86,10 +86,10 @@ def make_actor(args: argparse.Namespace, checkpoint: str | None, side: str) -> A
         return RandomActor(dims.pop(), (args.replan or protocol.replan or 10) + args.latency)
     options = {name: getattr(args, name) for name in ("asset_id", "preset", "robot", "num_steps", "tokenizer")}
     options |= {"action_horizon": args.action_horizon, "rtc": args.rtc}
-    return LocalActor(checkpoint, Side.parse(side), args.batch_size, **options)
+    return LocalActor(checkpoint, Side() if side is None else Side.parse(side), args.batch_size, **options)
 
 
-def run_side(args: argparse.Namespace, checkpoint: str | None, side: str, folder: Path) -> list[dict[str, Any]]:
+def run_side(args: argparse.Namespace, checkpoint: str | None, side: str | None, folder: Path) -> list[dict[str, Any]]:
     """Run one policy into a folder, print its table, and return its figures."""
     actor = make_actor(args, checkpoint, side)
     try:
@@ -120,7 +120,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         if args.out is None:
             raise ValueError("--compare of checkpoints writes two rollouts: give --out")
         folders.append(args.out / name)
-        print(f"{name.upper()}: {source}, {side}", flush=True)
+        print(f"{name.upper()}: {source}, {side or 'as it is'}", flush=True)
         with exact_matmuls():
             rows = run_side(args, source, side, folders[-1])
         errors += sum(row["errors"] for row in rows if row["task"] != "all")
@@ -134,7 +134,7 @@ def run_comparison(args: argparse.Namespace) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `pi0-rollout`."""
     parser.add_argument(
-        "checkpoint", nargs="?", help='a checkpoint or run, gs:// or hf://; "random" for random actions'
+        "checkpoint", nargs="?", help='a checkpoint, run or export, gs:// or hf://; "random" for random actions'
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="checkpoints, or folders of finished rollouts")
     parser.add_argument("--server", metavar="ADDRESS", help="ws://… of a policy server, instead of a checkpoint")
@@ -160,8 +160,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes with simulators (default 1)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a simulator (default 600)")
     parser.add_argument("--videos", nargs="+", default=[], metavar="INDEX", help="episodes to record, or all")
-    side = "framework, sampler, dtype, … such as torch:sampler:bfloat16 (default torch); two for --compare"
-    parser.add_argument("--side", nargs="+", default=["torch"], metavar="SIDE", help=side)
+    side = "framework, sampler, dtype, … such as torch:sampler:bfloat16; two for --compare"
+    side += " (default: torch, and of an export its format)"
+    parser.add_argument("--side", nargs="+", default=[None], metavar="SIDE", help=side)
     parser.add_argument("--asset-id", metavar="ID", help="of several norm stats: those of this robot or dataset")
     parser.add_argument("--robot", type=robot_reference, help="where the checkpoint does not name it")
     parser.add_argument("--action-horizon", type=int, metavar="N", help="where neither checkpoint nor preset says it")

@@ -28,6 +28,7 @@ from pi0.fetch import cache_dir
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.policy.rtc import RTC, Previous
+from pi0.recording import record
 from pi0_jax.fused import Modulation, Weights, at, finish_layer, lay_out, layer_norm, linear, rms_norm
 from pi0_jax.loading import Model
 from pi0_jax.models.decoding import decode, written
@@ -251,9 +252,9 @@ class FusedModel:
         """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
         dtype, suffix = self.config.runtime.dtype, self.suffix_length(inputs)
         x_t = cast(inputs["noise"], "action_projections", dtype)
-        blocks = np.repeat([0, 1, 2], [seen.shape[1], self.config.family.state_tokens, x_t.shape[1]])
-        valid = jnp.concatenate([seen, jnp.ones((len(x_t), suffix), bool)], axis=1)
-        bias = mask_bias(masks.block_mask(blocks, valid)[:, -suffix:])
+        blocks = np.repeat([1, 2], [self.config.family.state_tokens, x_t.shape[1]])
+        valid = jnp.concatenate([seen, jnp.ones((x_t.shape[0], suffix), bool)], axis=1)
+        bias = mask_bias(masks.block_mask(jnp.pad(blocks, (seen.shape[1], 0)), valid, suffix))
         positions = seen.sum(axis=1, keepdims=True) + np.arange(suffix)
         rope, weights = rotation(positions, self.config.paligemma.head_dim, dtype), self.weights
         state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
@@ -304,9 +305,9 @@ class FusedModel:
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
             x = x + linear(attend(q, k, v, None).swapaxes(1, 2).reshape(x.shape), *w["out"])
             x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
-            x = x.astype(dtype)
+            x = record("vision layer", x.astype(dtype))
         x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
-        return x.reshape(batch, cameras * rows * columns, -1)
+        return record("image tokens", x.reshape(batch, cameras * rows * columns, -1))
 
     def fill_cache(
         self,
@@ -318,16 +319,19 @@ class FusedModel:
         """Keys and values of the prefix, with `room` after them; and the logits [B, V] of what follows, if any."""
         gemma, cache = self.config.paligemma, []
         rope, bias = rotation(jnp.cumsum(valid, axis=1) - 1, gemma.head_dim, x.dtype.name), mask_bias(mask)
+        x = record("prefix tokens", x)
         for w, attention_norm, mlp_norm in self.prefix_layers():
             q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            k, v = record("prefix keys", k), record("prefix values", v)
             pad = ((0, 0), (0, 0), (0, room), (0, 0))
             cache.append((jnp.pad(k, pad), jnp.pad(v, pad)))
             if "out" in w:
                 x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+                x = record("prefix layer", x)
         if "out" not in w:
             return cache, None
         last = jnp.argmax(jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1), axis=1)
-        return cache, self.read_logits(x[jnp.arange(len(x)), last][:, None])
+        return cache, self.read_logits(x[jnp.arange(x.shape[0]), last][:, None])
 
     def read_token(
         self,

@@ -1,6 +1,6 @@
 """Attention of `pi0_torch.sampler` by name: PyTorch's kernels, those of flash-attn, and the reference.
 
-Axes: B batch, N heads, K key/value heads, R query rows of one key head, S tokens attended to, H head dim.
+Axes: B batch, N heads, K key/value heads, R query rows of one key head, S tokens attended to, H head dim, W width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
@@ -77,6 +77,14 @@ def call_flash(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tenso
 @call_flash.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
     return torch.empty_like(q)
+
+
+def pad_left(
+    prefix: Float[Tensor, "B S W"], valid: Bool[Tensor, "B S"]
+) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
+    """The tokens of each row in their order, those that are not valid before all others."""
+    order = valid.to(torch.uint8).argsort(dim=1, stable=True)
+    return prefix.take_along_dim(order[..., None], dim=1), valid.take_along_dim(order, dim=1)
 
 
 ATTENTION = {"sdpa": sdpa_attention, "flex": flex_attention, "flash": flash_attention, "eager": eager_attention}

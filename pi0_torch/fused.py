@@ -24,25 +24,31 @@ Modulation = tuple[Tensor, ...]  # of a norm: 1 + scale; of an adaptive norm shi
 
 
 @torch.no_grad()
-def lay_out(model: Model, num_steps: int, text: bool, given: bool = False) -> Weights:
+def lay_out(model: Model, num_steps: int, text: bool, given: bool = False, kept: torch.dtype | None = None) -> Weights:
     """All parameters in the layout and the dtypes that `Sampler` reads, LoRA merged, in memory of their own.
 
     Without `text`, the language model ends with the keys and values of its last layer, and the text embedding, the
     largest tensor, is kept in the compute dtype; with it in the parameters' own, in which logits are multiplied. With
-    `given`, there are the constants of actions that are given as they are, at t = 0.
+    `given`, there are the constants of actions that are given as they are, at t = 0. What `kept`, a narrower dtype,
+    holds exactly is stored in it.
     """
-    gemma, prefix, embedding = model.config.paligemma, expert_weights(model.paligemma), model.paligemma.embedding
+    gemma, embedding = model.config.paligemma, model.paligemma.embedding
+    shared = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    prefix = expert_weights(model.paligemma)
     if not text:
         prefix[-1] = {"qkv": (prefix[-1]["qkv"][0][gemma.num_heads * gemma.head_dim :],)}
-    tree = {
-        "embedding": (embedding if text else embedding.to(model.paligemma.dtype),),
-        **({} if model.config.tied_output else {"output": (model.paligemma.output,)}),
-        "vision": vision_weights(model.vision),
-        "prefix": prefix,
+    parts = nn.ModuleDict({"prefix": as_module(prefix, shared, kept)})  # one after the other: they are large
+    del prefix
+    parts["vision"] = as_module(vision_weights(model.vision), shared, kept)
+    tables = {"embedding": (embedding if text or kept is not None else embedding.to(model.paligemma.dtype),)}
+    tables |= {} if model.config.tied_output else {"output": (model.paligemma.output,)}
+    parts.update(as_module(tables, shared))
+    rest = {
         "prefix_norms": norm_weights(model.paligemma, None, 1),
         **({} if model.config.action_expert is None else suffix_weights(model, num_steps, given)),
     }
-    return as_module(tree, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+    parts.update(as_module(rest, shared, kept))
+    return parts
 
 
 def suffix_weights(model: Any, num_steps: int, given: bool = False) -> dict[str, Any]:
@@ -135,18 +141,38 @@ def layer_norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
     return cast(norm.scale, "norm", norm.dtype), cast(norm.bias, "norm", norm.dtype)
 
 
-def as_module(tree: Any, shared: set[int]) -> Any:
+def as_module(tree: Any, shared: set[int], kept: torch.dtype | None = None) -> Any:
     """Nested dicts, lists and tuples of tensors as a module: what CUDA graphs need not copy.
 
-    Tensors in storages at the addresses `shared` are copied.
+    Tensors in storages at the addresses `shared`, and those that are a part of their storage, are copied. `kept` is
+    that of `lay_out`.
     """
     if isinstance(tree, dict):
-        return nn.ModuleDict({name: as_module(value, shared) for name, value in tree.items()})
+        return nn.ModuleDict({name: as_module(value, shared, kept) for name, value in tree.items()})
     if isinstance(tree, list):
-        return nn.ModuleList(as_module(value, shared) for value in tree)
-    tensors = (x.detach().contiguous() for x in tree)
-    own = (x.clone() if x.untyped_storage().data_ptr() in shared else x for x in tensors)
-    return nn.ParameterList(nn.Parameter(x, requires_grad=False) for x in own)
+        return nn.ModuleList(as_module(value, shared, kept) for value in tree)
+    tensors = [x.detach().contiguous() for x in tree]
+    narrow = [kept is not None and torch.equal(x.to(kept).to(x.dtype), x) for x in tensors]
+    stored = [x.to(kept) if small else x for x, small in zip(tensors, narrow, strict=True)]
+    parameters = [nn.Parameter(own(x, shared), requires_grad=False) for x in stored]
+    return Widened(parameters, [x.dtype for x in tensors]) if any(narrow) else nn.ParameterList(parameters)
+
+
+def own(x: Tensor, shared: set[int]) -> Tensor:
+    """A tensor that has a storage for itself, none at the addresses `shared`."""
+    storage = x.untyped_storage()
+    return x.clone() if storage.data_ptr() in shared or storage.nbytes() > x.nbytes else x
+
+
+class Widened(nn.ParameterList):
+    """Tensors that are stored in a narrower dtype than that in which they are computed with."""
+
+    def __init__(self, parameters: list[nn.Parameter], dtypes: list[torch.dtype]):
+        super().__init__(parameters)
+        self.dtypes = dtypes
+
+    def __getitem__(self, i: Any) -> Any:
+        return super().__getitem__(i).to(self.dtypes[i])
 
 
 def linear(

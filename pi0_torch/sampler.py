@@ -27,7 +27,8 @@ from pi0.config import GemmaConfig, ModelConfig
 from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.policy.rtc import RTC, Previous
-from pi0_torch.attention import Attend, attention_backend, flash_attention, sdpa_attention
+from pi0.recording import record, section
+from pi0_torch.attention import Attend, attention_backend, flash_attention, pad_left, sdpa_attention
 from pi0_torch.fused import Modulation, Weights, at, finish_layer, lay_out, layer_norm, linear, rms_norm
 from pi0_torch.loading import Model
 from pi0_torch.models.decoding import decode, written
@@ -46,11 +47,11 @@ class Sampler:
     """`model.sample`, compiled, for `num_steps` Euler steps or, of π0-FAST, at most as many tokens.
 
     `num_steps` defaults to the config's. With `subtasks`, π0.5 has `sample_with_subtask` too. With `rtc`, actions go on
-    from those of a previous chunk. Prompts are cut to one of
-    `text_buckets`. `attention` is one of `ATTENTION`, see `attention_backend`. `compile` makes one graph of each shape
-    of input (default: on a GPU), in `mode` of `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text
-    is written without them); without it, every operation runs by itself, which a debugger can follow. With `warm_up`,
-    graphs for one robot with all cameras and any prompt are made now.
+    from those of a previous chunk. Prompts are cut to one of `text_buckets`. `attention` is one of `ATTENTION`, see
+    `attention_backend`. `compile` makes one graph of each shape of input (default: on a GPU), in `mode` of
+    `torch.compile` (default on a GPU: "reduce-overhead", CUDA graphs; text is written without them); without it, every
+    operation runs by itself, which a debugger can follow. With `warm_up`, graphs for one robot with all cameras and any
+    prompt are made now. What `kept`, a narrower dtype, holds exactly of the weights is stored in it.
 
     The model is not needed afterwards: the sampler is a snapshot, with tensors of its own, and later changes of the
     model do not reach it. Copies and pickles of it are whole; they compile anew. Raises ValueError for subtasks of a
@@ -70,6 +71,7 @@ class Sampler:
         compile: bool | None = None,
         mode: str | None = None,
         warm_up: bool = True,
+        kept: torch.dtype | None = None,
     ):
         self.config, self.text_buckets, self.subtasks = model.config, text_buckets, subtasks
         tokens, runtime = self.config.family.action_tokens, self.config.runtime
@@ -86,7 +88,7 @@ class Sampler:
         self._attend = attention_backend(attention, self.config, self.device, compiled=self.compile)
         self.mode = "reduce-overhead" if mode is None and cuda else mode
         given = self.rtc is not None and self.rtc.method == "trained"
-        self.weights = lay_out(model, num_steps, tokens or subtasks, given)
+        self.weights = lay_out(model, num_steps, tokens or subtasks, given, kept)
         self._make_programs()
         if warm_up:
             self.warm_up()
@@ -215,6 +217,7 @@ class FusedModel(nn.Module):
     def __init__(self, weights: Weights, config: ModelConfig, attend: Attend, rtc: RTC | None = None):
         super().__init__()
         self.weights, self.config, self.attend, self.rtc = weights, config, attend, rtc
+        self.in_place = rtc is None or rtc.method != "guided"  # a gradient needs the cache as it was
         num_steps = len(weights["steps"]["bias"][0]) if "steps" in weights else 1
         times = numerics.euler_times(num_steps)
         scales = (rtc or RTC()).scales(times)
@@ -222,14 +225,14 @@ class FusedModel(nn.Module):
 
     def sample_actions(self, inputs: Inputs) -> Float[Tensor, "B T A"]:
         """Normalized actions; see `FlowModel.sample_actions`, to which it is numerically equivalent."""
-        cache, _, seen = self.read_prefix(inputs, room=self.suffix_length(inputs))
+        cache, _, seen = self.read_prefix(inputs, room=self.suffix_length(inputs) * self.in_place)
         return self.integrate(inputs, cache, seen)
 
     def sample_with_subtask(
         self, inputs: Inputs, *, steps: int, eos_token: int
     ) -> tuple[Int[Tensor, "B D"], Float[Tensor, "B T A"]]:
         """The subtask and the actions after it; see `Pi05.sample_with_subtask`."""
-        subtask, suffix = inputs.get("subtask"), self.suffix_length(inputs)
+        subtask, suffix = inputs.get("subtask"), self.suffix_length(inputs) * self.in_place
         if subtask is None:
             cache, logits, seen = self.read_prefix(inputs, room=steps + suffix)
             places = F.pad(seen, (0, steps + suffix))
@@ -270,9 +273,9 @@ class FusedModel(nn.Module):
         """Euler steps from the noise, attending to those places before the suffix that are `seen`."""
         dtype, suffix = self.config.runtime.dtype, self.suffix_length(inputs)
         x_t = cast(inputs["noise"], "action_projections", dtype)
-        blocks = [0] * seen.shape[1] + [1] * self.config.family.state_tokens + [2] * x_t.shape[1]
-        valid = torch.cat([seen, seen.new_ones((len(x_t), suffix))], dim=1)
-        mask = masks.block_mask(torch.tensor(blocks, device=x_t.device), valid)[:, -suffix:]
+        blocks = torch.tensor([1] * self.config.family.state_tokens + [2] * x_t.shape[1], device=x_t.device)
+        valid = torch.cat([seen, seen.new_ones((x_t.shape[0], suffix))], dim=1)
+        mask = masks.block_mask(F.pad(blocks, (seen.shape[1], 0)), valid, suffix)
         positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
         rope, bias = rotation(positions, self.config.paligemma.head_dim, dtype), mask_bias(mask, self.config)
         weights = self.weights
@@ -291,7 +294,8 @@ class FusedModel(nn.Module):
 
         x_t = clamp(x_t, given, previous)
         for i, (time, scale) in enumerate(self.schedule):
-            x_t = step(i, x_t, time, scale)
+            section(f"step {i + 1}")
+            x_t = record("actions", step(i, x_t, time, scale))
         return x_t
 
     def embed_text(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
@@ -324,9 +328,9 @@ class FusedModel(nn.Module):
             q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             x = x + linear(self.attend(q, k, v, None).transpose(1, 2).reshape(x.shape), *w["out"])
             x = x + linear(gelu(linear(layer_norm(x, *w["mlp_norm"]), *w["up"])), *w["down"])
-            x = x.to(dtype)
+            x = record("vision layer", x.to(dtype))
         x = linear(layer_norm(x, *weights["final_norm"]), *weights["head"])
-        return x.reshape(batch, cameras * rows * columns, -1)
+        return record("image tokens", x.reshape(batch, cameras * rows * columns, -1))
 
     def fill_cache(
         self,
@@ -339,15 +343,18 @@ class FusedModel(nn.Module):
         gemma, cache = self.config.paligemma, []
         positions = valid.cumsum(dim=1) - 1
         rope, bias = rotation(positions, gemma.head_dim, dtype_name(x)), mask_bias(mask, self.config)
+        x = record("prefix tokens", x)
         for w, attention_norm, mlp_norm in self.prefix_layers():
             q, k, v = self.project(rms_norm(x, attention_norm), w, gemma, rope)
+            k, v = record("prefix keys", k), record("prefix values", v)
             cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
             if "out" in w:
                 x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+                x = record("prefix layer", x)
         if "out" not in w:
             return cache, None
         last = (valid.cumsum(dim=1) - 1).masked_fill(~valid, -1).argmax(dim=1)
-        return cache, self.read_logits(x[torch.arange(len(x), device=x.device), last][:, None])
+        return cache, self.read_logits(x[torch.arange(x.shape[0], device=x.device), last][:, None])
 
     def read_token(
         self,
@@ -391,7 +398,7 @@ class FusedModel(nn.Module):
         step: int,
         given: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T A"]:
-        """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache, but for a gradient.
+        """The velocity at `x_t` in Euler step `step`. The suffix takes its place in the cache, if `in_place`.
 
         Actions `given` as they are have the weights of t = 0.
         """
@@ -418,12 +425,13 @@ class FusedModel(nn.Module):
         for i, (w, (k, v)) in enumerate(zip(weights["suffix"], cache, strict=True)):
             attention_norm, mlp_norm = now("attention_norms", i), now("mlp_norms", i)
             q, *new = self.project(rms_norm(x, attention_norm), w, gemma, rope)
-            if self.rtc is not None and self.rtc.method == "guided":
-                k, v = (torch.cat([kept[:, :, : -x.shape[1]], y], dim=2) for kept, y in zip((k, v), new, strict=True))
-            else:
+            if self.in_place:
                 for kept, fresh in zip((k, v), new, strict=True):
                     kept[:, :, -x.shape[1] :] = fresh
+            else:
+                k, v = (torch.cat([kept, fresh], dim=2) for kept, fresh in zip((k, v), new, strict=True))
             x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+            x = record("suffix layer", x)
         return linear(rms_norm(x, now("final_norm"))[:, -x_t.shape[1] :], *weights["action_out"])
 
     def project(
@@ -438,16 +446,8 @@ class FusedModel(nn.Module):
         return q.flatten(2, 3), k, v
 
 
-def pad_left(
-    prefix: Float[Tensor, "B S W"], valid: Bool[Tensor, "B S"]
-) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
-    """The tokens of each row in their order, those that are not valid before all others."""
-    order = valid.to(torch.uint8).argsort(dim=1, stable=True)
-    return prefix.take_along_dim(order[..., None], dim=1), valid.take_along_dim(order, dim=1)
-
-
 def mask_bias(mask: Bool[Tensor, "B T S"], config: ModelConfig) -> Float[Tensor, "B 1 R S"]:
     """What is added to logits: 0, or so much below 0 that it leaves nothing of a logit. One row serves all queries."""
     bias = torch.where(mask, 0.0, numerics.MASKED_LOGIT).to(getattr(torch, config.runtime.dtype))
     groups = config.paligemma.num_heads // config.paligemma.num_kv_heads if bias.shape[1] > 1 else 1
-    return bias.repeat_interleave(groups, dim=1)[:, None]
+    return bias[:, torch.arange(bias.shape[1] * groups, device=bias.device) // groups][:, None]

@@ -76,7 +76,17 @@ def outline(file: Path) -> list[str]:
 
 
 # What only one framework needs: dtypes that have no name, graphs that are compiled, layers that are stacked.
-ONLY_TORCH = {"dtype_name", "as_module", "pad_left", "FusedModel.__init__", "Sampler._compiled", "Policy._on_device"}
+ONLY_TORCH = {
+    "dtype_name",
+    "as_module",
+    "own",
+    "Widened",
+    "Widened.__init__",
+    "Widened.__getitem__",
+    "FusedModel.__init__",
+    "Sampler._compiled",
+    "Policy._on_device",
+}
 ONLY_JAX = {"attend", "constrain_rows", "record", "unstack", "use_compilation_cache"}  # attention.py has PyTorch's
 MIRRORED = ("sampler.py", "fused.py", "policy.py")
 # Of training: optax and Orbax are libraries, and PyTorch's checkpoints, optimizer and sharded arithmetic our own code.

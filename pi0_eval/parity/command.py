@@ -13,13 +13,15 @@ from typing import Any
 
 from pi0.command import exit_on_error, make_parser, output_path
 from pi0.config import DTYPES
+from pi0.policy.manifest import FORMATS, is_export
 from pi0.storage import write_text
+from pi0_eval.export.parity import compare_export
 from pi0_eval.parity.ci import to_badge, to_json, to_junit
 from pi0_eval.parity.compare import compare, compare_all
 from pi0_eval.parity.explain import explain
 from pi0_eval.parity.html import to_html
 from pi0_eval.parity.report import Report, matrix_table
-from pi0_eval.parity.sides import FRAMEWORKS, Side, SideError
+from pi0_eval.parity.sides import FRAMEWORKS, SIDES, Side, SideError
 from pi0_eval.parity.training import TrainingReport, compare_training
 
 SILENCE = 3.0  # seconds without a line before the last one is repeated
@@ -46,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
         "apart by what their own distances from float64 allow.",
     )
     parser.add_argument("a", help="the reference: the folder of a checkpoint or of a training run, gs:// or hf://")
-    parser.add_argument("b", help="the checkpoint to compare with it")
+    parser.add_argument("b", help="the checkpoint to compare with it, or an export of pi0-export")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default float32)")
     parser.add_argument("--framework-a", choices=FRAMEWORKS, help="of A (default: by its file format)")
-    parser.add_argument("--framework-b", choices=FRAMEWORKS, help="of B (default: by its file format)")
+    parser.add_argument("--framework-b", choices=SIDES, help="of B (default: by its file format)")
     for side in "ab":
         words = "framework, plain or sampler, attention, dtype, device, (un)compiled, with colons between them"
         parser.add_argument(f"--side-{side}", type=Side.parse, default=Side(), help=f"how {side.upper()} runs: {words}")
@@ -84,6 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--sliced holds one layer's weights; --matrix and --explain need all of them: leave one out")
     if args.matrix and args.html:
         raise ValueError("--html shows one comparison; leave out --matrix, or ask for --json or --junit")
+    exported = is_export(args.b)
+    if exported:
+        check_export_arguments(args, parser)
+    elif {args.framework_b, args.side_b.framework} & set(FORMATS):
+        raise SideError(f"{args.b} is no export of pi0-export, which {args.framework_b or args.side_b} needs")
     if args.train_steps is not None:
         others = ("side_a", "side_b", "matrix", "sliced", "explain", "inputs", "quick", "steps", "no_gradients")
         given = [n for n in (*others, "dtype", "html", "junit", "badge") if getattr(args, n) != parser.get_default(n)]
@@ -108,6 +115,15 @@ def main(arguments: list[str] | None = None) -> None:
         if file:
             write_text(file, form(reports).rstrip() + "\n")
     sys.exit(0 if all(report.passed for report in reports.values()) else 1)
+
+
+def check_export_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise SideError for what a comparison with an export does not have."""
+    others = ("matrix", "sliced", "explain", "quick", "no_gradients", "train_steps", "dtype")
+    if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SideError(f"{args.b} is an export, which runs as it is and has no gradients: leave out {names}")
+    args.side_b.of(args.framework_b or args.side_b.framework or FORMATS[0], "float32")
 
 
 def _positive(text: str) -> int:
@@ -154,6 +170,11 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Report]:
         "gradients": not (args.no_gradients or args.quick),
         "progress": progress,
     } | chosen_inputs(args)
+    if is_export(args.b):
+        options |= {"framework": args.framework_b or args.side_b.framework, "device": args.side_b.device}
+        del options["gradients"]
+        report = compare_export(args.a, args.b, **options | {"num_steps": args.steps})
+        return {report.b: report}
     if args.matrix:
         return compare_all(args.a, args.b, **options)
     report = compare(args.a, args.b, side_b=args.side_b, framework_b=args.framework_b, sliced=args.sliced, **options)

@@ -83,7 +83,7 @@ def compare(
     Raises ParityError for different models, SideError for a side that there is not, or not in slices.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
-    config = common_config(*checkpoints)
+    config = common_config(*(checkpoint.assets for checkpoint in checkpoints))
     inputs = Inputs.of(inputs, config, batch, seed, all(c.assets.subtasks for c in checkpoints))
     sides = []
     for side, framework, checkpoint in zip((side_a, side_b), (framework_a, framework_b), checkpoints, strict=True):
@@ -106,19 +106,18 @@ def compare(
 
     names = [f"{c.folder} ({c.layout.name}, run as {s})" for c, s in zip(checkpoints, sides, strict=True)]
     dtypes = [side.dtype or dtype for side in sides]
-    units = _units(checkpoints[0].assets)
     before, after = policy_rows(checkpoints[0].assets, checkpoints[1].assets, inputs)
     if sliced:
         found = list(slices(checkpoints, config, inputs, sides, num_steps, progress))
         rows = [*before, *_in_order([row for four in found for row in judge(*four, *dtypes)]), *after]
         left = left_out(config, any(c.assets.subtasks for c in checkpoints))
-        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units, left)
+        return Report(names[0], names[1], dtype, rows, *_actions(*found[-1][2:]), *units(checkpoints[0].assets), left)
     jobs = [(i, s) for i, side in enumerate(sides) for s in (side, side.proof)]
     small = sum(math.prod(p.shape) for p in parameters(config).values()) < SMALL
     with exact_matmuls(), ThreadPoolExecutor(2 if small else 1) as pool:
         a_rounded, a_exact, b_rounded, b_exact = pool.map(run, *zip(*jobs, strict=True))
     rows = [*before, *judge(a_exact, b_exact, a_rounded, b_rounded, *dtypes), *after]
-    return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units)
+    return Report(names[0], names[1], dtype, rows, *_actions(a_rounded, b_rounded), *units(checkpoints[0].assets))
 
 
 def _actions(a: Results, b: Results) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -253,10 +252,10 @@ def _norm(x: ArrayLike) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
 
-def common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
+def common_config(a: Assets, b: Assets) -> ModelConfig:
     """The common model config, with the runtime of A. Raises ParityError for different models."""
-    ours = a.assets.model
-    theirs = dataclasses.replace(b.assets.model, runtime=ours.runtime)
+    ours = a.model
+    theirs = dataclasses.replace(b.model, runtime=ours.runtime)
     if ours != theirs:
         fields = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(ours)]
         different = [f"{name}: {one} against {other}" for name, one, other in fields if one != other]
@@ -264,7 +263,7 @@ def common_config(a: Checkpoint, b: Checkpoint) -> ModelConfig:
     return ours
 
 
-def _units(assets: Assets) -> tuple[int | None, str | None]:
+def units(assets: Assets) -> tuple[int | None, str | None]:
     """How many action dims the robot has, and how they are normalized, where the checkpoint says so."""
     if assets.norm_stats is None or "actions" not in assets.norm_stats:
         return None, None

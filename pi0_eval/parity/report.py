@@ -61,7 +61,8 @@ class Report:
 
     `robot_dims`: how many of the action dims the robot has, the others are padding; None where nothing says it.
     `normalization`: what 1 means in actions, "quantile" or "zscore"; None where nothing says it.
-    `left_out`: what a comparison by slices cannot compare.
+    `left_out`: what a comparison by slices cannot compare. `exported`: whether B is an export, which has no float64:
+    its own error stands for the proof.
     """
 
     a: str
@@ -73,6 +74,7 @@ class Report:
     robot_dims: int | None = None
     normalization: str | None = None
     left_out: tuple[str, ...] = ()
+    exported: bool = False
 
     @property
     def first_failure(self) -> Row | None:
@@ -94,6 +96,10 @@ class Report:
     def verdict(self) -> str:
         """The result in a sentence."""
         row = self.first_failure
+        if self.exported:
+            if row is None:
+                return "PASSED: the export gives A's numbers, within its tolerance"
+            return f"FAILED: the first stage of the export that is out of tolerance is {row.stage} ({numbers(row)})"
         if row is None:
             return "PASSED: in float64 the two are one function, and their rounding is within the budget"
         if not row.proved:

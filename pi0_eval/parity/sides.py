@@ -6,8 +6,10 @@ import dataclasses
 import importlib.util
 
 from pi0.config import DTYPES, PROOF_DTYPE
+from pi0.policy.manifest import FORMATS
 
 FRAMEWORKS = ("jax", "torch")
+SIDES = (*FRAMEWORKS, *FORMATS)  # an export runs as its format says
 PATHS = ("plain", "sampler")
 DEVICES = ("cpu", "cuda")
 # Of the plain model in JAX, and of the sampler in PyTorch.
@@ -22,7 +24,7 @@ class SideError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Side:
     """Attributes:
-    framework: "jax" or "torch"; None as the checkpoint's file format has it.
+    framework: "jax", "torch" or the format of an export; None as the checkpoint's file format or the export has it.
     path: the model's own `sample` with every stage before it ("plain"), or its `Sampler`, which has actions alone.
     attention: by name; None for the default.
     dtype: the compute dtype; None for the comparison's.
@@ -43,7 +45,7 @@ class Side:
         found: dict[str, str | bool] = {}
         names = {name for kinds in ATTENTIONS.values() for name in kinds}
         fields: tuple[tuple[str, tuple[str, ...]], ...] = (
-            ("framework", FRAMEWORKS),
+            ("framework", SIDES),
             ("path", PATHS),
             ("dtype", DTYPES),
             ("device", DEVICES),
@@ -64,6 +66,11 @@ class Side:
         """With what is left open decided. Raises SideError where that framework does not have it."""
         side = dataclasses.replace(self, framework=self.framework or framework, dtype=self.dtype or dtype)
         assert side.framework is not None
+        if side.framework in FORMATS:
+            own = (self.path != "plain" and self.path, self.attention, self.dtype, self.compiled is not None)
+            if any(own):
+                raise SideError(f"side {side}: an export has its path, attention and dtype in its programs; leave them")
+            return side
         known = ATTENTIONS.get((side.framework, side.path), ())
         if side.attention is not None and side.attention not in known:
             raise SideError(

@@ -101,7 +101,7 @@ def compare_training(
     ParityError for different models.
     """
     checkpoints = open_checkpoint(a), open_checkpoint(b)
-    common_config(*checkpoints)
+    common_config(*(checkpoint.assets for checkpoint in checkpoints))
     config = run_config(checkpoints[0]) if config is None else config
     batches = random_batches(config, steps, batch, seed)
     sides = []
