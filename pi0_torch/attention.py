@@ -41,7 +41,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`eager_attention`, by a kernel that PyTorch generates: q [B, K, R, H], k and v [B, K, S, H]."""
+    """`eager_attention` by a kernel that PyTorch generates: q [B, K, R, H], k and v [B, K, S, H]."""
     if bias is None:
         return flex.flex_attention(q, k, v)
     rows = bias.expand(-1, -1, q.shape[2], -1)

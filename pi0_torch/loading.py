@@ -101,7 +101,7 @@ def with_parameters(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> 
 def partial_model(config: ModelConfig, params: Mapping[str, torch.Tensor]) -> Model:
     """The model with `params` alone, by its parameters' names: where it needs another one it raises AttributeError.
 
-    Raises LayoutError for a parameter that the model has not. Each has the shape [...] of that parameter.
+    Raises LayoutError for a parameter that the model has not. `params` are of any shape.
     """
     model = copy.deepcopy(_abstract_model(config))
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

@@ -15,7 +15,7 @@ MOST = 2048  # pixels
 def import_mujoco() -> Any:
     """The module `mujoco`. Without a display it renders by OSMesa, unless $MUJOCO_GL says otherwise.
 
-    Raises ValueError where it cannot.
+    Raises ValueError where it cannot render so.
     """
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "osmesa")

@@ -83,8 +83,7 @@ def without_padding(value: np.ndarray, operation: Operation, config: ModelConfig
     """The result [B, ...] of an operation with zeros for masked tokens.
 
     Their values mean nothing, and need not be the same. `valid` is bool [B, S] of the prefix. Logits are those of a
-    query
-    and a key; a mask's and a softmax's keys are kept, since masked ones have to be 0.
+    query and a key; a mask's and a softmax's keys are kept, since masked ones have to be 0.
     """
     if operation.section in UNMASKED:
         return value

@@ -137,7 +137,7 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=False, dtype=dtype, lora=lora("m", "d"))
 
     def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
-        """The same for every token."""
+        """The MLP of each token."""
         gate, up = record("MLP gate", self.gate(x)), record("MLP up", self.up(x))
         return self.down(record("GELU", gelu(gate)) * up)
 

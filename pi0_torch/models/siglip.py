@@ -43,7 +43,7 @@ class MLP(nn.Module):
         self.down = Linear(mlp_dim, width, bias=True, dtype=config.runtime.dtype)
 
     def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
-        """The same for every token."""
+        """The MLP of each token."""
         return record("MLP down", self.down(record("GELU", gelu(record("MLP up", self.up(x))))))
 
 
