@@ -75,7 +75,7 @@ def load_side(checkpoint: str, side: Side, options: dict[str, Any]) -> tuple[Sid
         policy = load_exported(checkpoint, side.framework, side.device, fallback=True)
         return side.of(policy.sampler.manifest.to, ""), policy
     framework = side.framework or "torch"
-    side = side.of(framework, "")  # checks the words
+    complete = side.of(framework, "")  # checks the words
     if framework in FORMATS:
         raise SideError(f"side {side}: {checkpoint} is no export of pi0-export")
     if side.compiled is not None and (framework, side.path) != ("torch", "sampler"):
@@ -87,7 +87,7 @@ def load_side(checkpoint: str, side: Side, options: dict[str, Any]) -> tuple[Sid
         options |= {"device": side.device} if side.device else {}
     elif side.device:
         raise SideError(f"side {side}: set JAX_PLATFORMS for the device of JAX")
-    return side, importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
+    return complete, importlib.import_module(f"pi0_{framework}").Policy.from_pretrained(checkpoint, **options)
 
 
 class LocalActor(Actor):

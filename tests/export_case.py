@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from convert.checkpoints import Checkpoint, write_checkpoint
@@ -35,3 +36,21 @@ def save(config: ModelConfig, folder: Path, **assets: Any) -> Path:
     checkpoint = Checkpoint(folder, LAYOUTS["pi0_torch"], Assets(config, **assets), ours)
     write_checkpoint(checkpoint, folder, "pi0_torch")
     return folder
+
+
+VELOCITIES = Path(__file__).parent / "doctor" / "velocities"  # a trained π0 with its robot
+
+
+def export_velocities(folder: Path, *options: str) -> Path:
+    """An export of it to ONNX with one Euler step, in `folder`."""
+    from pi0_eval.export.command import main
+
+    main([str(VELOCITIES), str(folder), "--to", "onnx", "--num-steps", "1", "--cases", "1", *options])
+    return folder
+
+
+def frame(seed: int = 0) -> dict[str, Any]:
+    """An observation of its robot."""
+    rng = np.random.default_rng(seed)
+    images = {name: rng.integers(0, 256, (48, 64, 3), np.uint8) for name in ("corner", "wrist")}
+    return images | {"state": rng.normal(size=4).astype(np.float32), "prompt": "open the drawer"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ def write_onnx(exported: ExportedProgram, program: Program, stages: list[str], f
     import onnx_ir as ir
 
     names = [x.name for x in program.inputs], [*(x.name for x in program.outputs), *stages]
-    with torch.no_grad():
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is missing
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about itself
         made: Any = torch.onnx.export(
             exported, input_names=names[0], output_names=names[1], opset_version=OPSET, dynamo=True, verbose=False
         )
