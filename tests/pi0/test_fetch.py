@@ -232,9 +232,9 @@ def test_a_host_that_is_not_found_is_no_fault_of_the_disk():
     """Its error is an OSError with a number, as those of a full disk are: it names the address and what to do."""
     aiohttp = pytest.importorskip("aiohttp")
     key = SimpleNamespace(host="storage.googleapis.com", port=443, ssl=True)
-    with pytest.raises(ConnectionError, match=r"cannot read gs://bucket/file: .*Check the network"):
-        with requests("cannot read gs://bucket/file"):
-            raise aiohttp.ClientConnectorDNSError(key, OSError(-2, "Name or service not known"))
+    said = pytest.raises(ConnectionError, match=r"cannot read gs://bucket/file: .*Check the network")
+    with said, requests("cannot read gs://bucket/file"):
+        raise aiohttp.ClientConnectorDNSError(key, OSError(-2, "Name or service not known"))
     with pytest.raises(OSError, match="No space left") as full, requests("cannot read gs://bucket/file"):
         raise OSError(28, "No space left on device")
     assert not isinstance(full.value, ConnectionError)
