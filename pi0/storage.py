@@ -94,7 +94,7 @@ def requests(what: str) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, ConnectionError, *NO_REQUEST):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of this machine's disk
+        if isinstance(error, OSError) and error.errno is not None and type(error).__module__ == "builtins":  # of a disk
             raise
         text = str(error).strip() or type(error).__name__
         if isinstance(error, ValueError) and not _TENSORSTORE.search(text):

@@ -36,22 +36,26 @@ FORMATS = {"velocities": "lerobot", "positions": "tests.doctor.positions:Positio
 
 @dataclasses.dataclass(frozen=True)
 class SetUp:
-    """What `diagnose` is given. `reload` is the policy in another dtype, None where it is not asked."""
+    """What `diagnose` is given. `reload` is the policy in another dtype, None where it is not asked.
+
+    `clock` tells latency: the seconds of the processor, so that other work of the machine counts less.
+    """
 
     policy: Policy
     seen: Recording
     known: Recording | None
     reload: Callable[[str], Policy] | None = None
     replan: int | None = None
+    clock: Callable[[], float] = time.process_time
 
     @property
     def robot(self) -> Robot:
         return self.policy.pipeline.robot
 
     def diagnose(self) -> Diagnosis:
-        """Latency is in seconds of the processor, so that other work of the machine does not count."""
+        """What the doctor finds."""
         dtype = None if self.reload is None else "bfloat16"
-        predictor = LocalPredictor(self.policy, self.reload, dtype=dtype, clock=time.process_time)
+        predictor = LocalPredictor(self.policy, self.reload, dtype=dtype, clock=self.clock)
         assets, pipeline = self.policy.assets, self.policy.pipeline
         return diagnose(assets, pipeline, self.seen, self.known, predictor, replan=self.replan)
 
@@ -336,7 +340,8 @@ class Slow(pi0_torch.Policy):
 
 
 def slow(s: SetUp) -> SetUp:
-    return dataclasses.replace(s, policy=Slow(s.policy.model, s.policy.assets, fallback=True), replan=2)
+    policy = Slow(s.policy.model, s.policy.assets, fallback=True)
+    return dataclasses.replace(s, policy=policy, replan=2, clock=time.process_time)
 
 
 def untrained(s: SetUp) -> SetUp:

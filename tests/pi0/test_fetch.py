@@ -11,7 +11,7 @@ import tensorstore as ts
 
 import pi0.fetch
 from pi0.fetch import fetch
-from pi0.storage import below, local_path
+from pi0.storage import below, local_path, requests
 from tests.bucket import Bucket, times
 
 OBJECTS = {
@@ -226,3 +226,15 @@ def test_hf_unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ConnectionError, match=r"hf://org/name: no connection\. Check the network"):
         fetch("hf://org/name")
+
+
+def test_a_host_that_is_not_found_is_no_fault_of_the_disk():
+    """Its error is an OSError with a number, as those of a full disk are: it names the address and what to do."""
+    aiohttp = pytest.importorskip("aiohttp")
+    key = SimpleNamespace(host="storage.googleapis.com", port=443, ssl=True)
+    said = pytest.raises(ConnectionError, match=r"cannot read gs://bucket/file: .*Check the network")
+    with said, requests("cannot read gs://bucket/file"):
+        raise aiohttp.ClientConnectorDNSError(key, OSError(-2, "Name or service not known"))
+    with pytest.raises(OSError, match="No space left") as full, requests("cannot read gs://bucket/file"):
+        raise OSError(28, "No space left on device")
+    assert not isinstance(full.value, ConnectionError)

@@ -51,7 +51,8 @@ def test_recordings_of_a_server():
 
 @pytest.mark.parametrize(("cause", "fault", "name"), CASES)
 def test_a_fault(cause, fault, name):
-    diagnosis = fault(working(name)).diagnose()
+    """By a clock that stands still, but for latency: on a busy machine a chunk is late whatever else is wrong."""
+    diagnosis = fault(dataclasses.replace(working(name), clock=lambda: 0.0)).diagnose()
     assert diagnosis.findings and diagnosis.findings[0].cause == cause, diagnosis.to_text()
 
 
