@@ -32,7 +32,7 @@ from typing import Any
 from pi0.quantization import FORMATS, WIDE
 from pi0.storage import write_text
 from pi0.variants import get_variant
-from pi0_eval.bench import Case, Report, Result, measure_runs, runs_of
+from pi0_eval.bench import Case, Report, Result, Runs, measure_runs, runs_of
 
 REPLY = "@"  # before the lines meant for this program, since libraries print too
 GIB = 16  # of the GPU's memory for a process: model and sampler in bfloat16, and the largest batch
@@ -42,7 +42,8 @@ TITLES = ("model", "side", "cameras", "batch", "ms, median", "p99", "vision", "p
 
 def worker(job: dict[str, Any]) -> None:
     """Make the programs of cases until the deadline; then, when told to, measure them one after the other."""
-    made, slowest = [], 0.0
+    made: list[tuple[int, Case, Runs]] = []
+    slowest = 0.0
     for i, values in enumerate(job["cases"]):
         begin = time.time()
         if made and begin + slowest > job["deadline"]:

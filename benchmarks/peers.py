@@ -187,6 +187,7 @@ def export_random(config: ModelConfig, formats: list[str], folder: Path) -> dict
     if not formats:
         return {}
     source = folder / "random"
+    source.mkdir()
     ours, _ = with_fresh(config, {}, seed=0)
     write_checkpoint(Checkpoint(source, LAYOUTS["pi0_torch"], Assets(config), ours), source, "pi0_torch")
     found = {}

@@ -63,7 +63,7 @@ class QuantizationConfig:
 
         Raises ConfigError, and OSError for a missing file.
         """
-        if isinstance(given, cls):
+        if isinstance(given, QuantizationConfig):
             return given
         if str(given) in FORMATS:
             return cls({"*": str(given)})

@@ -254,7 +254,7 @@ def put(layer: nn.ParameterList, weight: Weight) -> None:
 
 def replacement(
     name: str, weight: Float[Tensor, "O I"], format: str, config: QuantizationConfig, compute: torch.dtype
-) -> nn.Module:
+) -> ChannelWeight | GroupWeight | RoundedProduct:
     """What takes the place of a layer's weight in a sampler that computes in `compute`."""
     dtype = torch.promote_types(compute, weight.dtype) if name in LOOKED_UP else weight.dtype
     made = make_weight(weight, format, dtype, config.group_size)

@@ -278,8 +278,7 @@ class FusedModel(nn.Module):
         mask = masks.block_mask(F.pad(blocks, (seen.shape[1], 0)), valid, suffix)
         positions = seen.sum(dim=1, keepdim=True) + torch.arange(suffix, device=x_t.device)
         rope, bias = rotation(positions, self.config.paligemma.head_dim, dtype), mask_bias(mask, self.config)
-        weights = self.weights
-        state = linear(inputs["state"], *weights["state"])[:, None] if "state" in weights else None
+        state = linear(inputs["state"], *self.weights["state"])[:, None] if "state" in self.weights else None
         previous = inputs.get("previous")
         given = given_actions(self.rtc, previous)
 
@@ -287,10 +286,8 @@ class FusedModel(nn.Module):
             def velocity(x_t: Tensor) -> Tensor:
                 return self.denoise(cache, state, x_t, rope, bias, step=i, given=given)
 
-            x_t = x_t + float(np.float32(-1 / len(self.schedule))) * guided_velocity(
-                velocity, x_t, time, scale, self.rtc, previous
-            )
-            return clamp(x_t, given, previous)
+            v = guided_velocity(velocity, x_t, time, scale, self.rtc, previous)
+            return clamp(x_t + float(np.float32(-1 / len(self.schedule))) * v, given, previous)
 
         x_t = clamp(x_t, given, previous)
         for i, (time, scale) in enumerate(self.schedule):

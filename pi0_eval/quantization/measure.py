@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,10 +194,11 @@ def loss(model: Model, frames: Recorded, batch: int) -> float:
 def stage_errors(wide: Model, other: Model, frames: Recorded, batch: int) -> dict[str, float]:
     """Relative L2 error of every stage of the loss, in order of computation, on the first `batch` frames."""
     part = frames.batches(batch)[0]
-    return errors(*(Results(ordered(_stages(model, part)[0], {}), {}) for model in (wide, other)))
+    first, second = (Results(ordered(_stages(model, part)[0], {}), {}) for model in (wide, other))
+    return errors(first, second)
 
 
-def _stages(model: Model, frames: Recorded) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _stages(model: Any, frames: Recorded) -> tuple[dict[str, np.ndarray], np.ndarray]:
     device = next(model.parameters()).device
     arrays = [torch.from_numpy(x).to(device) for x in (frames.actions, frames.noise, frames.time)]
     stages: dict[str, torch.Tensor] = {}
