@@ -83,7 +83,7 @@ def programs(
 
     chunk = ("batch", config.action_horizon, config.action_dim)
     state, actions = array("state", "float32", "batch", config.state_size), array("actions", "float32", *chunk)
-    noise = (state, array("noise", "float32", *chunk))
+    noise: tuple[Array, ...] = (state, array("noise", "float32", *chunk))
     if rtc is not None:
         noise += (array("previous_actions", "float32", *chunk), array("previous_weights", "float32", *chunk))
     observed = (
