@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pi0_torch
-from pi0.policy.manifest import ExportError
+from pi0.policy.manifest import FORMATS, ExportError
 from pi0.policy.rtc import RTC
 from pi0.variants import get_variant
 from pi0_eval.export.exporting import Options, export
@@ -36,14 +36,8 @@ def options(to: str, config, split: bool = False, **changes) -> Options:
 
 
 CASES = [
-    *(pytest.param(v, "pt2", False, marks=SLOW) for v in ("tiny_pi0_fast",)),
-    *(
-        pytest.param(v, to, False, marks=SLOW)
-        for v in ("tiny", "tiny_pi05")
-        for to in ("pt2", "onnx", "stablehlo", "aoti")
-    ),
-    *(pytest.param("tiny_pi0_fast", to, False, marks=SLOW) for to in FORMATS),
-    *(pytest.param("tiny", to, True, marks=SLOW) for to in FORMATS),
+    *((variant, to, False) for variant in ("tiny", "tiny_pi05", "tiny_pi0_fast") for to in FORMATS),
+    *(("tiny", to, True) for to in FORMATS),
 ]
 
 
@@ -55,6 +49,7 @@ def test_one_row_of_all_cameras(variant: str, to: str, tmp_path: Path):
     assert manifest.gate["stages"]["tokens" if config.family.action_tokens else "actions"]["error"] <= 3e-6
 
 
+@SLOW
 @pytest.mark.parametrize(("variant", "to", "split"), CASES)
 def test_the_sources_actions(variant: str, to: str, split: bool, tmp_path: Path):
     """In the exhaustive gate; π0-FAST's tokens are the same."""
