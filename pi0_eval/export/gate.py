@@ -79,7 +79,7 @@ def tolerance(manifest: Manifest, stage: str, own: float | None = None) -> float
     most = TOLERANCE[manifest.to]
     if stage == "actions":
         return most
-    return STAGES * most if own is None else min(STAGES * most, max(ROUNDING["float32"] * own, LEAST))
+    return STAGES * most if own is None else max(ROUNDING["float32"] * own, LEAST)
 
 
 def run_stages(sampler: ExportedSampler, case: Case) -> Stages:
