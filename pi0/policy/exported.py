@@ -133,7 +133,7 @@ class ExportedSampler:
             token = {"token": tokens[:, i - 1, None], "position": (length + skipped + i - 1).astype(np.int32)}
             token |= {"seen": seen, "slot": np.array([start + i - 1], np.int32)}
             found = self._run("decode", token | {cache: read[cache] for cache in ("keys", "values")}, None)
-            read.update(keys=found["keys"], values=found["values"])
+            read.update(keys=found["next_keys"], values=found["next_values"])
             return found["logits"]
 
         i = 0

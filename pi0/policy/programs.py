@@ -76,14 +76,14 @@ def programs(
     def array(name: str, dtype: str, *shape: int | str) -> Array:
         return Array(name, dtype, tuple(fixed.get(n, n) if isinstance(n, str) else n for n in shape))
 
-    def cache(axis: str) -> tuple[Array, Array]:
+    def cache(axis: str, prefix: str = "") -> tuple[Array, Array]:
         gemma = config.paligemma
         shape = (gemma.depth, "batch", gemma.num_kv_heads, axis, gemma.head_dim)
-        return array("keys", "float32", *shape), array("values", "float32", *shape)
+        return array(f"{prefix}keys", "float32", *shape), array(f"{prefix}values", "float32", *shape)
 
     chunk = ("batch", config.action_horizon, config.action_dim)
     state, actions = array("state", "float32", "batch", config.state_size), array("actions", "float32", *chunk)
-    noise = (state, array("noise", "float32", *chunk))
+    noise: tuple[Array, ...] = (state, array("noise", "float32", *chunk))
     if rtc is not None:
         noise += (array("previous_actions", "float32", *chunk), array("previous_weights", "float32", *chunk))
     observed = (
@@ -100,7 +100,7 @@ def programs(
     cached = (*cache("cached"), array("seen", "bool", "batch", "cached"))
     if room:
         token = (array("token", "int32", "batch", 1), array("position", "int32", "batch", 1), array("slot", "int32", 1))
-        found["decode"] = Program((*token, *cached), (logits, *cache("cached")))
+        found["decode"] = Program((*token, *cached), (logits, *cache("cached", "next_")))
     if not config.family.action_tokens:
         found["denoise"] = Program((*cached, *noise), (actions,))
     return found

@@ -76,6 +76,11 @@ class Options:
             raise ExportError(f"weights are {self.weights!r}; they are stored in {self.dtype} or bfloat16")
         if self.to == "stablehlo" and self.weights not in (None, self.dtype):
             raise ExportError(f"weights of an export to stablehlo are stored in the dtype it computes in, {self.dtype}")
+        if self.rtc is not None and self.rtc.jacobian == "exact" and self.rtc.method == "guided" and self.to in SUFFIX:
+            raise ExportError(
+                "torch.export does not trace the exact Jacobian of guided real-time chunking; "
+                "export with --jacobian identity, or --to stablehlo"
+            )
         if self.to == "onnx" and self.dtype != "float32":
             raise ExportError(
                 "onnxruntime has no bfloat16 on the CPU, where exports are compared with their source; "

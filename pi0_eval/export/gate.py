@@ -57,11 +57,11 @@ def compare_case(sampler: ExportedSampler, source: Source, case: Case, exact: So
     """
     wanted = comparable(source(case), case, sampler, whole=True)
     found = comparable(run_stages(sampler, case), case, sampler, whole=False)
-    own = None
+    own: dict[str, float] = {}
     if exact is not None:
         wide = comparable(exact(case), case, sampler, whole=True)
         own = {stage: error(wide[stage], x) for stage, x in wanted.items()}
-    allowed = {stage: tolerance(sampler.manifest, stage, own and own[stage]) for stage in wanted}
+    allowed = {stage: tolerance(sampler.manifest, stage, own.get(stage)) for stage in wanted}
     return [
         Row(case.name, stage, error(x, found[stage], stage in EXACT), allowed[stage])
         for stage, x in wanted.items()
@@ -79,7 +79,7 @@ def tolerance(manifest: Manifest, stage: str, own: float | None = None) -> float
     most = TOLERANCE[manifest.to]
     if stage == "actions":
         return most
-    return STAGES * most if own is None else min(STAGES * most, max(ROUNDING["float32"] * own, LEAST))
+    return STAGES * most if own is None else max(ROUNDING["float32"] * own, LEAST)
 
 
 def run_stages(sampler: ExportedSampler, case: Case) -> Stages:
@@ -88,6 +88,7 @@ def run_stages(sampler: ExportedSampler, case: Case) -> Stages:
     if sampler.config.family.action_tokens:
         found["tokens"] = sampler.sample(case.observation, stages=found)
     elif sampler.subtasks:
+        assert case.noise is not None
         sampled = sampler.sample_with_subtask(case.observation, case.noise, None, case.previous, stages=found)
         found["subtask"], found["actions"] = sampled
     else:

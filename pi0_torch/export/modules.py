@@ -56,7 +56,7 @@ class ProgramModule(nn.Module):
             for axis, size in zip(x.shape, array.shape, strict=True):
                 if isinstance(axis, str):  # one symbol for each axis, of which all others are expressions
                     torch._check(sizes.setdefault(axis, size) == size)
-        inputs = dict(zip((x.name for x in self.program.inputs), arrays, strict=True))
+        inputs: Inputs = dict(zip((x.name for x in self.program.inputs), arrays, strict=True))
         if self.model.rtc is not None and "noise" in inputs:
             inputs["previous"] = Previous(inputs.pop("previous_actions"), inputs.pop("previous_weights"))
         if self.stages is None:

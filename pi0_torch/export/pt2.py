@@ -99,6 +99,7 @@ class TorchRunner:
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device):
         self._manifest, self._device = manifest, device
         files = {name: below(folder, program.file) for name, program in manifest.programs.items()}
+        self._programs: dict[str, Any]
         if manifest.to == "aoti":
             self._programs = {name: torch._inductor.aoti_load_package(str(file)) for name, file in files.items()}
             return

@@ -21,7 +21,7 @@ def fill(dtype, shape):
 
 
 def call(program, arrays):
-    path, inputs, outputs = str(folder / program["file"]), *program["program"].values()
+    path, inputs, outputs = str(folder / program["file"]), program["program"]["inputs"], program["program"]["outputs"]
     arrays = {x["name"]: arrays[x["name"]] if x["name"] in arrays else fill(x["dtype"], x["shape"]) for x in inputs}
     if manifest["to"] == "onnx":
         import onnxruntime

@@ -37,6 +37,7 @@ for i in range(steps):
         x |= {"token": tokens[:, i - 1, None], "position": (length + skipped + i - 1).astype(np.int32)}
         x |= {"slot": np.array([start + i - 1], np.int32), "seen": valid | (places >= start) & (places < start + i)}
         x |= run("decode", x)
+        x |= {"keys": x["next_keys"], "values": x["next_values"]}
     tokens[:, i] = np.where(done, 0, x["logits"].argmax(1))
     done |= tokens[:, i] == END
     if done.all():

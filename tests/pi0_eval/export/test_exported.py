@@ -137,7 +137,7 @@ def test_a_rollout_does_too(exported: Path):
     actor, torch_actor = LocalActor(str(exported), Side(), 2), LocalActor(str(VELOCITIES), Side(), 2, num_steps=1)
     observations, seeds = {0: frame(), 1: frame(1)}, {0: 5, 1: 6}
     actions, expected = (a.act(observations, seeds) for a in (actor, torch_actor))
-    assert actor.describe()["side"] == "onnx" and actor.cameras == torch_actor.cameras
+    assert actor.describe()["side"] == "onnx:plain" and actor.cameras == torch_actor.cameras
     for row in observations:
         np.testing.assert_allclose(actions[row], expected[row], rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match="not to aoti"):
