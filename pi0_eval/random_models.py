@@ -14,7 +14,7 @@ from pi0.quantization import CALIBRATED, QuantizationConfig
 
 
 def random_inputs(config: ModelConfig, cameras: int, batch: int) -> tuple[Observation, np.ndarray]:
-    """An observation with the first cameras and text of the full length, and noise."""
+    """An observation with the first cameras and text of the full length, and noise [B, T, A]."""
     rng = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
         "state": rng.normal(size=(batch, config.state_size)),

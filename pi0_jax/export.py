@@ -127,7 +127,7 @@ class StableHLORunner:
         }
 
     def run(self, program: str, inputs: dict[str, np.ndarray], stages: bool = False) -> dict[str, np.ndarray]:
-        """The outputs of a program, and with `stages` these."""
+        """The outputs of a program, and with `stages` these, each of the shape [...] that the manifest says."""
         found = self._manifest.programs[program]
         names = [x.name for x in found.program.outputs] + list(found.stages if stages else ())
         key = (program, stages)

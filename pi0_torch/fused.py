@@ -159,7 +159,7 @@ def as_module(tree: Any, shared: set[int], kept: torch.dtype | None = None) -> A
 
 
 def own(x: Tensor, shared: set[int]) -> Tensor:
-    """A tensor that has a storage for itself, none at the addresses `shared`."""
+    """A tensor of any shape that has a storage for itself, none at the addresses `shared`."""
     storage = x.untyped_storage()
     return x.clone() if storage.data_ptr() in shared or storage.nbytes() > x.nbytes else x
 

@@ -42,7 +42,7 @@ class ChannelWeight(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: Float[Tensor, "... I"], bias: Tensor | None = None) -> Float[Tensor, "... O"]:
-        """x·weightᵀ (+ bias)."""
+        """x·weightᵀ (+ bias [O])."""
         y = F.linear(x.to(self.dtype), self.values.to(self.dtype))
         return scaled(y, self.scale, bias).to(self.dtype)
 
@@ -67,7 +67,7 @@ class GroupWeight(nn.Module):
         self.inputs, self.dtype = inputs, dtype
 
     def forward(self, x: Float[Tensor, "... I"], bias: Tensor | None = None) -> Float[Tensor, "... O"]:
-        """x·weightᵀ (+ bias)."""
+        """x·weightᵀ (+ bias [O])."""
         return F.linear(x.to(self.dtype), self._unpacked(self.values, self.scale).to(self.dtype), bias)
 
     def rows(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "... I"]:
@@ -100,7 +100,7 @@ class RoundedProduct(nn.Module):
         self.dtype = weight.dtype
 
     def forward(self, x: Float[Tensor, "... I"], bias: Tensor | None = None) -> Float[Tensor, "... O"]:
-        """x·weightᵀ (+ bias)."""
+        """x·weightᵀ (+ bias [O])."""
         rounded = round_inputs(x, self.input_scale, self.values.dtype).flatten(0, -2)
         count = rounded.shape[0]
         rows = max(0, 2 * MULTIPLE - count) if x.device.type == "cuda" else 0
@@ -118,7 +118,7 @@ Weight = Tensor | ChannelWeight | GroupWeight | RoundedProduct
 
 
 def rows(weight: Weight, indices: Int[Tensor, "..."]) -> Float[Tensor, "... W"]:
-    """The rows of a vocabulary's weights [V, W], or of quantized ones."""
+    """The rows of a vocabulary's weights [V, W], or of quantized ones; TypeError for those with rounded inputs."""
     if isinstance(weight, RoundedProduct):
         raise TypeError("a vocabulary has no inputs to round")
     return F.embedding(indices, weight) if isinstance(weight, Tensor) else weight.rows(indices)
@@ -133,13 +133,13 @@ def wider_linear(x: Float[Tensor, "... W"], weight: Weight) -> Float[Tensor, "..
 
 
 def scaled(y: Tensor, scale: Float[Tensor, " O"] | None, bias: Tensor | None) -> Tensor:
-    """y·scale + bias, where there are these."""
+    """y [..., O]·scale + bias [O], where there are these."""
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
 
 
 def round_inputs(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """x / scale in float32, cut to the range of `dtype`, int8 or float8, and rounded to a number of it."""
+    """x / scale in float32, of any shape, cut to the range of `dtype`, int8 or float8, and rounded to a number of it."""
     x = (x.float() / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
     return x.round() if dtype == torch.int8 else x.to(dtype).float()
 
@@ -190,7 +190,7 @@ def round_groups(weight: Float[Tensor, "O G group"]) -> tuple[Int[Tensor, "O G g
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """A scale of zeros alone is 1."""
+    """A scale of any shape, 1 in place of 0."""
     return torch.where(scale > 0, scale, 1.0)
 
 

@@ -66,7 +66,10 @@ class ExportedSampler:
         previous: Previous | None = None,
         stages: Arrays | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Write a subtask, unless it is given, and sample actions that attend to it; returns its tokens and them."""
+        """Write a subtask [B, D], unless it is given, and sample actions that attend to it; returns it and these [B, T, A].
+
+        Raises ValueError for an export that writes none, and ObservationError for what it does not take.
+        """
         if not self.subtasks:
             raise ValueError("this export writes no subtasks")
         inputs = self.inputs(observation.prompt_only(), noise, previous)
@@ -182,7 +185,10 @@ class ExportedSampler:
         return arrays
 
     def cameras(self, observation: Observation) -> list[str]:
-        """The cameras that the programs get: those that are there in some row, and as many masked ones as needed."""
+        """The cameras that the programs get: those that are there in some row, and as many masked ones as needed.
+
+        Raises ObservationError for more than the export takes.
+        """
         least, most = self.manifest.sizes.cameras
         used = [key for key in self.config.image_keys if observation.image_masks[key].any()]
         if len(used) > most:
@@ -191,7 +197,7 @@ class ExportedSampler:
         return [key for key in self.config.image_keys if key in (*used, *filled)]
 
     def prompt_length(self, observation: Observation) -> int:
-        """The shortest length of the export that holds the prompts."""
+        """The shortest length of the export that holds the prompts. Raises ObservationError where none does."""
         used, lengths = observation.tokenized_prompt_mask.any(0), self.manifest.sizes.prompts
         needed = int(np.flatnonzero(used).max(initial=-1)) + 1
         if needed > lengths[-1]:

@@ -23,7 +23,10 @@ from pi0_eval.export.exporting import Options, export
 
 @exit_on_error("pi0-export")
 def main(arguments: list[str] | None = None) -> None:
-    """The command `pi0-export`; exits with 1, and writes nothing, where the export is not equivalent to its source."""
+    """The command `pi0-export`; exits with 1, and writes nothing, where the export is not equivalent to its source.
+
+    Raises ValueError for arguments that do not go together.
+    """
     args = make_export_parser().parse_args(arguments)
     if args.jacobian is not None and args.rtc != "guided":
         raise ValueError("--jacobian is an option of --rtc guided")

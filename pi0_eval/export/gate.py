@@ -47,6 +47,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
+        """Whether it is within what is allowed."""
         return self.error <= self.allowed  # NaN fails
 
 
@@ -124,7 +125,7 @@ def comparable(stages: Stages, case: Case, sampler: ExportedSampler, whole: bool
 
 
 def error(a: np.ndarray, b: np.ndarray, tokens: bool = False) -> float:
-    """Relative L2 of b against a, or the fraction of tokens that differ; infinite for other shapes."""
+    """Relative L2 of b against a, of any shape, or the fraction of tokens that differ; infinite for other shapes."""
     if a.shape != b.shape:
         return math.inf
     if tokens:

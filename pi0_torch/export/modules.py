@@ -51,6 +51,7 @@ class ProgramModule(nn.Module):
         self.model, self.name, self.program, self.stages = model, name, program, stages
 
     def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for inputs of the shapes [...] of the program, and its stages, whose names `stages` receives."""
         sizes: dict[str, int] = {}
         for x, array in zip(self.program.inputs, arrays, strict=True):
             for axis, size in zip(x.shape, array.shape, strict=True):
@@ -68,7 +69,7 @@ class ProgramModule(nn.Module):
         return *outputs, *found.values()
 
     def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The program's outputs."""
+        """The program's outputs, each of its shape [...]."""
         outputs = getattr(self, f"_{self.name}")(inputs)
         return tuple(outputs[: len(self.program.outputs)])
 
@@ -91,7 +92,7 @@ class ProgramModule(nn.Module):
 
 
 def examples(program: Program, sizes: dict[str, int], device: torch.device) -> tuple[Tensor, ...]:
-    """Inputs of these sizes, to trace with: zeros, and masks that are all True."""
+    """Inputs of these sizes, each of its shape [...], to trace with: zeros, and masks that are all True."""
     made = []
     for x in program.inputs:
         shape = [sizes[n] if isinstance(n, str) else n for n in x.shape]
