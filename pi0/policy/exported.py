@@ -66,7 +66,7 @@ class ExportedSampler:
         previous: Previous | None = None,
         stages: Arrays | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Write a subtask [B, D], unless it is given, and sample actions that attend to it; returns it and these [B, T, A].
+        """Write a subtask [B, D], unless it is given, and sample actions [B, T, A] that attend to it; returns both.
 
         Raises ValueError for an export that writes none, and ObservationError for what it does not take.
         """
