@@ -139,7 +139,7 @@ def scaled(y: Tensor, scale: Float[Tensor, " O"] | None, bias: Tensor | None) ->
 
 
 def round_inputs(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """x / scale in float32, of any shape, cut to the range of `dtype`, int8 or float8, and rounded to a number of it."""
+    """x / scale in float32, of any shape, cut to the range of `dtype`, int8 or float8, and rounded to it."""
     x = (x.float() / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
     return x.round() if dtype == torch.int8 else x.to(dtype).float()
 

@@ -108,7 +108,7 @@ class TorchRunner:
 
     @torch.no_grad()
     def run(self, program: str, inputs: dict[str, np.ndarray], stages: bool = False) -> dict[str, np.ndarray]:
-        """The outputs of a program, each of its shape [...]; with `stages` those, computed by its graph a node at a time."""
+        """The outputs of a program, each of its shape [...]; with `stages` those, by its graph, a node at a time."""
         found = self._manifest.programs[program]
         arguments = tuple(torch.from_numpy(np.array(inputs[x.name])).to(self._device) for x in found.program.inputs)
         outputs = self._programs[program](*arguments)
