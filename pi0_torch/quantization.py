@@ -49,7 +49,7 @@ class ChannelWeight(nn.Module):
     def rows(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "... I"]:
         """The weights of some outputs, float32."""
         rows = F.embedding(indices, self.values).float()
-        return rows if self.scale is None else rows * self.scale[indices][..., None]
+        return rows if self.scale is None else rows * F.embedding(indices, self.scale[:, None])
 
     def whole(self) -> Float[Tensor, "O I"]:
         """All weights, float32."""

@@ -224,7 +224,7 @@ class OnnxRunner:
         import onnxruntime
 
         options, disabled = onnxruntime.SessionOptions(), []
-        if self._manifest.weights != self._manifest.dtype:
+        if self._manifest.quantization or self._manifest.weights != self._manifest.dtype:
             disabled = ["ConstantFolding"]  # which would widen all weights at once
             options.add_session_config_entry("session.disable_prepacking", "1")
         if isinstance(model, bytes):

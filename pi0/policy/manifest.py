@@ -46,6 +46,7 @@ class Manifest:
         dtype: in which it computes. weights: in which its weights are stored.
         rtc: the real-time chunking that is in the program.
         subtasks: whether a subtask is written before the actions.
+        quantization: the format of each layer that is quantized (`pi0.quantization`).
         source: the name and the checksum of the checkpoint that it was made of.
         versions: of the packages that it was made with.
         gate: how far from the source it was found: format, tolerance, cases, and the largest errors by stage.
@@ -62,6 +63,7 @@ class Manifest:
     weights: str
     rtc: RTC | None = None
     subtasks: bool = False
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
     gate: dict[str, Any] = dataclasses.field(default_factory=dict)

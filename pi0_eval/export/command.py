@@ -18,6 +18,7 @@ from pi0.command import (
 from pi0.config import DTYPES
 from pi0.policy.manifest import FORMATS, Manifest
 from pi0.policy.rtc import JACOBIANS, METHODS, RTC
+from pi0.quantization import QuantizationConfig
 from pi0_eval.export.exporting import Options, export
 
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.weights,
         args.num_steps,
         rtc,
+        None if args.quantize is None else QuantizationConfig.of(args.quantize),
     )
     started = time.perf_counter()
 
@@ -78,6 +80,9 @@ def make_export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default float32)")
     parser.add_argument("--weights", choices=DTYPES, help="dtype that weights are stored in (default: that of --dtype)")
+    parser.add_argument(
+        "--quantize", metavar="FORMAT", help="round weights: int8, int4, …, or a .json file of pi0-quantize-report"
+    )
     parser.add_argument("--num-steps", type=int, metavar="N", help="Euler steps, or tokens (default: the checkpoint's)")
     parser.add_argument("--rtc", choices=METHODS, help="real-time chunking, in the program")
     parser.add_argument("--jacobian", choices=JACOBIANS, help="of --rtc guided (default exact)")

@@ -26,13 +26,14 @@ from pi0.policy.manifest import FORMATS, MANIFEST, ExportError, Manifest, Progra
 from pi0.policy.policy import check_rtc, fill_assets
 from pi0.policy.programs import Program, Sizes, programs
 from pi0.policy.rtc import RTC, Previous
+from pi0.quantization import CALIBRATED, WIDE, QuantizationConfig
 from pi0.reading import naming
 from pi0.robots.pipeline import Pipeline
 from pi0.storage import new_folder, require_replaceable
 from pi0_eval.actors import checksum
 from pi0_eval.export.gate import cases, run_gate
 from pi0_eval.export.runners import open_runner
-from pi0_eval.export.source import Case, Source, jax_source, torch_source
+from pi0_eval.export.source import Case, Source, jax_source, layer_formats, torch_source
 from pi0_eval.parity.compare import SMALL
 from pi0_eval.parity.frameworks import exact_matmuls
 
@@ -56,6 +57,7 @@ class Options:
         dtype: in which it computes. weights: in which its weights are stored (default: the same).
         num_steps: Euler steps, or the most tokens (default: the checkpoint's).
         rtc: real-time chunking.
+        quantization: to what the weights are rounded.
     """
 
     to: str
@@ -67,6 +69,7 @@ class Options:
     weights: str | None = None
     num_steps: int | None = None
     rtc: RTC | None = None
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("to", FORMATS), ("dtype", DTYPES)):
@@ -85,6 +88,20 @@ class Options:
             raise ExportError(
                 "onnxruntime has no bfloat16 on the CPU, where exports are compared with their source; "
                 "export to onnx in float32, with --weights bfloat16 for half the size"
+            )
+
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
+
+    def _check_quantization(self, quantization: QuantizationConfig) -> None:
+        if self.to == "stablehlo":
+            raise ExportError("quantized weights are those of PyTorch's sampler; export to pt2, aoti or onnx")
+        if self.weights not in (None, self.dtype):
+            raise ExportError("weights and quantization both say how weights are stored; give one of them")
+        if rounded := sorted(CALIBRATED.keys() & set(quantization.layers.values())):
+            raise ExportError(
+                f"{rounded[0]} rounds inputs, and a difference in the last bit moves some to another number: an export "
+                "cannot be compared with its source; quantize weights alone (int8, int4, float8, bfloat16)"
             )
 
     def sizes(self, config: ModelConfig) -> Sizes:
@@ -137,6 +154,9 @@ def export(
         raise AssetsError("--data needs a robot's adapter and norm stats, which the checkpoint does not have")
     tokens = config.family.action_tokens or assets.subtasks
     room = config.runtime.max_decoding_steps if tokens else 0
+    formats: dict[str, str] = {}
+    if options.quantization is not None:
+        formats = layer_formats(config, options.quantization, assets.subtasks)
     wanted = programs(config, sizes, rtc=options.rtc, room=room, split=options.split)
     with naming(checkpoint.folder), new_folder(target, overwrite, **replaced) as folder, exact_matmuls():
         log(f"exporting {', '.join(wanted)} to {options.to}")
@@ -154,6 +174,7 @@ def export(
             weights=options.weights or options.dtype,
             rtc=options.rtc,
             subtasks=assets.subtasks,
+            quantization={name: format for name, format in formats.items() if format != WIDE},
             source={"checkpoint": checkpoint.folder.name, "checksum": checksum(str(source))},
             versions=versions(),
         )
@@ -163,7 +184,7 @@ def export(
         log("comparing it with its source")
         inputs = cases(config, sizes, options.rtc, most=most, every=every, seed=seed)
         recorded = () if data is None else recorded_cases(whole, data, frames, sizes, options.rtc, seed)
-        figures = run_gate(sampler, *sources(checkpoint, config, options), chain(inputs, recorded), log)
+        figures = run_gate(sampler, *sources(checkpoint, config, options, formats), chain(inputs, recorded), log)
         manifest = dataclasses.replace(manifest, gate=figures)
         manifest.save(folder)
         del sampler
@@ -218,6 +239,7 @@ def write_torch(
     from pi0_torch.export.onnx import write_onnx
     from pi0_torch.export.pt2 import trace, without_stages, write_aoti, write_pt2
     from pi0_torch.loading import load_model
+    from pi0_torch.quantization import quantize
     from pi0_torch.sampler import Sampler
 
     model = load_model(checkpoint, dtype=config.runtime.dtype, param_dtype=options.weights or config.runtime.dtype)
@@ -225,6 +247,8 @@ def write_torch(
     kept = None if options.weights in (None, options.dtype) else getattr(torch, options.weights)
     sampler = Sampler(model, compile=False, warm_up=False, kept=kept, **how)
     del model
+    if options.quantization is not None:
+        quantize(sampler, options.quantization)
     made = {}
     for name, program in wanted.items():
         exported, stages = trace(sampler, name, program, ranges)
@@ -265,12 +289,19 @@ WRITERS: dict[str, Callable[..., dict[str, ProgramFile]]] = {
 }
 
 
-def sources(checkpoint: Checkpoint, config: ModelConfig, options: Options) -> tuple[Source, Source | None]:
-    """The stages of the checkpoint's plain model, and of a small or narrow one those in a wider dtype."""
+def sources(
+    checkpoint: Checkpoint, config: ModelConfig, options: Options, formats: Mapping[str, str]
+) -> tuple[Source, Source | None]:
+    """The stages of the checkpoint's plain model, and of a small or narrow one those in a wider dtype.
+
+    Its layers are rounded to their `formats`.
+    """
     make = jax_source if options.to == "stablehlo" else torch_source
     tokens = config.family.action_tokens
     steps = config.runtime.max_decoding_steps if tokens else config.runtime.num_steps
     how: dict[str, Any] = {"num_steps": steps, "rtc": options.rtc, "subtasks": checkpoint.assets.subtasks}
+    if options.quantization is not None:
+        how |= {"quantization": options.quantization, "formats": formats}
     weights = options.weights or options.dtype
     source = make(checkpoint, config, weights, **how)
     if options.dtype != "float32":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pi0.config import PROOF_DTYPE, ModelConfig
 from pi0.masks import block_mask
 from pi0.observation import Observation, to_numpy
 from pi0.policy.rtc import RTC, Previous
+from pi0.quantization import QuantizationConfig
 
 Stages = dict[str, np.ndarray]
 Source = Callable[["Case"], Stages]
@@ -94,15 +95,42 @@ def _steps(
     return stages | {"actions": x_t}
 
 
-def torch_source(checkpoint: Checkpoint, config: ModelConfig, weights: str, **options: Any) -> Source:
-    """The stages of a checkpoint's plain model in PyTorch, with weights stored as `weights`; see `stages_of`."""
+def layer_formats(config: ModelConfig, quantization: QuantizationConfig, subtasks: bool) -> dict[str, str]:
+    """The format of each layer of PyTorch's sampler. Raises ConfigError for a pattern that matches none."""
+    import torch
+
+    from pi0_torch.loading import abstract_model
+    from pi0_torch.quantization import sampler_layers
+    from pi0_torch.sampler import Sampler
+
+    with torch.device("meta"):
+        sampler = Sampler(abstract_model(config), subtasks=subtasks, compile=False, warm_up=False)
+    return quantization.formats(sampler_layers(sampler.weights))
+
+
+def torch_source(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    weights: str,
+    *,
+    quantization: QuantizationConfig | None = None,
+    formats: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Source:
+    """The stages of a checkpoint's plain model in PyTorch, with weights stored as `weights`; see `stages_of`.
+
+    With `quantization`, its layers are rounded to their `formats`.
+    """
     import torch
 
     from pi0_torch.loading import map_tensors, to_numpy, to_torch, with_parameters
+    from pi0_torch.quantization import simulate
 
     dtype = getattr(torch, weights)
     stored = checkpoint.in_layout("pi0_torch")
     model = with_parameters(config, {name: to_torch(t.read(())).to(dtype) for name, t in stored.items()})
+    if quantization is not None:
+        model = simulate(model, quantization, formats or {})
 
     def compute(case: Case) -> Stages:
         with torch.no_grad():

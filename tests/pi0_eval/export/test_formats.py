@@ -19,6 +19,7 @@ import torch
 import pi0_torch
 from pi0.policy.manifest import FORMATS, ExportError
 from pi0.policy.rtc import RTC
+from pi0.quantization import QuantizationConfig
 from pi0.variants import get_variant
 from pi0_eval.export.exporting import Options, export
 from pi0_eval.export.gate import random_case
@@ -47,6 +48,54 @@ def test_one_row_of_all_cameras(variant: str, to: str, tmp_path: Path):
     source = save(config, tmp_path / "source")
     manifest = export(source, tmp_path / "export", Options(to, prompts=(config.max_token_len,)), most=1)
     assert manifest.gate["stages"]["tokens" if config.family.action_tokens else "actions"]["error"] <= 3e-6
+
+
+QUANTIZED = [
+    ("pt2", "int8"),
+    *(pytest.param(to, f, marks=SLOW) for to in ("pt2", "onnx", "aoti") for f in ("int8", "int4")),
+]
+
+
+@pytest.mark.parametrize(("to", "quantize"), QUANTIZED)
+def test_quantized_weights(to: str, quantize: str, tmp_path: Path):
+    """The export has the numbers of the plain model with weights rounded alike, and files that are smaller."""
+    if to == "onnx":
+        pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    config = small("tiny", depth=1)
+    source, options = save(config, tmp_path / "source"), Options(to, prompts=(config.max_token_len,))
+    rounding = QuantizationConfig({"*": quantize, "action_out_proj": "wide"}, group_size=4)
+    manifest = export(source, tmp_path / "q", dataclasses.replace(options, quantization=rounding), most=1)
+    assert manifest.gate["stages"]["actions"]["error"] <= (1e-5 if to == "onnx" else 3e-6)
+    assert manifest.quantization["vision.layers.0.mlp.up"] == quantize
+    assert "action_out_proj" not in manifest.quantization
+    wide = export(source, tmp_path / "wide", options, most=1)
+    assert wide.quantization == {}
+    if to == "pt2":
+        assert stored_bytes(tmp_path / "q") < 0.5 * stored_bytes(tmp_path / "wide")
+    if to == "onnx":  # which widens tensors of less than 8 KB when it is made
+        import onnx
+
+        stored = {x.name: x.data_type for x in onnx.load(str(tmp_path / "q" / "sample.onnx")).graph.initializer}
+        narrow = onnx.TensorProto.INT8 if quantize == "int8" else onnx.TensorProto.UINT8
+        assert stored["model.weights.embedding.0.values"] == narrow
+
+
+def stored_bytes(folder: Path) -> int:
+    """The bytes of an export's weights: its whole file has a text of the program, here more than these."""
+    return sum(x.nbytes for x in torch.export.load(folder / "sample.pt2").state_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"to": "stablehlo"}, "export to pt2, aoti or onnx"),
+        ({"weights": "bfloat16"}, "give one of them"),
+        ({"quantization": QuantizationConfig({"*": "w8a8"})}, "w8a8 rounds inputs"),
+    ],
+)
+def test_quantization_that_is_refused(changes: dict, said: str):
+    with pytest.raises(ExportError, match=said):
+        Options(**({"to": "onnx", "quantization": QuantizationConfig({"*": "int8"})} | changes))
 
 
 @SLOW
