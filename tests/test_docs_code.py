@@ -19,7 +19,9 @@ import pytest
 
 import pi0_torch
 from pi0.experiments import find_experiment
+from pi0.quantization import QuantizationConfig
 from pi0.run_config import RunConfig
+from pi0_eval.export.exporting import Options, export
 from tests.pi0_serve.serving import observation, serve, write_tiny
 from tests.test_docs import PAGES as ALL_PAGES
 from tests.test_docs import ROOT, blocks
@@ -67,6 +69,18 @@ def posttrained(folder: Path) -> None:
     """A π0.5 that writes subtasks."""
     config = write_tiny(folder / "runs" / "posttrain", kind="pi05", max_token_len=96) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"subtasks": True}))
+
+
+def quantized(folder: Path) -> None:
+    write_tiny(folder / "runs" / "metaworld_torch")
+    QuantizationConfig({"*": "int8"}).save(folder / "runs" / "int8" / "quantization.json")
+
+
+def to_onnx(folder: Path) -> None:
+    """An export to ONNX, where the extra is installed."""
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    export(write_tiny(folder / "policy"), folder / "runs" / "onnx", Options("onnx", prompts=(24,)), most=1)
 
 
 def with_shape(name: str, *shape: int | None) -> Callable[[Namespace], None]:
@@ -133,8 +147,12 @@ PAGES = {
     ),
     "docs/add_robot.md": Page(),
     "docs/ci.md": Page(prepare=pair, check=lambda names: names["test_exported_model"]()),
+    "docs/export.md": Page(
+        given={"corner": FRAME["corner"], **IMAGES}, prepare=to_onnx, check=with_shape("actions", None, 4)
+    ),
     "docs/finetune.md": Page(SERVER, IMAGES, check=trains),
     "docs/peers.md": Page({DROID: SMALL_DROID}, {"pi0_torch": pi0_torch}, droid_run),
+    "docs/quantize.md": Page(prepare=quantized),
     "docs/recipe.md": Page(
         given={"frame": FRAME, "config": find_experiment("pi05_posttrain")()},
         prepare=posttrained,

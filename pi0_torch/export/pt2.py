@@ -35,7 +35,7 @@ def trace(
     `ranges` are those of `Sizes.ranges`.
     """
     stages: list[str] = []
-    module = ProgramModule(Exported(sampler), name, program, stages).eval()
+    module = ProgramModule(Exported(sampler), name, program, stages).train(False)
     arguments = examples(program, {axis: most for axis, (_, most) in ranges.items()}, sampler.device)
     dims = {axis: Dim(axis, min=least, max=most) for axis, (least, most) in ranges.items() if least < most}
     with torch.no_grad():

@@ -26,6 +26,11 @@ from pi0 import masks
 from tests.faults.mutation import Mutation, with_arguments, with_result
 
 
+def last_rows(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement of `block_mask`, of which `last` takes the last queries."""
+    return lambda blocks, valid, last=None: mask(blocks, valid)[:, slice(None if last is None else -last, None)]
+
+
 def torch_code(variant: str) -> Iterator[Mutation]:
     """Functions of PyTorch's model."""
     flow, adaptive = variant != "tiny_pi0_fast", variant == "tiny_pi05"
@@ -142,10 +147,10 @@ def torch_code(variant: str) -> Iterator[Mutation]:
             block_mask(b, v) & ~torch.roll(~v, -1, 1)[:, None] | torch.eye(v.shape[1]).bool()
         ),
     }
-    for name, value in tests_of_masks.items():
+    for name, change in tests_of_masks.items():
         # Of π0-FAST's training rows nobody but itself attends to the last token; of its prompts all do.
         stage = "first logits" if name == "mask off by one" and not flow else prefix
-        yield each(name, stage, (module, "block_mask", value))
+        yield each(name, stage, (module, "block_mask", last_rows(change)))
     if variant == "tiny_lora":
         make = torch_lora.LoRA.forward
         yield each("LoRA not scaled", prefix, (torch_lora.LoRA, "forward", lambda s, x: make(s, x) / s.scale))

@@ -138,7 +138,7 @@ def test_what_a_policy_does(tmp_path: Path):
     """All episodes, failed ones too, with the actions that were applied."""
 
     class Half:
-        cameras, horizon = ("corner", "wrist"), 2
+        cameras, horizon, rtc = ("corner", "wrist"), 2, None
 
         def act(self, observations, seeds):
             return {row: np.full((2, 4), 0.5, np.float32) for row in observations}
