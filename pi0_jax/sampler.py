@@ -392,7 +392,7 @@ class FusedModel:
             place = cached[0].shape[2] - x.shape[1]
             k, v = (jax.lax.dynamic_update_slice_in_dim(c, y, place, axis=2) for c, y in zip(cached, new, strict=True))
             new_cache.append((k, v))
-            x = finish_layer(x, attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
+            x = finish_layer(x, attend_suffix(q, k, v, bias, *new), w, gemma, attention_norm, mlp_norm)
         return linear(rms_norm(x, now["final_norm"])[:, -x_t.shape[1] :], *weights["action_out"]), new_cache
 
     def project(
@@ -415,14 +415,57 @@ def attend(
     bias: Float[Array, "B T S"] | None,
 ) -> Float[Array, "B K R H"]:
     """Attention; float32 logits and softmax, `v`'s dtype otherwise. A key head's queries are rows of one product."""
+    probabilities = cast(attention_probabilities(q, k, bias), "attention_probabilities", v.dtype.name)
+    return jnp.einsum("BKRS,BKSH->BKRH", probabilities, v)
+
+
+def attention_probabilities(
+    q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], bias: Float[Array, "B T S"] | None
+) -> Float[Array, "B K R S"]:
+    """How much each row attends to each place: the softmax of its logits."""
     accumulator = numerics.rounding("attention_logits", q.dtype.name)
     logits = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=accumulator) * q.shape[-1] ** -0.5
     if bias is not None:
         shape = logits.shape
         logits = logits.reshape(*shape[:2], bias.shape[1], -1, shape[-1]) + bias[:, None, :, None]
         logits = logits.reshape(shape)
-    probabilities = cast(jax.nn.softmax(logits, axis=-1), "attention_probabilities", v.dtype.name)
-    return jnp.einsum("BKRS,BKSH->BKRH", probabilities, v)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@jax.custom_vjp
+def attend_suffix(
+    q: Float[Array, "B K R H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    bias: Float[Array, "B T S"],
+    new_k: Float[Array, "B K T H"],
+    new_v: Float[Array, "B K T H"],
+) -> Float[Array, "B K R H"]:
+    """`attend(q, k, v, bias)`, with a gradient in q and in the suffix's keys and values `new_k` and `new_v` alone.
+
+    They are the last of `k` and `v` too. Those of the prefix depend on no action; their gradient is left out.
+    """
+    return attend(q, k, v, bias)
+
+
+def _attend_suffix_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+    return attend(*args[:4]), args
+
+
+def _attend_suffix_backward(args: tuple[Array, ...], out: Array) -> tuple[Array | None, ...]:
+    q, k, v, bias, new_k, new_v = args
+    probabilities, suffix = attention_probabilities(q, k, bias), new_k.shape[2]
+    slope = jnp.einsum("BKRH,BKSH->BKRS", out, v, preferred_element_type=probabilities.dtype)
+    slope = probabilities * (slope - (probabilities * slope).sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
+    gradients = (
+        jnp.einsum("BKRS,BKSH->BKRH", slope, k).astype(q.dtype),
+        jnp.einsum("BKRS,BKRH->BKSH", slope[..., -suffix:], q).astype(new_k.dtype),
+        jnp.einsum("BKRS,BKRH->BKSH", probabilities[..., -suffix:], out).astype(new_v.dtype),
+    )
+    return gradients[0], None, None, None, *gradients[1:]
+
+
+attend_suffix.defvjp(_attend_suffix_forward, _attend_suffix_backward)
 
 
 def mask_bias(mask: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
