@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from pi0.assets import Assets, AssetsError
+from pi0.assets import Assets, AssetsError, check_asset_id
 from pi0.config import DTYPES, PROOF_DTYPE, ModelConfig
 from pi0.datasets.registry import open_dataset
 from pi0.fetch import fetch
@@ -160,10 +160,10 @@ def export(
     wanted = programs(config, sizes, rtc=options.rtc, room=room, split=options.split)
     with naming(checkpoint.folder), new_folder(target, overwrite, **replaced) as folder, exact_matmuls():
         log(f"exporting {', '.join(wanted)} to {options.to}")
-        made = WRITERS[options.to](checkpoint, config, options, wanted, sizes.ranges(config, room), folder)
-        gc.collect()
         whole = dataclasses.replace(assets, model=config)
         whole.save(folder / "assets", folder)
+        made = WRITERS[options.to](checkpoint, config, options, wanted, sizes.ranges(config, room), folder)
+        gc.collect()
         manifest = Manifest(
             options.to,
             made,
@@ -206,6 +206,9 @@ def with_assets(
         if assets.robot is not None or given:
             assets = fill_assets(assets, checkpoint.norm_stats, **given)
             Pipeline.from_assets(assets)
+            if assets.asset_id is None and assets.norm_stats is not None:  # those of `norm_stats`
+                robot = assets.robot["name"] if isinstance(assets.robot, dict) else str(assets.robot)
+                assets = dataclasses.replace(assets, asset_id=check_asset_id(robot.replace(":", "_")))
             assets = with_local_tokenizer(assets)
         else:
             log("the checkpoint names no robot: the export has programs, and is no policy")

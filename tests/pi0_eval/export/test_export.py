@@ -13,7 +13,7 @@ import torch
 
 import pi0_torch.sampler
 from pi0 import numerics
-from pi0.policy.manifest import Manifest
+from pi0.policy.manifest import ExportError, Manifest
 from pi0_eval.export import exporting
 from pi0_eval.export.command import main
 from pi0_eval.export.exporting import Options, export
@@ -140,3 +140,20 @@ def test_a_broken_export_is_refused_and_named_by_stage(
     with pytest.raises(GateError, match=f"the first stage out of tolerance is {FAULTS[fault]} "):
         export(checkpoint, tmp_path / "broken", Options(to, prompts=(8,)), most=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_norm_stats_of_a_file_are_named_after_the_robot(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They, and all that a policy needs, are written before programs, which take the time."""
+
+    def stop(*args: Any) -> Any:
+        assert (args[-1] / "assets" / "metaworld" / "norm_stats.json").is_file()
+        raise ExportError("enough")
+
+    monkeypatch.setitem(exporting.WRITERS, "pt2", stop)
+    stats = Path("tests/written_before/stats/metaworld/norm_stats.json").resolve()
+    given = {"robot": "metaworld", "norm_stats": stats, "tokenizer": "bundled://tokenizer.model"}
+    with pytest.raises(ExportError, match="enough"):
+        export(checkpoint, tmp_path / "export", Options("pt2"), **given)
+    assert not (tmp_path / "export").exists()
