@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,45 +28,11 @@ def eager_attention(
     bias: Float[Tensor, "B 1 R S"] | None,
 ) -> Float[Tensor, "B K R H"]:
     """Attention; float32 logits and softmax, `v`'s dtype otherwise. A key head's queries are rows of one product."""
-    return cast(attention_probabilities(q, k, bias), "attention_probabilities", dtype_name(v)) @ v
-
-
-def attention_probabilities(
-    q: Float[Tensor, "B K R H"], k: Float[Tensor, "B K S H"], bias: Float[Tensor, "B 1 R S"] | None
-) -> Float[Tensor, "B K R S"]:
-    """How much each row attends to each place: the softmax of its logits."""
     name = dtype_name(q)
     logits = cast(q, "attention_logits", name) @ cast(k, "attention_logits", name).mT * q.shape[-1] ** -0.5
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
-
-
-class SuffixAttention(torch.autograd.Function):
-    """`attend(q, k, v, bias)`, with a gradient in q and in the suffix's keys and values `new_k` and `new_v` alone.
-
-    They are the last of `k` and `v` too. Those of the prefix depend on no action; their gradient is left out.
-    """
-
-    @staticmethod
-    def forward(attend: Attend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
-        """`attend(q, k, v, bias)`: q [B, K, R, H]; k, v [B, K, S, H]; new_k, new_v [B, K, T, H]."""
-        return attend(q, k, v, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the gradient needs."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of q [B, K, R, H], and of new_k and new_v [B, K, T, H]."""
-        q, k, v, bias, new_k, new_v = ctx.saved_tensors
-        probabilities, suffix = attention_probabilities(q, k, bias), new_k.shape[2]
-        slope = out.to(probabilities.dtype) @ v.to(probabilities.dtype).mT
-        slope = probabilities * (slope - (probabilities * slope).sum(dim=-1, keepdim=True)) * q.shape[-1] ** -0.5
-        of_q = (slope @ k.to(slope.dtype)).to(q.dtype)
-        of_k = (slope[..., -suffix:].mT @ q.to(slope.dtype)).to(new_k.dtype)
-        of_v = (probabilities[..., -suffix:].mT @ out.to(slope.dtype)).to(new_v.dtype)
-        return None, of_q, None, None, None, of_k, of_v
+    if bias is not None:
+        logits = logits + bias
+    return cast(logits.softmax(dim=-1), "attention_probabilities", dtype_name(v)) @ v
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from pi0.observation import Observation
 from pi0.policy.buckets import TEXT_BUCKETS, compact, placeholder, text_lengths
 from pi0.policy.rtc import RTC, Previous
 from pi0.recording import record, section
-from pi0_torch.attention import Attend, SuffixAttention, attention_backend, flash_attention, pad_left, sdpa_attention
+from pi0_torch.attention import Attend, attention_backend, flash_attention, pad_left, sdpa_attention
 from pi0_torch.fused import Modulation, Weights, at, finish_layer, lay_out, layer_norm, linear, rms_norm
 from pi0_torch.loading import Model
 from pi0_torch.models.decoding import decode, written
@@ -425,11 +425,9 @@ class FusedModel(nn.Module):
             if self.in_place:
                 for kept, fresh in zip((k, v), new, strict=True):
                     kept[:, :, -x.shape[1] :] = fresh
-                attended = self.attend(q, k, v, bias)
             else:
-                k, v = (torch.cat([kept, fresh.detach()], dim=2) for kept, fresh in zip((k, v), new, strict=True))
-                attended = SuffixAttention.apply(self.attend, q, k, v, bias, *new)
-            x = finish_layer(x, attended, w, gemma, attention_norm, mlp_norm)
+                k, v = (torch.cat([kept, fresh], dim=2) for kept, fresh in zip((k, v), new, strict=True))
+            x = finish_layer(x, self.attend(q, k, v, bias), w, gemma, attention_norm, mlp_norm)
             x = record("suffix layer", x)
         return linear(rms_norm(x, now("final_norm"))[:, -x_t.shape[1] :], *weights["action_out"])
 

@@ -87,8 +87,7 @@ ONLY_TORCH = {
     "Sampler._compiled",
     "Policy._on_device",
 }
-ONLY_JAX = {"attend", "attend_suffix", "_attend_suffix_forward", "_attend_suffix_backward", "attention_probabilities"}
-ONLY_JAX |= {"constrain_rows", "record", "unstack", "use_compilation_cache"}  # attention.py has PyTorch's
+ONLY_JAX = {"constrain_rows", "record", "unstack", "use_compilation_cache"}
 MIRRORED = ("sampler.py", "fused.py", "policy.py")
 # Of training: optax and Orbax are libraries, and PyTorch's checkpoints, optimizer and sharded arithmetic our own code.
 ONLY_TORCH |= {"Block.around", "Optimizer", "sgd", "buckets", "global_norm"}
