@@ -27,23 +27,28 @@ CASES = [
 DATA = ["--data", "bundled://metaworld_v30", "--episodes", "3"]
 
 
+def standing(name: str):
+    """A working set-up by a clock that stands still: on a busy machine a chunk is late, whatever else."""
+    return dataclasses.replace(working(name), clock=lambda: 0.0)
+
+
 @pytest.mark.parametrize("name", ["velocities", "positions"])
 def test_a_working_set_up(name: str):
     """Nothing is found, and every check was done but that of a precision there is no other of."""
-    diagnosis = working(name).diagnose()
+    diagnosis = standing(name).diagnose()
     assert [(f.cause, f.evidence) for f in diagnosis.findings] == []
     assert set(diagnosis.healthy) == CHECKS.keys() and not diagnosis.unjudged
 
 
 def test_a_working_set_up_without_training_data():
     """The held-out recordings alone: nothing is found, and what cannot be judged is said."""
-    diagnosis = dataclasses.replace(working("velocities"), known=None).diagnose()
+    diagnosis = dataclasses.replace(standing("velocities"), known=None).diagnose()
     assert not diagnosis.findings and sum("no --training" in text for text in diagnosis.unjudged) == 3
 
 
 def test_recordings_of_a_server():
     """Their frames are requests, and their actions the policy's own: neither is held against the training data."""
-    set_up = working("velocities")
+    set_up = standing("velocities")
     seen = dataclasses.replace(set_up.seen, fps=None, actions=None)
     diagnosis = dataclasses.replace(set_up, seen=seen).diagnose()
     assert not diagnosis.findings and diagnosis.unjudged == ["rate of control: the frames are a server's requests"]
@@ -51,8 +56,7 @@ def test_recordings_of_a_server():
 
 @pytest.mark.parametrize(("cause", "fault", "name"), CASES)
 def test_a_fault(cause, fault, name):
-    """By a clock that stands still, but for latency: on a busy machine a chunk is late whatever else is wrong."""
-    diagnosis = fault(dataclasses.replace(working(name), clock=lambda: 0.0)).diagnose()
+    diagnosis = fault(standing(name)).diagnose()
     assert diagnosis.findings and diagnosis.findings[0].cause == cause, diagnosis.to_text()
 
 
