@@ -62,12 +62,10 @@ def _attend_suffix_backward(args: tuple[Array, ...], out: Array) -> tuple[Array 
     probabilities, suffix = attention_probabilities(q, k, bias), new_k.shape[2]
     slope = jnp.einsum("BKRH,BKSH->BKRS", out, v, preferred_element_type=probabilities.dtype)
     slope = probabilities * (slope - (probabilities * slope).sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
-    gradients = (
-        jnp.einsum("BKRS,BKSH->BKRH", slope, k).astype(q.dtype),
-        jnp.einsum("BKRS,BKRH->BKSH", slope[..., -suffix:], q).astype(new_k.dtype),
-        jnp.einsum("BKRS,BKRH->BKSH", probabilities[..., -suffix:], out).astype(new_v.dtype),
-    )
-    return gradients[0], None, None, None, *gradients[1:]
+    of_q = jnp.einsum("BKRS,BKSH->BKRH", slope, k).astype(q.dtype)
+    of_k = jnp.einsum("BKRS,BKRH->BKSH", slope[..., -suffix:], q).astype(new_k.dtype)
+    of_v = jnp.einsum("BKRS,BKRH->BKSH", probabilities[..., -suffix:], out).astype(new_v.dtype)
+    return of_q, None, None, None, of_k, of_v
 
 
 attend_suffix.defvjp(_attend_suffix_forward, _attend_suffix_backward)
