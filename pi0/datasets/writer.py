@@ -41,6 +41,7 @@ VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 COUNTERS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
 COUNTERS |= {"task_index": "int64"}
 DTYPES = ("float32", "float64", "int64", "bool")
+TASKS = "/proc/self/task"  # of Linux: a process's threads
 KEYFRAMES = "10"  # frames between keyframes: more are smaller, and slower to read at random
 # encoder, pixel format, options
 CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -310,6 +311,7 @@ class _VideoFile:
             self._stream = self._container.add_stream(codec, rate=rate, options=options | {"g": KEYFRAMES})
             self._stream.width, self._stream.height, self._stream.pix_fmt = self._width, self._height, pixels
             self._stream.codec_context.thread_count = 1
+            open_encoder(self._stream)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         for packet in self._stream.encode(frame):
             self._container.mux(packet)
@@ -320,6 +322,22 @@ class _VideoFile:
             for packet in self._stream.encode():
                 container.mux(packet)
             container.close()
+
+
+def open_encoder(stream: Any) -> None:
+    """Open the encoder of a PyAV stream, with threads scheduled as they were.
+
+    SVT-AV1, run by root, makes its threads and the one that opens it real-time ones of the highest priority, which
+    leave other programs next to nothing.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        stream.codec_context.open()
+        return
+    policy, parameters, before = os.sched_getscheduler(0), os.sched_getparam(0), set(os.listdir(TASKS))
+    stream.codec_context.open()
+    for thread in {*os.listdir(TASKS)} - before | {str(threading.get_native_id())}:
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setscheduler(int(thread), policy, parameters)
 
 
 class _Sums:

@@ -8,6 +8,7 @@ import pytest
 
 from pi0.datasets.errors import DataError
 from pi0.datasets.video import Video
+from pi0.datasets.writer import open_encoder
 
 GOP = 25
 CODECS = {
@@ -25,6 +26,7 @@ def write_video(file: Path, fps: int, frames: int, codec: str = "h264") -> None:
         stream = container.add_stream(name, fps, options={"g": str(GOP)} | options)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
+        open_encoder(stream)
         for n in range(frames):
             picture = np.full((64, 64, 3), 16 + 4 * (n % 56), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

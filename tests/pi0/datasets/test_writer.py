@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_what_is_written_is_read(tmp_path: Path):
     )  # states are kept in float32
     assert stats["observation.state"]["count"] == [20]
     assert np.shape(stats["observation.images.top"]["mean"]) == (3, 1, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="how threads are scheduled is seen on Linux alone")
+def test_no_thread_becomes_a_real_time_one(tmp_path: Path):
+    """SVT-AV1 would make them so where root runs it."""
+    video = FEATURES | {"observation.images.top": {"dtype": "video", "shape": [64, 64, 3]}}
+    with DatasetWriter(tmp_path / "data", fps=10, features=video, codec="av1") as writer:
+        episode = writer.begin()
+        episode.add(frame(0) | {"observation.images.top": np.zeros((64, 64, 3), np.uint8)}, "stack the cups")
+        threads = [int(name) for name in os.listdir("/proc/self/task")]
+        assert len(threads) > 3 and {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
 
 
 def test_a_damaged_frame_adds_nothing(tmp_path: Path):
