@@ -26,6 +26,10 @@ from pi0_eval.parity.frameworks import exact_matmuls
 from pi0_eval.parity.inputs import Inputs, ParityError
 
 TOLERANCE = 1e-5  # relative, of scalars, and of each tensor's L2 norm
+# Moments have the rounding of gradients, which float32 amplifies on some batches: at 58 M parameters with LoRA each
+# framework's gradient is up to 1.5e-5 from float64's, and a square twice that. Gradients themselves are judged against
+# float64, by `pi0-parity`.
+MOMENTS = {"mu": 1e-4, "nu": 1e-4, "trace": 1e-4}
 # Tensors with a norm below this fraction of all of their group are measured relative to that fraction of it.
 FLOOR = 1e-4
 # Adam divides by the size of a gradient, and makes steps of one that is rounding alone: those whose moment is below
@@ -69,10 +73,10 @@ class TrainingReport:
         lines = [f"A = {self.a}", f"B = {self.b}", "", f"{'step':>4}  " + "  ".join(f"{g:>9}" for g in groups)]
         for i, row in enumerate(self.rows):
             lines.append(f"{i + 1:>4}  " + "  ".join(f"{row[g].value:>9.2e}" for g in groups))
-        verdict = f"PASSED: after {len(self.rows)} steps all are within {TOLERANCE:g}"
+        verdict = f"PASSED: after {len(self.rows)} steps all are within {TOLERANCE:g}, moments within {MOMENTS['mu']:g}"
         if self.first is not None:
             step, name, value = self.first
-            verdict = f"FAILED: after step {step}, {name} is apart by {value:.2e}; {TOLERANCE:g} is allowed"
+            verdict = f"FAILED: after step {step}, {name} is apart by {value:.2e}; {allowed(name):g} is allowed"
         return "\n".join([*lines, "", verdict])
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def compare_steps(
     for number, (one, other) in enumerate(zip(steps_a, steps_b, strict=True), 1):
         differences = list(step_differences(number, one, other))
         if first is None:
-            first = next((d for d in differences if not d.value <= TOLERANCE), None)
+            first = next((d for d in differences if not d.value <= allowed(d.name)), None)
         row: dict[str, Difference] = {}
         for difference in differences:
             group = difference.name.partition("/")[0]
@@ -234,6 +238,11 @@ def step_differences(number: int, a: Step, b: Step) -> Iterator[Difference]:
             if name not in noisy:
                 apart = _norm([one.astype(np.float64) - b.tensors[group][name]])
                 yield Difference(number, f"{group}/{name}", apart / max(_norm([one]), FLOOR * whole, 1e-30))
+
+
+def allowed(name: str) -> float:
+    """How far a scalar or a tensor, by its name with its group, may be apart."""
+    return MOMENTS.get(name.partition("/")[0], TOLERANCE)
 
 
 def _noise(tensors: Mapping[str, Mapping[str, np.ndarray]]) -> set[str]:
