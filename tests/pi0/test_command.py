@@ -161,6 +161,7 @@ def test_the_command_pi0(arguments: list[str], monkeypatch: pytest.MonkeyPatch, 
 INTERRUPTED = """
 import importlib, os, signal, sys, threading
 from pi0.command import load_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
 class Slow:
     def find_spec(self, name, *_):
         if name == NAME:

@@ -45,10 +45,11 @@ def test_frequencies_are_openpi_s():
         exponents = [(2.0 / head_dim) * jnp.arange(head_dim // 2, dtype=jnp.float32) for head_dim in sizes]
         return [1.0 / period * 2 * jnp.pi for period in periods], [10_000**exponent for exponent in exponents]
 
-    # The last bit: XLA's float32 power may be off by one, ours is the rounded float64 one. The rest is the same.
+    # XLA's float32 power may be off by one in the last place, without AVX-512 by two; ours is the rounded float64 one.
+    # The rest is the same.
     for size, frequencies, timescales in zip(sizes, *openpi(), strict=True):
-        np.testing.assert_array_max_ulp(numerics.time_frequencies(size), np.asarray(frequencies), maxulp=1)
-        np.testing.assert_array_max_ulp(numerics.rope_timescale(size), np.asarray(timescales), maxulp=1)
+        np.testing.assert_array_max_ulp(numerics.time_frequencies(size), np.asarray(frequencies), maxulp=2)
+        np.testing.assert_array_max_ulp(numerics.rope_timescale(size), np.asarray(timescales), maxulp=2)
 
 
 def test_time_frequencies_span_the_periods():
