@@ -131,12 +131,13 @@ def main() -> None:
                 found = json.loads(result.stdout.splitlines()[-1])
                 best[side] = min(best.get(side, found), found, key=lambda x: x["seconds"])
         flops = max((found.get("flops", 0.0) for found in best.values()), default=0.0)
+        first = next(iter(best.values()), {})
         for side, found in best.items():
             rate = 1 / found["seconds"]
             memory = f"{found['memory_gib']:.1f}" if "memory_gib" in found else ""
             share = utilization(device_name(), flops, rate) if flops else {}
             mfu = f"{share['mfu']:.1%}" if share else ""
-            ratio = f"{rate * best[next(iter(best))]['seconds']:.2f}"
+            ratio = f"{rate * first['seconds']:.2f}"
             numbers = f"{rate:.3f} | {rate * batch:.2f} | {ratio} | {found['cpu']:.1f} | {memory} | {mfu}"
             print(f"| {side} | {batch} | {numbers} |", flush=True)
 

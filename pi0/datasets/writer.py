@@ -330,14 +330,15 @@ def open_encoder(stream: Any) -> None:
     SVT-AV1, run by root, makes its threads and the one that opens it real-time ones of the highest priority, which
     leave other programs next to nothing.
     """
-    if not hasattr(os, "sched_setscheduler"):
+    if not os.path.isdir(TASKS):
         stream.codec_context.open()
         return
     policy, parameters, before = os.sched_getscheduler(0), os.sched_getparam(0), set(os.listdir(TASKS))
     stream.codec_context.open()
     for thread in {*os.listdir(TASKS)} - before | {str(threading.get_native_id())}:
         with contextlib.suppress(ProcessLookupError):  # it has ended since
-            os.sched_setscheduler(int(thread), policy, parameters)
+            if os.sched_getscheduler(int(thread)) != policy:
+                os.sched_setscheduler(int(thread), policy, parameters)
 
 
 class _Sums:

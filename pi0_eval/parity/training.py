@@ -27,9 +27,9 @@ from pi0_eval.parity.inputs import Inputs, ParityError
 
 TOLERANCE = 1e-5  # relative, of scalars, and of each tensor's L2 norm
 # Moments have the rounding of gradients, which float32 amplifies on some batches: at 58 M parameters with LoRA each
-# framework's gradient is up to 1.5e-5 from float64's, and a square twice that. Gradients themselves are judged against
-# float64, by `pi0-parity`.
-MOMENTS = {"mu": 1e-4, "nu": 1e-4, "trace": 1e-4}
+# framework's gradient is up to 1.5e-5 from float64's, so that two are up to 3e-5 apart, and their squares 6e-5.
+# Gradients themselves are judged against float64, by `pi0-parity`.
+MOMENTS = {"mu": 3e-5, "nu": 6e-5, "trace": 3e-5}
 # Tensors with a norm below this fraction of all of their group are measured relative to that fraction of it.
 FLOOR = 1e-4
 # Adam divides by the size of a gradient, and makes steps of one that is rounding alone: those whose moment is below
@@ -73,7 +73,9 @@ class TrainingReport:
         lines = [f"A = {self.a}", f"B = {self.b}", "", f"{'step':>4}  " + "  ".join(f"{g:>9}" for g in groups)]
         for i, row in enumerate(self.rows):
             lines.append(f"{i + 1:>4}  " + "  ".join(f"{row[g].value:>9.2e}" for g in groups))
-        verdict = f"PASSED: after {len(self.rows)} steps all are within {TOLERANCE:g}, moments within {MOMENTS['mu']:g}"
+        verdict = (
+            f"PASSED: after {len(self.rows)} steps all are within {TOLERANCE:g}, moments {max(MOMENTS.values()):g}"
+        )
         if self.first is not None:
             step, name, value = self.first
             verdict = f"FAILED: after step {step}, {name} is apart by {value:.2e}; {allowed(name):g} is allowed"

@@ -41,17 +41,18 @@ def flow(model, observation, actions, noise, time, recipe):
 
 
 def test_without_text_it_is_plain_pi05(model):
-    """The loss bit for bit, gradients but for the order in which XLA sums a bias's in each of the two programs."""
+    """Loss and gradients, bit for bit, but for the one that is a sum alone: each program may add in another order."""
     observation, *rest = plain_batch()
     group = np.zeros(observation.tokenized_prompt.shape, np.int32)
     nothing = dataclasses.replace(observation, token_group=group, has_actions=np.ones(BATCH, bool))
     (loss, gradient), (same_loss, same) = plain(model, observation, *rest), flow(model, nothing, *rest, FLOW)
     assert loss.tobytes() == same_loss.tobytes()
-    values, others = parameters_of(gradient), parameters_of(same)
-    whole = np.sqrt(sum(np.square(np.asarray(value)).sum() for value in values.values()))
-    for name, value in values.items():
-        size = max(np.linalg.norm(value), 1e-4 * whole)
-        assert np.linalg.norm(value - others[name]) <= 1e-6 * size, name
+    for name, value in parameters_of(gradient).items():
+        other = parameters_of(same)[name]
+        if name == "action_out_proj.bias":
+            assert np.linalg.norm(value - other) <= 1e-6 * np.linalg.norm(value)
+        else:
+            np.testing.assert_array_equal(value, other, err_msg=name)
 
 
 def test_without_a_subtask_the_actions_are_plain_pi05s(model):
